@@ -1,0 +1,262 @@
+"""Judging: is an answer right, and where did a wrong solution go wrong first.
+
+The textbook idea (Self-Explore, 2404.10346). Only the final answer of a solution can be checked. To find the
+*step* that ruined it, complete each of its prefixes k times: the first step from which no completion reaches the
+right answer is the first pit. It becomes the rejected side of a preference pair.
+
+What is different here
+  1. One grader decides everywhere, on exact fractions; two comparisons in two scripts made false pits.
+  2. All wrong solutions of all trees of a chunk are labelled together, and completions are branches of the tree:
+     what one label finds (a right end below a shared prefix) is used by all others.
+  3. The last step of a wrong solution is a failure without sampling; bisection may replace the linear scan.
+
+Chapters: 1 Grading   2 The first pit   3 Demo
+Try:  python critic.py        (labels the pit of one wrong solution; 1 second)
+"""
+import math
+import random
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mcts import Forest, draw
+from model import Tokenizer
+
+# ----------------------------------------------------------------------------------------------------------
+# 1 · Grading (EVALUATION: one function decides what is right)
+# ----------------------------------------------------------------------------------------------------------
+# ==== Grading: one function decides what is right, for search rewards, for pits and for evaluation ==========
+# Two scripts with two ideas of "equal" make false pits: a step looks fatal because its rollouts were graded
+# by other rules. So text -> answer -> exact fraction happens here only. Left out on purpose, because guessing
+# costs more than it earns: units, "5k", mixed numbers (`2 1/2` is two numbers), Indian grouping (a comma
+# groups three digits), dates and times (they are several numbers), and any evaluation of expressions.
+
+STOP = "\nQuestion:"      # a base model goes on to invent the next question: its answer is not asked for
+MAX_DIGITS = 1000         # int() raises above 4,300 digits and is quadratic below: longer runs have no value
+
+# footgun: every pattern must be linear, since a babbling model writes 100 kB of "1,1,1,": what can fail never
+# follows a repeat that could give back something matching. And [0-9], not \d, which is any script's digits.
+_PART = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"       # 1,000.5  18  .5
+_BODY = rf"{_PART}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z]))?(?: ?/ ?\$?{_PART})?"         # 1e3  1/2  1 / 2
+# Anywhere in a text a minus is a sign only if no operand stands before it: "10-3" and "3-4" end in 3 and 4.
+_NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}%.+-])[-+](?:\$ ?)?|\$ ?[-+]?)?{_BODY}")
+# After a marker there is no left operand, so "- 5" is negative too. Decoration may come first: "**(", "€".
+_LEADING = re.compile(rf"[^0-9A-Za-z+-]*?((?:[-+] ?(?:\$ ?)?|\$ ?[-+]? ?)?{_BODY})")
+_ALONE = re.compile(_LEADING.pattern + r"[^0-9A-Za-z]*")                          # "18..." "**72**." "50%"
+_PROSE = re.compile(r"^[^0-9A-Za-z]*[A-Za-z]{2}|[0-9] *[A-WYZa-wyz][A-Za-z ,$(]*[0-9]")  # "5 since 2+3"
+_PHRASE = re.compile(r"answer[*_]*\s*(?:is\b|:)[*_:]*", re.IGNORECASE)
+
+
+def strip_calculator_marks(text):
+    """Training text without GSM8K's calculator marks: `48/2 = <<48/2=24>>24` gives `48/2 = 24`.
+
+    Marks do not nest; a `<<` without its `>>` stays. (A policy that learns them waits for a calculator.)"""
+    return re.sub(r"<<[^<>]*>>", "", text)
+
+
+def _tidy(text):
+    """The text up to STOP, with U+2212 as ASCII minus and LaTeX's spellings of `$ % ,` and a/b made plain."""
+    text = text.split(STOP, 1)[0].replace("\u2212", "-")
+    text = re.sub(r"\\([$%])|\{(,)\}|\\[,!]", r"\1\2", text)
+    return re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+
+
+def _last_box(text):
+    """What the last balanced `\\boxed{...}` to close holds, or "". One pass with a stack of open braces:
+    looking for the closing brace anew at every `\\boxed{` would be quadratic."""
+    opened, span = [], (0, 0)
+    for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
+        if brace.group() == "}":
+            start = opened.pop() if opened else None                           # a stray "}" closes nothing
+            span = span if start is None else (start, brace.start())
+        elif brace.group() not in ("\\{", "\\}"):                              # escaped braces are text
+            opened.append(brace.end() if len(brace.group()) > 1 else None)     # None: a brace, not a box
+    return text[slice(*span)]
+
+
+def _leading(piece):
+    """The number that the first line of `piece` begins with, or that its working ends in: `10-3=7`, `x = 7`,
+    `7 since 3+3=6` give 7. Words first (a heading `#### Step 1`, `Answer: Tom has 3 ...`) give None."""
+    line = piece.split("\n", 1)[0]
+    left, _, right = line.rpartition("=")
+    found = _LEADING.match(line if _PROSE.search(left) else right)                # no "=": left is empty
+    return found and found.group(1)
+
+
+def _inside(box):
+    """The first number of a box, after its last `=` if it has one: `x_1 = 5`, `5\\text{ m}^2` give 5."""
+    found = _NUMBER.search(box.rpartition("=")[2]) or _NUMBER.search(box)
+    return found and found.group()
+
+
+def find_answer(text):
+    """(answer, rule): the number that a solution gives as its answer, and the first rule that found it.
+
+    "####": the last one with a number on its line (*strict*, the form of the training text; the rest is
+    *flexible*); "boxed": the last balanced box; "phrase": the last "answer is" or "answer:" with a number;
+    "number": the last one of the text. A marker without a number falls on to the next rule; no digit gives
+    (None, None). The answer is plain: ASCII minus, no `$`, comma, blank, plus or `%` (50% = 50), else as
+    written ("$18.00" gives "18.00"). It may have no value (1/0, 10,000 digits). Source: GSM8K, widened."""
+    text = _tidy(text)
+    rules = (("####", map(_leading, reversed(text.split("####")[1:]))),
+             ("boxed", map(_inside, [_last_box(text)])),
+             ("phrase", map(_leading, reversed(_PHRASE.split(text)[1:]))),
+             ("number", reversed(_NUMBER.findall(text))))
+    for rule, candidates in rules:
+        answer = next(filter(None, candidates), None)
+        if answer:
+            return re.sub(r"[$,+ ]", "", answer), rule
+    return None, None
+
+
+def extract_answer(text):
+    """The answer of `find_answer` without its rule: a number's plain spelling, or None."""
+    return find_answer(text)[0]
+
+
+def to_number(text):
+    """The exact fraction that one spelling stands for: "1,000.0", "$-5", "(72)", "50%" (= 50), "1/2", "1e3".
+
+    None for all else: words, two numbers, a zero denominator, more than MAX_DIGITS characters. Never raises.
+    (Floats would confuse neighbours among 17-digit answers; strings would tell 3.0 from 3.)"""
+    found = _ALONE.fullmatch(_tidy(text))
+    if not found or len(found.group(1)) > MAX_DIGITS:
+        return None
+    top, _, bottom = re.sub(r"[$,+ ]", "", found.group(1)).partition("/")
+    return Fraction(top) / Fraction(bottom or 1) if Fraction(bottom or 1) else None
+
+
+def _words(text):
+    """The answer of a text as normalised words: what follows its last marker, or the whole text."""
+    text = _tidy(text)
+    box = _last_box(text)
+    pieces = text.split("####") if "####" in text else [box] if box else _PHRASE.split(text)
+    words = [piece.strip() for piece in pieces if piece.strip()] or [""]
+    return " ".join(words[-1].split("\n", 1)[0].strip(" *_.()[]$\"'").casefold().split())
+
+
+def grade(text, answer):
+    """True if the text's answer is the reference's. `answer` is bare ("18", "1/2") or a solution with `####`.
+
+    Numbers are compared as exact fractions. A reference without a digit ("blue", "#### B") is compared as
+    words, numbers without a value as spelled. Empty or None: False. Symmetric on numbers; never raises."""
+    if not text or not answer:
+        return False
+    words = _words(answer)
+    if words and not re.search("[0-9]", words):       # numbers in the working above "#### B" are no answer
+        return _words(text) == words
+    found, wanted = extract_answer(text), extract_answer(answer)
+    if found is None or wanted is None:
+        return False
+    value = to_number(wanted)
+    return found == wanted if value is None else to_number(found) == value
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2 · The first pit (Self-Explore, 2404.10346)
+# ----------------------------------------------------------------------------------------------------------
+def first_pit(successes) -> int | None:
+    """Index of the first step with no success: [4, 2, 0, 0] -> 2, [4, 0, 3] -> 1, [4, 4, 4] -> None.
+
+    successes[i]: how many of the completions sampled from question + steps 0..i reached the right answer. A good
+    prefix whose chance is p passes for a pit with probability (1 - p)^k: p = .3 gives 24% at k = 4, .3% at 16."""
+    return next((i for i, s in enumerate(successes) if s == 0), None)
+
+
+def next_probe(known: list, search: str) -> int | None:
+    """Which prefix to complete next, given what is known of each: successes > 0, 0, or None for not known yet.
+    None when the pit is settled. The last step must be known (a finished wrong solution cannot recover: 0).
+
+    linear (the paper): the first unknown one. bisect (OmegaPRM, 2406.06592): the middle between the last known
+    success and the first known failure behind it: at most ceil(log2(n + 1)) probes for n steps, and the same pit
+    when success is monotone; else *a* failing step whose predecessor succeeds."""
+    if search == "linear":
+        i = next(i for i, s in enumerate(known) if not s)               # None or 0: the first not known to succeed
+        return i if known[i] is None else None
+    low = max((i for i, s in enumerate(known) if s), default=-1)        # deepest known success
+    high = next(i for i in range(low + 1, len(known)) if known[i] == 0)
+    return None if high == low + 1 else (low + high) // 2
+
+
+@dataclass
+class Pit:
+    """The label of one wrong solution."""
+    tree: int
+    leaf: int
+    step: int | None              # 0-based step of the path; None: the budget ran out before it was found
+    node: int | None              # the node of that step
+    probes: int                   # prefixes that were completed by sampling for it
+
+
+def label_pits(forest: Forest, wrong: list, complete, k: int, search: str = "linear", budget: float = math.inf) -> list:
+    """First pits of many wrong solutions of many trees together: in every wave each unsettled one asks for one
+    prefix, all completions of a wave are sampled in one call, and solutions that share a prefix share its k.
+
+    wrong: [(tree, leaf)]. complete([(tree, node, k)]) -> sampled tokens: grows k completions below each node and
+    grades them (forest.right). Right ends below a prefix in *any* other branch count as successes, so what a
+    wave finds serves all later ones; the labelled path ended wrong and never counts, and neither do the wrong
+    samples it came with (it was picked because it failed: only fresh completions make a 0). budget: no further
+    wave once that many tokens were sampled. Returns a Pit per entry of `wrong`."""
+    pits = [Pit(b, leaf, None, None, 0) for b, leaf in wrong]
+    paths = [forest.path(b, leaf)[1:] for b, leaf in wrong]
+    failed, open_, spent = set(), list(range(len(wrong))), 0            # failed: (tree, node) with k fresh failures
+    while open_:
+        below, asks, still = {}, {}, []
+        for j in open_:
+            b, path = pits[j].tree, paths[j]
+            if b not in below:
+                below[b] = forest.below(b)
+            known = [int(below[b][n]) or (0 if n == path[-1] or (b, n) in failed else None) for n in path]
+            probe = next_probe(known, search)
+            if probe is None:
+                pits[j].step = first_pit([1 if s is None else s for s in known]) if search == "linear" else \
+                    max((i for i, s in enumerate(known) if s), default=-1) + 1
+                pits[j].node = path[pits[j].step]
+            else:
+                asks.setdefault((b, path[probe]), []).append(j)
+                still.append(j)
+        if not asks or spent >= budget:
+            break
+        spent += complete([(b, n, k) for b, n in asks])
+        failed.update(asks)                                             # stays 0 unless a right end is below it
+        for owners in asks.values():
+            for j in owners:
+                pits[j].probes += 1
+        open_ = still
+    return pits
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3 · Demo
+# ----------------------------------------------------------------------------------------------------------
+def main() -> None:
+    """Label 8+1*4-2 solved in the wrong order. A scripted student stands in for the model: it goes on faultlessly
+    from what is written, so prefixes that are still good are completed right and ruined ones never."""
+    tokenizer, forest, answer = Tokenizer.bytes_only(), Forest(1), "#### 10"
+    lines = {"8+1*4-2": ["1*4=4 : 8+4-2\n", "8+1=9 : 9*4-2\n"], "8+4-2": ["8+4=12 : 12-2\n"], "12-2": ["12-2=10 : 10\n"],
+             "9*4-2": ["9*4=36 : 36-2\n"], "36-2": ["36-2=34 : 34\n"]}
+    forest.add(0, -1, tokenizer.encode("8+1*4-2?"))
+
+    def finish(node, first, rng):
+        here = tokenizer.decode(forest.ids[0][node].tolist()).strip().rstrip("?").split(" : ")[-1]
+        while here in lines:
+            step = first or rng.choice(lines[here])
+            node, first, here = forest.add(0, node, tokenizer.encode(step)), None, step.strip().split(" : ")[-1]
+        leaf = forest.add(0, node, tokenizer.encode(f"#### {here}"), end="eos")
+        forest.right[0, leaf] = grade(forest.text(0, leaf, tokenizer), answer)
+        return leaf
+
+    def complete(wants):
+        rng, before = random.Random(1), forest.visits[0].sum()
+        for _, node, k in wants:
+            for _ in range(k):
+                finish(node, None, rng)
+        return int(forest.visits[0].sum() - before)
+    wrong = finish(0, lines["8+1*4-2"][1], random.Random(0))
+    pit, = label_pits(forest, [(0, wrong)], complete, k=4)
+    print(draw(forest, 0, tokenizer, pits=[pit.node]))
+    print(f"\nwrong solution: node {wrong}; first pit: step {pit.step + 1} (node {pit.node}), found with {pit.probes} probe(s) of 4")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1018 @@
+"""The whole loop: a language model that improves itself on questions whose final answers are known.
+
+    base --> sample trees of solutions --> grade the ends --> find first pits --> train on pairs --+
+              ^                                                                                    |
+              `------------------------------- next round <----------------------------------------'
+
+With no flag it trains a tiny GPT from scratch on a built-in task, *homework*, and improves it with Self-Explore
+(2404.10346) in minutes on two CPU cores. With --model and --data the same loop runs on open weights and real
+questions. What is different from the published codes: DESIGN choices are named in model.py, mcts.py, critic.py
+and dpo.py; here it is that every recipe gets the same base, the same questions, the same optimiser steps and the
+same number of *sampled tokens*, so that their accuracies can be compared at all.
+
+Chapters: 1 Config   2 Tasks   3 Files of a run   4 One chunk of questions   5 Evaluation   6 Recipes
+          7 The loop   8 Comparing   9 Program
+Try:  python loop.py                              Self-Explore on homework, about 5 minutes on two cores
+      python loop.py --preset smoke               the same in seconds, too small to learn anything
+      python loop.py --recipe rft --seed 1        another method
+      python loop.py --compare rft,self_explore --seeds 3
+"""
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from critic import extract_answer, find_answer, grade, label_pits, strip_calculator_marks
+from dpo import Pair, Row, default_lr, load_weights, preference_loss, sft_loss, store_reference, text_row, train, tree_row
+from mcts import Forest, draw, grow, plant
+from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, write_text
+
+# ----------------------------------------------------------------------------------------------------------
+# 1 · Config: every setting of a run, one flag each
+# ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    """Settings; `--name value` on the command line. Those of `FREE` may change between two starts of a run."""
+    task: str = "homework"        # the built-in task; ignored when --model is given
+    model: str = ""               # folder with open weights (HF format); empty: train the tiny base from scratch
+    data: str = ""                # training questions for --model: JSON lines with question and answer (GSM8K)
+    eval_data: str = ""           # held-out questions, same form
+    recipe: str = "self_explore"  # sft, rft, outcome_dpo or self_explore
+    rounds: int = 3
+    seed: int = 0
+    out: str = ""                 # folder of the run; default runs/TASK_RECIPE_seedS
+    preset: str = "default"       # default, or smoke: the whole loop in seconds
+    device: str = "auto"          # auto: CUDA when there is one
+    dtype: str = "auto"           # auto, float32 or bfloat16; auto measures on a CPU (open weights only)
+    threads: int = 0              # CPU threads; 0 measures which is faster, one or all
+    # -- sampling
+    questions: int = 500          # new questions a round
+    samples: int = 8              # first samples a question
+    budget: int = 1000            # sampled tokens per question and round, labelling included: what binds a round
+    completions: int = 4          # k of Self-Explore: completions per prefix; see METHODS: false pits (1-p)^k
+    pit_search: str = "linear"    # linear (the paper) or bisect
+    temperature: float = 1.0      # the published 0.7 suits 7B models; a tiny one is not diverse enough there
+    max_tokens: int = 128         # of one solution
+    chunk: int = 64               # questions worked together; results are saved after each chunk
+    rows: int = 256               # solutions decoded at once
+    # -- learning
+    steps: int = 120              # optimiser steps a round, the same for every recipe
+    batch: int = 32               # trees (questions) per step
+    beta: float = 0.1             # DPO: how far from the reference (2305.18290)
+    nll: float = 1.0              # weight of the NLL term on chosen sides
+    loss: str = "sigmoid"         # sigmoid or ipo
+    smoothing: float = 0.0        # conservative DPO: chance that a pit is false
+    dpo_lr: float = 0.0           # 0: by model size, dpo.default_lr
+    sft_lr: float = 0.0
+    # -- the tiny base
+    width: int = 128
+    layers: int = 3
+    base_steps: int = 1200
+    base_batch: int = 32
+    base_lr: float = 4e-3
+    careless: float = 0.8         # share of lines on which a student of the corpus ignores precedence
+    min_operators: int = 3
+    max_operators: int = 4
+    # -- evaluation
+    eval_questions: int = 2000
+    base: str = ""                # folder of the cached base; default next to the run, named by its settings
+    compare: str = ""             # recipes to run or resume and compare: rft,self_explore,...
+    seeds: int = 3                # seeds of --compare: 0, 1, ...
+    evaluate: str = ""            # only evaluate this model folder or the last round of this run
+
+
+FREE = ("out", "compare", "seeds", "evaluate", "preset")                # not part of a run's identity
+SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8, width=32,
+             layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, threads=1)
+RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=(1, 10**7), completions=(1, 1024),
+              temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
+              batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
+              sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
+              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8),
+              eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100))
+CHOICES = dict(task=("homework",), recipe=("sft", "rft", "outcome_dpo", "self_explore"), preset=("default", "smoke"),
+               pit_search=("linear", "bisect"), loss=("sigmoid", "ipo"), dtype=("auto", "float32", "bfloat16"))
+
+
+def parse_flags(arguments: list) -> Config:
+    """Flags -> Config. Unknown flags name close ones; values out of range are refused with the range."""
+    parser = argparse.ArgumentParser(prog="loop.py", allow_abbrev=False, add_help="-h" in arguments or "--help" in arguments,
+                                     description=__doc__.split("\n\n")[0], exit_on_error=False)
+    for f in fields(Config):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None,
+                            help=f"default {f.default!r}", choices=CHOICES.get(f.name))
+    try:
+        given, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise BadInput(f"{error}.") from error
+    if unknown:
+        names = ["--" + f.name.replace("_", "-") for f in fields(Config)]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], names, 3)
+        raise BadInput(f"Unknown flag {unknown[0]}; " + (f"did you mean {' or '.join(close)}?" if close else
+                                                         "python loop.py --help lists all."))
+    given = {k: v for k, v in vars(given).items() if v is not None}
+    config = replace(Config(), **(SMOKE if given.get("preset") == "smoke" else {}), **{k: v for k, v in given.items()
+                     if given.get("preset") != "smoke" or k not in SMOKE})
+    config = replace(config, **given)
+    return check_config(config)
+
+
+def check_config(c: Config) -> Config:
+    """Ranges and combinations. Raises BadInput naming the flag."""
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(c, name) <= high:
+            raise BadInput(f"--{name.replace('_', '-')} = {getattr(c, name)} is out of range: {low} to {high}.")
+    if c.max_operators < c.min_operators:
+        raise BadInput(f"--max-operators = {c.max_operators} is below --min-operators = {c.min_operators}.")
+    if c.model and not c.evaluate and not c.data:
+        raise BadInput("--model needs --data FILE.jsonl (training questions) and --eval-data FILE.jsonl (held-out ones).")
+    if c.model and not c.eval_data:
+        raise BadInput("--model needs --eval-data FILE.jsonl: held-out questions, same form as --data.")
+    if not c.model and (c.data or c.eval_data):
+        raise BadInput("--data and --eval-data need --model FOLDER: the tiny base only knows the built-in task.")
+    if c.width % 8:
+        raise BadInput(f"--width = {c.width} must be a multiple of 8 (four heads of an even width).")
+    for recipe in filter(None, c.compare.split(",")):
+        if recipe not in CHOICES["recipe"]:
+            raise BadInput(f"--compare: unknown recipe {recipe!r}; there are {', '.join(CHOICES['recipe'])}.")
+    return c
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2 · Tasks: where questions come from and what a right answer is
+# ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Question:
+    """One question; `answer` is read by the grader only (and by the sft control on real data)."""
+    text: str
+    answer: str
+    steps: int                    # difficulty for the report: operators, or lines of the reference
+
+
+def calculate(a: int, op: str, b: int) -> int:
+    """One operation."""
+    return a + b if op == "+" else a - b if op == "-" else a * b
+
+
+def reduce_at(x: list, i: int) -> list:
+    """The expression with the operation at x[i] worked off: [17, '+', 1, '*', 4], 3 -> [17, '+', 4]."""
+    return x[:i - 1] + [calculate(*x[i - 1:i + 2])] + x[i + 2:]
+
+
+def due(x: list) -> int:
+    """Index of the operation that precedence asks for: the first `*`, else the first."""
+    return x.index("*") if "*" in x else 1
+
+
+def value(x: list, bounded: bool = True) -> int | None:
+    """Value by precedence; bounded: None when some value on the way leaves 0..99."""
+    while len(x) > 1:
+        i = due(x)
+        x = reduce_at(x, i)
+        if bounded and not 0 <= x[i - 1] <= 99:
+            return None
+    return x[0]
+
+
+def parse(text: str) -> list | None:
+    """'17+1*4' -> [17, '+', 1, '*', 4]; None when it is no expression."""
+    if not re.fullmatch(r"[0-9]{1,4}([-+*][0-9]{1,4})*", text):
+        return None
+    return [t if t in "+-*" else int(t) for t in re.findall(r"[0-9]+|[-+*]", text)]
+
+
+class Homework:
+    """The built-in task: expressions like 7+1*4-2, worked off one operation a line.
+
+        7+1*4-2?1*4=4 : 7+4-2        A student of the corpus does, with probability `careless`, the leftmost
+                7+4=11 : 11-2        operation instead of the one precedence asks for. So the base *can* do every
+                11-2=9 : 9           step and *chooses* wrongly: the first pit is plain to the eye, only the final
+                #### 9               answer is ever graded, and more SFT on the corpus cannot help."""
+
+    name = "homework"
+
+    def __init__(self, c: Config):
+        self.c = c
+        self.tokenizer = Tokenizer.bytes_only()
+
+    def prompt(self, question: Question) -> str:
+        """What the model reads."""
+        return question.text + "?"
+
+    def draw(self, rng: random.Random) -> list:
+        """A random expression: the first operator is + or - (else the leftmost were too often the right one);
+        every value of its right evaluation lies in 0..99."""
+        while True:
+            x = [rng.randint(1, 9)]
+            for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
+                op = rng.choice("+-*" if i else "+-")
+                x += [op, rng.randint(2 if op == "*" else 1, 9)]
+            if value(x) is not None:
+                return x
+
+    def held_out(self, text: str) -> bool:
+        """One question in eight, by hash: never trained on."""
+        return hashlib.sha256(text.encode()).digest()[0] < 32
+
+    def stream(self, seed: int, held_out: bool):
+        """Endless questions of one side of the split."""
+        rng = random.Random(seed)
+        while True:
+            x = self.draw(rng)
+            text = "".join(map(str, x))
+            if self.held_out(text) == held_out:
+                yield Question(text, str(value(x)), len(x) // 2)
+
+    def distinct(self, seed: int, held_out: bool, count: int) -> list:
+        """The first `count` different questions of a stream."""
+        found = {}
+        for q in self.stream(seed, held_out):
+            found.setdefault(q.text, q)
+            if len(found) == count:
+                return list(found.values())
+
+    def train_questions(self, round_: int) -> list:
+        """Fresh questions of a round, the same for every recipe of a seed."""
+        return self.distinct(mix(self.c.seed, round_, 1), False, self.c.questions)
+
+    def eval_questions(self) -> list:
+        """The same held-out questions for every run, whatever its seed."""
+        return self.distinct(99, True, self.c.eval_questions)
+
+    def solve_carelessly(self, x: list, rng: random.Random) -> str:
+        """A student's solution. One that leaves 0..99 starts over."""
+        while True:
+            y, lines = list(x), []
+            while len(y) > 1 and all(0 <= v <= 99 for v in y[::2]):
+                i = 1 if rng.random() < self.c.careless else due(y)
+                a, op, b = y[i - 1:i + 2]
+                y = reduce_at(y, i)
+                lines.append(f"{a}{op}{b}={y[i - 1]} : {''.join(map(str, y))}\n")
+            if len(y) == 1 and 0 <= y[0] <= 99:
+                return "".join(lines) + f"#### {y[0]}"
+
+    def corpus_row(self, question: Question, rng: random.Random) -> Row:
+        """A training row of the base: question and a student's solution with end-of-text."""
+        ids = self.tokenizer.encode(self.solve_carelessly(parse(question.text), rng))
+        return text_row(self.tokenizer.encode(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids))
+
+    def first_false_step(self, question: Question, text: str) -> int | None:
+        """The truth a pit label is compared with: index of the first line whose arithmetic or copying is false, or
+        that leaves an expression whose value by precedence is no longer the answer; None when all are good."""
+        x, lines = parse(question.text), text.split("\n")
+        for i, line in enumerate(lines):
+            if len(x) == 1:
+                good = line == f"#### {x[0]}" and x[0] == int(question.answer)
+                return None if good and i == len(lines) - 1 else i
+            left, _, rest = line.partition(" : ")
+            operation, _, result = left.partition("=")
+            done = [reduce_at(x, j) for j in range(1, len(x), 2) if "".join(map(str, x[j - 1:j + 2])) == operation]
+            match = [y for y in done if "".join(map(str, y)) == rest and result.isdigit()]
+            match = [y for y in match if str(calculate(*parse(operation))) == result]
+            if not match or value(match[0], bounded=False) != int(question.answer):
+                return i
+            x = match[0]
+        return len(lines) - 1
+
+
+class Exercises:
+    """Questions from JSON lines with `question` and `answer` (GSM8K), for open weights."""
+
+    def __init__(self, c: Config, tokenizer: Tokenizer, context: int):
+        self.c, self.tokenizer, self.context = c, tokenizer, context
+        self.name = Path(c.data or c.eval_data).stem
+        self.train = self.read(c.data) if c.data else []
+        self.test = self.read(c.eval_data)
+
+    def prompt(self, question: Question) -> str:
+        """What the model reads."""
+        return f"Question: {question.text}\nAnswer:"
+
+    def read(self, file: str) -> list:
+        """All questions of a file. Raises BadInput with the line number for anything that is not one."""
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"{file} cannot be read ({error}); --data and --eval-data take files of JSON lines.") from error
+        found = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{where}: not JSON ({error}).") from error
+            good = isinstance(item, dict) and all(isinstance(item.get(k), str) and item[k].strip()
+                                                  for k in ("question", "answer"))
+            if not good:
+                raise BadInput(f'{where}: expected an object with the texts "question" and "answer".')
+            if extract_answer(item["answer"]) is None:
+                raise BadInput(f"{where}: the answer holds no number to grade by.")
+            q = Question(item["question"].strip(), strip_calculator_marks(item["answer"]).strip(),
+                         len(item["answer"].strip().split("\n")) - ("####" in item["answer"]))
+            size = len(self.tokenizer.encode_prompt(self.prompt(q)))
+            if size >= self.context:
+                raise BadInput(f"{where}: the question takes {size} tokens, the model's context is {self.context}; "
+                               "shorten or remove it.")
+            found.append(q)
+        if not found:
+            raise BadInput(f"{file} holds no question.")
+        return found
+
+    def train_questions(self, round_: int) -> list:
+        """The next `questions` of a shuffled file; every question once before any comes again."""
+        order, start = [], (round_ - 1) * self.c.questions
+        for epoch in range(start // len(self.train), (start + self.c.questions - 1) // len(self.train) + 1):
+            order += random.Random(mix(self.c.seed, epoch, 1)).sample(self.train, len(self.train))
+        return order[start % len(self.train):][:self.c.questions]
+
+    def eval_questions(self) -> list:
+        """The first eval_questions of the held-out file."""
+        return self.test[:self.c.eval_questions]
+
+    def corpus_row(self, question: Question, rng: random.Random) -> Row:
+        """Question and reference solution, for the sft control."""
+        ids = self.tokenizer.encode(" " + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
+        return text_row(self.tokenizer.encode_prompt(self.prompt(question)), ids)
+
+
+def calculations(text: str) -> str:
+    """What makes two solutions distinct: their calculations, not their words (Self-Explore sec. 3.1)."""
+    found = re.findall(r"[0-9.]+ *[-+*/x] *[0-9.]+ *=? *[0-9.]*", text)
+    return " ".join(found).replace(" ", "") or " ".join(text.split())
+
+
+def solution_over(line: str) -> bool:
+    """The line that ends a solution: the answer, or a base model going on to invent the next question."""
+    return "####" in line or line.startswith("Question:")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3 · Files of a run
+# ----------------------------------------------------------------------------------------------------------
+def lock(folder: Path, wait: bool = False):
+    """Hold `folder` for this process; the system lets go when the process dies, so a lock is never stale.
+    Raises BadInput when another process holds it (wait: stand in line instead)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = open(folder / "lock", "w", encoding="utf-8")
+    try:
+        import fcntl
+    except ImportError:           # Windows: no advisory locks; two runs in one folder are the user's to avoid
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        raise BadInput(f"{folder} is in use by another run; wait for it, stop it, or choose another --out.") from error
+    return handle
+
+
+def write_lines(path: Path, items: list) -> None:
+    """JSON lines, in one atomic write."""
+    write_text(path, "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
+
+
+def read_lines(path: Path) -> list:
+    """JSON lines written by ourselves. Raises BadInput when damaged."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is damaged ({error}); delete it and run the same command again.") from error
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a finished folder visible under its name in one step."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+
+
+class Run:
+    """What all stages of one run share: settings, folder, task, model, sampler."""
+
+    def __init__(self, config: Config):
+        self.c = config
+        self.dir = Path(config.out or f"runs/{Path(config.model).name or config.task}_{config.recipe}_seed{config.seed}")
+        self.work = self.dir / "work"
+        self.lock = lock(self.dir)
+        self.settings()
+        self.work.mkdir(exist_ok=True)
+        torch.set_num_threads(self.c.threads)
+        if self.c.model:
+            self.model = GPT.from_pretrained(self.c.model, self.c.device, getattr(torch, self.c.dtype))
+            self.tokenizer = Tokenizer.from_pretrained(self.c.model)
+            self.model.bind(self.tokenizer)
+            self.task = Exercises(self.c, self.tokenizer, self.model.config.max_positions)
+        else:
+            self.task = Homework(self.c)
+            self.tokenizer = self.task.tokenizer
+            self.model = base_model(self)
+        self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, solution_over)
+        self.chunk = self.plan()
+
+    def settings(self) -> None:
+        """Measure what is left to measure at the first start; afterwards compare with the settings saved then."""
+        file, mine = self.dir / "config.json", {k: v for k, v in asdict(self.c).items() if k not in FREE}
+        if file.exists():
+            saved = read_json(file)["settings"]
+            asked = {k: v for k, v in mine.items() if not (k in ("device", "dtype") and v == "auto") and
+                     not (k == "threads" and v == 0)}
+            wrong = [f"--{k.replace('_', '-')} was {saved.get(k)!r}, now {v!r}" for k, v in asked.items() if saved.get(k) != v]
+            if wrong:
+                raise BadInput(f"{self.dir} was begun with other settings: {'; '.join(wrong)}. "
+                               "Repeat the old flags, or choose another --out.")
+        else:
+            saved = mine | measured(self.c)
+            write_text(file, json.dumps({"settings": saved}, indent=1) + "\n")
+        self.c = replace(self.c, **saved)
+        default = asdict(Config())
+        print(f"{self.dir}: " + (", ".join(f"{k} {v}" for k, v in saved.items() if v != default[k]) or "defaults"))
+
+    def plan(self) -> int:
+        """Questions per chunk: as asked, halved until keys and values of a chunk fit half of the free memory."""
+        chunk, free = self.c.chunk, free_memory(self.model.device)
+        per_question = self.sampler.bytes_per_slot(self.model) * (2 * self.c.budget + self.c.max_tokens)
+        while chunk > 1 and chunk * per_question > free / 2:
+            chunk //= 2
+        print(f"keys and values of a chunk of {chunk} questions: up to {chunk * per_question / 2**20:.0f} MiB of "
+              f"{free / 2**30:.1f} GiB free; {self.c.device}, {self.c.dtype}, {self.c.threads} threads")
+        return chunk
+
+    def log(self) -> list:
+        """Rows so far."""
+        return read_lines(self.dir / "log.jsonl") if (self.dir / "log.jsonl").exists() else []
+
+    def round_dir(self, round_: int) -> Path:
+        """HF-format folder of the model after a round."""
+        return self.dir / f"round_{round_}"
+
+    def load(self, round_: int) -> None:
+        """Put the weights of a finished round into the model: those of the folder, then the fp32 masters."""
+        saved = GPT.from_pretrained(self.round_dir(round_), "cpu", torch.float32)
+        exact = self.round_dir(round_) / "optimizer.safetensors"
+        load_weights(self.model, dict(saved.named_parameters()), exact if exact.exists() else None)
+
+    def save(self, round_: int, state: Path | None) -> None:
+        """Write the model as round_K, atomically; state: the training file that becomes its optimizer state."""
+        temporary = self.dir / f"round_{round_}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary)
+        self.tokenizer.save(temporary)
+        if state is not None:
+            shutil.copyfile(state, temporary / "optimizer.safetensors")
+        publish(temporary, self.round_dir(round_))
+        (self.round_dir(round_ - 1) / "optimizer.safetensors").unlink(missing_ok=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    names = getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in names else 4 << 30
+
+
+def measured(c: Config) -> dict:
+    """Device, dtype and threads where the config leaves them open: timed on products of this model's shape."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    dtype = c.dtype
+
+    def seconds(kind, threads):
+        torch.set_num_threads(threads)
+        x, w = torch.randn(4096, 512, dtype=kind), torch.randn(512, 512, dtype=kind)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            (x @ w).relu_().sum()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[3]
+    every = os.cpu_count() or 1
+    threads = c.threads or (1 if seconds(torch.float32, 1) < 1.2 * seconds(torch.float32, every) else every)
+    if dtype == "auto":           # from scratch stays fp32; open weights: bf16 where its products are faster
+        faster = c.model and device == "cpu" and seconds(torch.bfloat16, threads) * 1.5 < seconds(torch.float32, threads)
+        dtype = "bfloat16" if faster or (c.model and device == "cuda") else "float32"
+    return dict(device=device, dtype=dtype, threads=threads)
+
+
+def base_model(run: Run) -> GPT:
+    """The tiny base of a built-in task, trained once per settings and seed and kept for all runs next to this one."""
+    c, task = run.c, run.task
+    names = ("task", "seed", "width", "layers", "base_steps", "base_batch", "base_lr", "careless", "min_operators",
+             "max_operators", "threads", "device", "dtype")
+    about = json.dumps({n: getattr(c, n) for n in names})
+    folder = Path(c.base) if c.base else run.dir.parent / f"base_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
+    model = GPT(GPTConfig.tiny(task.tokenizer.n_ids, c.width, c.layers)).initialise(c.seed)
+    model = model.to(c.device).bind(task.tokenizer)
+    held = lock(folder, wait=True)
+    if not (folder / "done" / "model.safetensors").exists():
+        print(f"training the base from scratch: {sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{c.base_steps * c.base_batch:,} solutions by careless students (kept in {folder})")
+        state = folder / "training.safetensors"
+        report = train(model, Corpus(task, c), sft_loss, c.base_lr, muon=True, warmup=50, state=state, label="base")
+        shutil.rmtree(folder / "tmp", ignore_errors=True)
+        model.save_pretrained(folder / "tmp")
+        task.tokenizer.save(folder / "tmp")
+        write_text(folder / "tmp" / "training.json", json.dumps(report) + "\n")
+        publish(folder / "tmp", folder / "done")
+        state.unlink()
+    held.close()
+    load_weights(model, dict(GPT.from_pretrained(folder / "done", "cpu", torch.float32).named_parameters()))
+    return model
+
+
+class Corpus:
+    """Batches of the base's corpus, each solution seen once; batch i is a function of (seed, i) alone."""
+
+    def __init__(self, task, c: Config):
+        self.task, self.c, self.block = task, c, (-1, [])
+
+    def __len__(self):
+        return self.c.base_steps
+
+    def __getitem__(self, i):
+        # sixteen batches are drawn together and cut by length: a fifth less padding
+        if self.block[0] != i // 16:
+            rng = random.Random(mix(self.c.seed, i // 16, 7))
+            stream = self.task.stream(mix(self.c.seed, i // 16, 8), held_out=False)
+            rows = [self.task.corpus_row(next(stream), rng) for _ in range(16 * self.c.base_batch)]
+            rows.sort(key=lambda r: len(r.packed.ids))
+            batches = [rows[j:j + self.c.base_batch] for j in range(0, len(rows), self.c.base_batch)]
+            rng.shuffle(batches)
+            self.block = (i // 16, batches)
+        return self.block[1][i % 16]
+
+
+class Batches:
+    """`steps` batches of `batch` rows: shuffled epochs over the rows, a function of the seed alone."""
+
+    def __init__(self, rows: list, batch: int, steps: int, seed: int):
+        order, rng = [], random.Random(seed)
+        while len(order) < batch * steps:
+            order += rng.sample(range(len(rows)), len(rows))
+        self.batches = [[rows[j] for j in order[i * batch:(i + 1) * batch]] for i in range(steps)]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        return self.batches[i]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4 · One chunk of questions: sample, grade, label, until the token budget is spent
+# ----------------------------------------------------------------------------------------------------------
+def grade_leaves(run: Run, questions: list, forest: Forest, leaves) -> None:
+    """Set forest.right of (tree, leaf) pairs."""
+    for b, leaf in leaves:
+        if forest.right[b, leaf] < 0:
+            text = forest.text(b, leaf, run.tokenizer, run.model.stop_ids)
+            forest.right[b, leaf] = grade(text, questions[b].answer)
+
+
+def work_chunk(run: Run, round_: int, first: int, questions: list, bar) -> tuple:
+    """Trees, pits and counts of one chunk, whatever ran before it: -> (Forest, [Pit], counts).
+
+    Waves of samples; with self_explore each wave's wrong solutions are labelled before the next. All recipes
+    spend the same number of sampled tokens (within the last wave's rounding)."""
+    c, sampler, forest = run.c, run.sampler, Forest(len(questions))
+    sampler.reset()
+    before, pits, seen = dict(sampler.counts), [], set()
+    seeds = [mix(c.seed, round_, first + b, 3) for b in range(len(questions))]
+    for b, q in enumerate(questions):
+        plant(forest, b, sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
+
+    def spent():
+        return sampler.counts["sampled"] - before["sampled"]
+
+    def sample(wants):
+        leaves = grow(forest, sampler, wants, seeds, c.max_tokens, c.temperature, bar.update)
+        ends = [(b, n) for (b, _, _), found in zip(wants, leaves) for n in found]
+        grade_leaves(run, questions, forest, ends)
+        return ends
+
+    def complete(wants):
+        start = spent()
+        sample(wants)
+        return spent() - start
+    budget, count, drawn = c.budget * len(questions), c.samples, 0
+    while count:
+        ends = sample([(b, 0, count) for b in range(len(questions))])
+        drawn += count
+        if c.recipe == "self_explore":
+            wrong = [e for e in dict.fromkeys(ends) if forest.right[e] == 0 and e not in seen]
+            seen.update(wrong)
+            pits += label_pits(forest, wrong, complete, c.completions, c.pit_search, budget - spent())
+        per_sample = spent() / (drawn * len(questions))                 # labelling included
+        count = min(c.samples, int((budget - spent()) / per_sample / len(questions)))
+    counts = {k: sampler.counts[k] - v for k, v in before.items()}
+    return forest, pits, counts
+
+
+def sample_round(run: Run, round_: int) -> list:
+    """All trees of a round as [(Question, Forest, tree, pits)], worked chunk by chunk. A chunk's file is written
+    when the chunk is done; chunks that have their file are not worked again. Result: trees_RR.jsonl."""
+    file, questions = run.dir / f"trees_{round_:02d}.jsonl", run.task.train_questions(round_)
+    if not file.exists():
+        chunks = range(0, len(questions), run.chunk)
+        bar = tqdm(desc=f"round {round_}: sampling", unit=" tokens", unit_scale=True, leave=False,
+                   total=run.c.budget * len(questions))
+        parts = []
+        for first in chunks:
+            part = run.work / f"trees_{round_:02d}_{first:06d}.jsonl"
+            if not part.exists():
+                start, group = time.time(), questions[first:first + run.chunk]
+                forest, pits, counts = work_chunk(run, round_, first, group, bar)
+                rows = []
+                for b, q in enumerate(group):
+                    labels = [{"leaf": int(p.leaf), "step": p.step, "node": p.node, "probes": p.probes} for p in pits if p.tree == b]
+                    rows.append({"question": q.text, "answer": q.answer, "tree": forest.to_json(b), "pits": labels})
+                write_lines(part.with_name("counts" + part.name[5:]), [counts | {"seconds": time.time() - start}])
+                write_lines(part, rows)
+            bar.n = (first + run.chunk) * run.c.budget
+            bar.refresh()
+            parts.append(part)
+        bar.close()
+        counts = [read_lines(p.with_name("counts" + p.name[5:]))[0] for p in parts]
+        write_lines(run.work / f"counts_{round_:02d}.jsonl", [{k: sum(x[k] for x in counts) for k in counts[0]}])
+        write_lines(file, [row for p in parts for row in read_lines(p)])
+    return read_trees(file, questions)
+
+
+def read_trees(file: Path, questions: list) -> list:
+    """[(Question, Forest, tree, pits)] of a trees file."""
+    rows = read_lines(file)
+    forest = Forest.from_json([row["tree"] for row in rows])
+    return [(q, forest, b, row["pits"]) for b, (q, row) in enumerate(zip(questions, rows))]
+
+
+def sampling_report(run: Run, trees: list) -> dict:
+    """Log keys about the samples of a round (root samples: the first step's siblings with their counts)."""
+    right = wrong = steps = probes = agree = truth = 0
+    distinct = []
+    for q, forest, b, pits in trees:
+        ends = [n for n in forest.leaves(b)]
+        below = forest.below(b)
+        right, wrong = right + int(below[0]), wrong + int(forest.below(b, 0)[0])
+        answers = {extract_answer(forest.text(b, n, run.tokenizer, run.model.stop_ids)) for n in ends}
+        distinct.append(len(answers))
+        for p in pits:
+            probes += p["probes"]
+            if p["step"] is not None:
+                steps += 1
+                if isinstance(run.task, Homework):
+                    truth += 1
+                    text = forest.text(b, p["leaf"], run.tokenizer, run.model.stop_ids)
+                    agree += run.task.first_false_step(q, text) == p["step"]
+    return dict(sampled_accuracy=round(right / max(1, right + wrong), 4), distinct_answers=round(float(np.mean(distinct)), 3),
+                pits=steps, probes=probes, pit_agreement=round(agree / truth, 4) if truth else None)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5 · Evaluation
+# ----------------------------------------------------------------------------------------------------------
+def wilson(right: int, n: int) -> tuple:
+    """Wilson's 95% interval of a rate."""
+    z, p = 1.959964, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def mcnemar(ours: list, theirs: list) -> float:
+    """Exact two-sided McNemar test on the same questions: the chance of so lopsided a split of the questions that
+    only one of the two got right, were both equally good."""
+    only = [sum(a and not b for a, b in zip(ours, theirs)), sum(b and not a for a, b in zip(ours, theirs))]
+    n, k = sum(only), min(only)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n) if n else 1.0
+
+
+def greedy(run: Run, questions: list, progress=None) -> list:
+    """One greedy solution per question: [(text, why it stopped, tokens)]."""
+    run.sampler.reset()
+    requests = [Request(run.sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))), 0, run.c.max_tokens) for q in questions]
+    return [(run.tokenizer.decode([int(i) for i in o.ids if i not in run.model.stop_ids]), o.why, len(o.ids))
+            for o in run.sampler.extend(requests, 0, progress=progress)]
+
+
+def evaluate(run: Run, round_: int) -> dict:
+    """Greedy accuracy on the held-out questions; per-question results in eval_RR.jsonl. Tokens sampled here are
+    not counted as training tokens."""
+    file, questions, size = run.dir / f"eval_{round_:02d}.jsonl", run.task.eval_questions(), 4 * run.chunk
+    start = time.time()
+    if not file.exists():
+        bar = tqdm(desc=f"round {round_}: evaluating", unit=" tokens", unit_scale=True, leave=False)
+        for first in range(0, len(questions), size):
+            part = run.work / f"eval_{round_:02d}_{first:06d}.jsonl"
+            if not part.exists():
+                group = questions[first:first + size]
+                write_lines(part, [result(q, *found) for q, found in zip(group, greedy(run, group, bar.update))])
+        bar.close()
+        write_lines(file, [row for first in range(0, len(questions), size)
+                           for row in read_lines(run.work / f"eval_{round_:02d}_{first:06d}.jsonl")])
+    return accuracy_report(read_lines(file)) | {"eval_seconds": time.time() - start}
+
+
+def result(q: Question, text: str, why: str, length: int) -> dict:
+    """What is kept of one evaluated question."""
+    return dict(question=q.text, answer=q.answer, steps=q.steps, text=text, right=grade(text, q.answer),
+                rule=find_answer(text)[1], why=why, tokens=length)
+
+
+def accuracy_report(rows: list) -> dict:
+    """Log keys about an evaluation."""
+    n, right = len(rows), sum(r["right"] for r in rows)
+    low, high = wilson(right, n)
+    groups = {}
+    for r in rows:
+        groups.setdefault(r["steps"], []).append(r["right"])
+    return dict(accuracy=right / n, accuracy_low=low, accuracy_high=high, questions=n,
+                strict_accuracy=sum(r["right"] and r["rule"] == "####" for r in rows) / n,
+                no_answer=sum(r["rule"] is None for r in rows) / n, never_ends=sum(r["why"] == "length" for r in rows) / n,
+                mean_tokens=sum(r["tokens"] for r in rows) / n,
+                accuracy_by_steps={str(k): round(float(np.mean(v)), 4) for k, v in sorted(groups.items())})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6 · Recipes: what each method makes of the same forest
+# ----------------------------------------------------------------------------------------------------------
+def learn(run: Run, round_: int, stage: str, rows: list, loss_fn, kind: str, steps: int) -> tuple:
+    """Train on rows for `steps` steps; resumable. -> (report, state file)."""
+    state = run.work / f"train_{round_:02d}_{stage}.safetensors"
+    if not rows:
+        print(f"round {round_}: nothing to learn from (no {'pair' if kind == 'dpo' else 'right solution'}); "
+              "the model stays as it is")
+        return {}, None
+    lr = (run.c.dpo_lr if kind == "dpo" else run.c.sft_lr) or default_lr(run.model, kind)
+    batches = Batches(rows, run.c.batch, steps, mix(run.c.seed, round_, 5))
+    return train(run.model, batches, loss_fn, lr, state=state, label=f"round {round_}: {stage}"), state
+
+
+def right_rows(run: Run, trees: list, most: int = 8) -> list:
+    """Distinct right solutions, at most `most` a question (Self-Explore sec. 3.1), as rows to imitate."""
+    rows = []
+    for _, forest, b, _ in trees:
+        found = {}
+        for n in forest.leaves(b):
+            if forest.right[b, n] == 1:
+                found.setdefault(calculations(forest.text(b, n, run.tokenizer, run.model.stop_ids)), n)
+        if found:
+            rows.append(tree_row(forest, b, paths=list(found.values())[:most]))
+    return rows
+
+
+def edit_distance(a: np.ndarray, b: np.ndarray) -> int:
+    """Levenshtein distance of two id sequences, a row of the table at a time."""
+    row = np.arange(len(b) + 1)
+    for i, x in enumerate(a, 1):
+        best = np.concatenate(([i], np.minimum(row[1:] + 1, row[:-1] + (b != x))))
+        row = np.minimum.accumulate(best - np.arange(len(b) + 1)) + np.arange(len(b) + 1)   # insertions
+    return int(row[-1])
+
+
+def outcome_pairs(forest: Forest, b: int, most: int = 8) -> list:
+    """Each right solution against the wrong one most different from it (Self-Explore sec. 3.1). What both share is
+    their prefix: its log-prob cancels in h, so the sides begin where they part."""
+    right, wrong = ([n for n in forest.leaves(b) if forest.right[b, n] == r][:most] for r in (1, 0))
+    pairs = []
+    for good in right if wrong else []:
+        ids = forest.path_of(b, good, "ids", root=False)
+        bad = max(wrong, key=lambda n: (edit_distance(ids, forest.path_of(b, n, "ids", root=False)), -n))
+        up, down = forest.path(b, good), forest.path(b, bad)
+        fork = next(i for i, (x, y) in enumerate(zip(up, down)) if x != y)
+        pairs.append(Pair(up[fork:], down[fork:]))
+    return pairs
+
+
+def pit_pairs(forest: Forest, b: int, pits: list, smoothing: float) -> list:
+    """Self-Explore's step pairs: rejected = the pit step alone, chosen = the shortest right completion from the
+    prefix before it, end-of-text included. One pair per pit, however many wrong solutions fell into it."""
+    pairs = []
+    for pit in sorted({p["node"] for p in pits if p["node"] is not None}):
+        before = int(forest.parent[b, pit])
+        best = None
+        for leaf in forest.leaves(b):
+            path = forest.path(b, leaf)
+            if forest.right[b, leaf] == 1 and before in path:
+                side = path[path.index(before) + 1:]
+                size = sum(len(forest.ids[b][n]) for n in side)
+                if best is None or size < best[0]:
+                    best = (size, side)
+        if best is not None:
+            pairs.append(Pair(best[1], [pit], smoothing))
+    return pairs
+
+
+def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int) -> tuple:
+    """DPO + NLL on the pairs made of each tree; the model as it is now is the reference."""
+    rows = [tree_row(forest, b, pairs) for (_, forest, b, _), pairs in zip(trees, made) if pairs]
+    text = lambda forest, b, nodes: run.tokenizer.decode([int(i) for n in nodes for i in forest.ids[b][n] if i not in run.model.stop_ids])
+    write_lines(run.dir / f"pairs_{round_:02d}.jsonl", [
+        dict(prompt=run.task.prompt(q) + forest.text(b, int(forest.parent[b, p.chosen[0]]), run.tokenizer, run.model.stop_ids),
+             chosen=text(forest, b, p.chosen), rejected=text(forest, b, p.rejected))
+        for (q, forest, b, _), pairs in zip(trees, made) for p in pairs])
+    store_reference(run.model, rows)
+    report, state = learn(run, round_, "dpo", rows, preference_loss(run.c.beta, run.c.nll, run.c.loss), "dpo", steps)
+    return report | {"pairs": sum(map(len, made))}, state
+
+
+def sft(run: Run, round_: int, trees: list) -> tuple:
+    """Control: the base's corpus again (real data: the reference solutions). Samples nothing."""
+    rng = random.Random(mix(run.c.seed, round_, 6))
+    return learn(run, round_, "sft", [run.task.corpus_row(q, rng) for q in corpus_questions(run, round_)], sft_loss, "sft", run.c.steps)
+
+
+def corpus_questions(run: Run, round_: int) -> list:
+    """As many questions as the round's steps will read, fresh where the task can make them."""
+    count = run.c.steps * run.c.batch
+    if isinstance(run.task, Homework):
+        stream = run.task.stream(mix(run.c.seed, round_, 9), held_out=False)
+        return [next(stream) for _ in range(count)]
+    return run.task.train_questions(round_)
+
+
+def rft(run: Run, round_: int, trees: list) -> tuple:
+    """Rejection-sampling fine-tuning (2308.01825): imitate the distinct right solutions of all rounds so far."""
+    rows = [row for r in range(1, round_) for row in right_rows(run, read_trees(
+        run.dir / f"trees_{r:02d}.jsonl", run.task.train_questions(r)))] + right_rows(run, trees)
+    return learn(run, round_, "rft", rows, sft_loss, "sft", run.c.steps)
+
+
+def outcome_dpo(run: Run, round_: int, trees: list) -> tuple:
+    """Control: DPO on whole solutions, right against wrong, with NLL on the right one."""
+    return learn_pairs(run, round_, trees, [outcome_pairs(forest, b) for _, forest, b, _ in trees], run.c.steps)
+
+
+def self_explore(run: Run, round_: int, trees: list) -> tuple:
+    """Self-Explore (2404.10346): DPO on first pits. Round 1 first fine-tunes the base on its right solutions, with
+    half of the steps; that model is start and reference. Later rounds start from the last one."""
+    steps, report = run.c.steps, {}
+    if round_ == 1:
+        report, _ = learn(run, round_, "rft", right_rows(run, trees), sft_loss, "sft", steps // 2)
+        steps -= steps // 2
+    pairs = [pit_pairs(forest, b, pits, run.c.smoothing) for _, forest, b, pits in trees]
+    second, state = learn_pairs(run, round_, trees, pairs, steps)
+    second["tokens"] = second.get("tokens", 0) + report.get("tokens", 0)
+    return second, state
+
+
+RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore)   # HACK HERE: add your own
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7 · The loop
+# ----------------------------------------------------------------------------------------------------------
+def finish_round(run: Run, round_: int, start: float, report: dict, sampled: dict) -> dict:
+    """Evaluate, write the log row and say one line."""
+    found = evaluate(run, round_)
+    rows = run.log()
+    row = dict(recipe=run.c.recipe, round=round_, seed=run.c.seed, **found,
+               sampled_tokens=sampled.get("sampled", 0), prompt_tokens=sampled.get("prompt", 0),
+               processed_tokens=sampled.get("processed", 0), trained_tokens=report.get("tokens", 0),
+               occupancy=round(sampled["live"] / sampled["room"], 4) if sampled.get("room") else None,
+               sampled_tokens_total=sampled.get("sampled", 0) + (rows[-1]["sampled_tokens_total"] if rows else 0),
+               **{k: sampled.get(k) for k in ("sampled_accuracy", "distinct_answers", "pits", "probes", "pit_agreement")},
+               **{k: report.get(k) for k in ("pairs", "steps", "loss", "dpo", "margin", "preference_accuracy", "chosen_shift",
+                                             "rejected_shift", "chosen_length", "rejected_length", "grad_norm", "skipped")},
+               sampling_seconds=sampled.get("seconds", 0.0), train_seconds=report.get("train_seconds", 0.0),
+               seconds=time.time() - start)
+    write_lines(run.dir / "log.jsonl", rows + [row])
+    print(line(row), flush=True)
+    if report.get("alarm"):
+        print(f"  alarm: {report['alarm']}")
+    return row
+
+
+def line(row: dict) -> str:
+    """One line about one round."""
+    return (f"round {row['round']}   accuracy {100 * row['accuracy']:5.1f}%  [{100 * row['accuracy_low']:.1f}, "
+            f"{100 * row['accuracy_high']:.1f}]   sampled {row['sampled_tokens']:>9,} tokens   {row['seconds']:6.1f} s")
+
+
+def run_loop(config: Config) -> list:
+    """Run or resume one run to its end; returns its log rows. Every stage skips what is already on the disk."""
+    run = Run(config)
+    done = len(run.log())
+    if done == 0:
+        start = time.time()
+        run.save(0, None)
+        finish_round(run, 0, start, {}, {})
+        done = 1
+    else:
+        for row in run.log():
+            print(line(row))
+    for round_ in range(done, run.c.rounds + 1):
+        start = time.time()
+        run.load(round_ - 1)
+        trees, sampled = [], {}
+        if run.c.recipe != "sft":
+            trees = sample_round(run, round_)
+            sampled = read_lines(run.work / f"counts_{round_:02d}.jsonl")[0] | sampling_report(run, trees)
+        report, state = RECIPES[run.c.recipe](run, round_, trees)
+        run.save(round_, state)
+        finish_round(run, round_, start, report, sampled)
+        for file in run.work.glob(f"*_{round_:02d}*"):
+            file.unlink()
+    summary(run)
+    return run.log()
+
+
+def summary(run: Run) -> None:
+    """The table, one question before and after, and where everything lies."""
+    print(f"\n{'round':>5} {'accuracy':>9} {'95% interval':>14} {'sampled':>10} {'trained':>10} {'pairs':>6} {'seconds':>8}")
+    for r in run.log():
+        print(f"{r['round']:>5} {100 * r['accuracy']:>8.1f}% {100 * r['accuracy_low']:>6.1f} - {100 * r['accuracy_high']:>5.1f} "
+              f"{r['sampled_tokens']:>10,} {r['trained_tokens']:>10,} {r['pairs'] or 0:>6} {r['seconds']:>8.1f}")
+    if (run.dir / "trees_01.jsonl").exists():
+        run.load(len(run.log()) - 1)
+        trees = read_trees(run.dir / "trees_01.jsonl", run.task.train_questions(1))
+        shown = next((t for t in trees if any(p["node"] for p in t[3]) and t[1].below(t[2])[0]), trees[0])
+        q, forest, b, pits = shown
+        print(f"\nA question of round 1, as the base sampled it (answer {q.answer}):\n")
+        print(draw(forest, b, run.tokenizer, {p["node"] for p in pits if p["node"]}, run.model.stop_ids, limit=14))
+        print("\nand as the improved model answers it:\n\n" + "\n".join("   " + l for l in greedy(run, [q])[0][0].split("\n")))
+        ask = run.task.prompt(q).replace("\n", "\\n")
+        print(f'\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.\nAsk it:  python '
+              f'model.py --model {run.round_dir(len(run.log()) - 1)} --prompt "{ask}" --temperature 0')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8 · Comparing
+# ----------------------------------------------------------------------------------------------------------
+def compare(config: Config) -> None:
+    """Run or resume every recipe on every seed, then one table: mean accuracy after the last round with a Wilson
+    interval over all questions, and an exact McNemar test against rft (or the first recipe) on the same ones."""
+    names, root = config.compare.split(","), Path(config.out or f"runs/compare_{config.task}")
+    results, logs = {}, {}
+    for seed in range(config.seeds):
+        for name in names:
+            out = str(root / f"{name}_seed{seed}")
+            print(f"\n== {name}, seed {seed}")
+            rows = run_loop(replace(config, recipe=name, seed=seed, out=out, compare=""))
+            logs.setdefault(name, []).append(rows)
+            results.setdefault(name, []).extend(r["right"] for r in read_lines(Path(out) / f"eval_{rows[-1]['round']:02d}.jsonl"))
+    against = "rft" if "rft" in names else names[0]
+    print(f"\n| recipe | accuracy, mean of {config.seeds} seeds | 95% interval | each seed | sampled tokens | minutes | McNemar against {against} |"
+          "\n|---|---|---|---|---|---|---|")
+    for name in names:
+        low, high = wilson(sum(results[name]), len(results[name]))
+        each = " ".join(f"{100 * rows[-1]['accuracy']:.1f}" for rows in logs[name])
+        tokens = np.mean([rows[-1]["sampled_tokens_total"] for rows in logs[name]])
+        minutes = np.mean([sum(r["seconds"] for r in rows) for rows in logs[name]]) / 60
+        p = "-" if name == against else f"p = {mcnemar(results[name], results[against]):.2g}"
+        print(f"| {name} | {100 * np.mean(results[name]):.1f} | {100 * low:.1f} - {100 * high:.1f} | {each} | {tokens:,.0f} | {minutes:.1f} | {p} |")
+    base = np.mean([rows[0]["accuracy"] for rows in logs[names[0]]])
+    print(f"\nbase: {100 * base:.1f}% (mean of the seeds), same base and questions for all recipes of a seed")
+
+
+def evaluate_folder(config: Config) -> None:
+    """--evaluate: greedy accuracy of a model folder, or of the last round of a run, on the held-out questions."""
+    folder = Path(config.evaluate)
+    if (folder / "log.jsonl").exists():
+        saved = read_json(folder / "config.json")["settings"]
+        keep = {k: v for k, v in saved.items() if k not in FREE and k not in ("device", "dtype", "threads", "eval_questions")}
+        config = replace(config, **keep)
+        folder = folder / f"round_{len(read_lines(folder / 'log.jsonl')) - 1}"
+    run = object.__new__(Run)
+    run.c, run.chunk = config, config.chunk
+    run.model, run.tokenizer = GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    run.model.bind(run.tokenizer)
+    run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions) if config.eval_data else Homework(config)
+    run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, solution_over)
+    questions, rows = run.task.eval_questions(), []
+    for first in tqdm(range(0, len(questions), 256), desc="evaluating", leave=False):
+        group = questions[first:first + 256]
+        rows += [result(q, *found) for q, found in zip(group, greedy(run, group))]
+    print(json.dumps({"folder": str(folder)} | accuracy_report(rows), indent=1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9 · Program
+# ----------------------------------------------------------------------------------------------------------
+def main(arguments: list) -> int:
+    """Exit code 0, 2 for bad input (one sentence), 130 when interrupted (the same command goes on)."""
+    try:
+        config = parse_flags(arguments)
+        (evaluate_folder if config.evaluate else compare if config.compare else run_loop)(config)
+        return 0
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

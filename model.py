@@ -1,0 +1,1267 @@
+"""The language model: open weights in, tokens out, and no token encoded twice.
+
+The textbook idea. A GPT reads tokens and predicts the next; a sampler draws from the prediction, appends, repeats.
+Everything above this file (trees, critics, training) only ever asks for: hidden states of tokens, log-probs of
+tokens, and continuations of many prefixes at once.
+
+What is different here
+  1. One class is GPT-2, Llama 2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM2 and DeepSeekMath, by their config.json; what
+     it does not know it refuses by name. Every tensor is saved back under the name and dtype it came with.
+  2. safetensors are read and written here, every length checked. Pickled weights are refused.
+  3. The sampler keeps keys and values of every token under an address; branches of a tree share their prefix.
+  4. Random numbers belong to the row (run, question, node, sample), not to the batch.
+  Left out: dropout, tensor parallelism, beam search. Nothing here needs them.
+
+Chapters: 1 Files   2 Tokenizer   3 Config   4 GPT   5 Sampler   6 Program
+Try:  python model.py                                                      (what sharing saves; 2 seconds)
+      python model.py --model FOLDER --prompt "..." --temperature 0.7      (any supported HF-format folder)
+"""
+import argparse
+import functools
+import json
+import math
+import os
+import re
+import sys
+import time
+import unicodedata
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+# OpenMP threads that spin while they wait are 10-50 times slower beside any other process; torch reads this once
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import numpy as np  # noqa: E402
+import tiktoken  # noqa: E402
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+
+class BadInput(ValueError):
+    """One sentence for the user: what is wrong, where, how to mend it. Programs print it and exit with 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 1 · Files: JSON and safetensors. What comes from the net is hostile: it gives a checked result or BadInput
+# ----------------------------------------------------------------------------------------------------------
+DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, BOOL=torch.bool)
+LFS, IS_LFS = b"version https://git-lfs", "is a git-LFS pointer, not the file: fetch it with `git lfs pull`"
+PICKLED = ("pickled weights, and a pickle can run code (torch.load(weights_only=True) had holes: CVE-2025-"
+           "32434, CVE-2026-24747): convert them first, with save_pretrained(..., safe_serialization=True)")
+
+
+@contextmanager
+def about(path):
+    """Inside, what is wrong with a file (absent, disk full, failed `need`) becomes BadInput with its name."""
+    try:
+        yield
+    except (OSError, ValueError, OverflowError, RecursionError, re.error) as error:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def need(condition, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def field(obj, key: str, kind, default=None):
+    """obj[key], sure to be of type `kind`. Absent or null gives `default`, ValueError where that is None."""
+    value = obj.get(key) if isinstance(obj, dict) else None
+    value = default if value is None else value
+    need(type(value) is kind, f"key {key!r} must be of type {kind.__name__}, not {value!r:.60}")
+    return value
+
+
+def read_json(path, raw: bytes | None = None) -> dict:
+    """The object in a JSON file, or in `raw` (then the path is but a name). BadInput: absent, a git-LFS
+    pointer, no UTF-8 JSON, no object, a key twice (readers differ in which counts: checked is not used)."""
+    def unique(pairs):
+        need(len(found := dict(pairs)) == len(pairs), "a key appears twice in one JSON object")
+        return found
+    with about(path):
+        raw = Path(path).read_bytes() if raw is None else raw
+        need(not raw.startswith(LFS), IS_LFS)
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        need(isinstance(found, dict), f"holds a JSON {type(found).__name__} in place of an object {{...}}")
+    return found
+
+
+def parse_header(path) -> tuple[dict, dict]:
+    """({name: (dtype, shape, begin, end)} in order of the data, metadata), all checked, nothing allocated.
+    dtype is a key of DTYPES; begin and end count bytes from the start of the file, which is
+        8 bytes: N, little-endian | N bytes of JSON, offsets from its own end | the tensors, without gaps"""
+    with about(path), open(path, "rb") as file:
+        size, start = os.fstat(file.fileno()).st_size, file.read(len(LFS))
+        n = int.from_bytes(start[:8], "little")
+        need(size >= 8 and n <= 100_000_000 and 8 + n <= size, IS_LFS if start == LFS else
+             "holds " + PICKLED if start.startswith((b"PK\3\4", b"\x80")) else     # zip or pickle: torch.save
+             f"is no safetensors file, or was cut short ({size} bytes, a header of {n})")
+        file.seek(8)
+        raw, header, at = read_json(f"{path} (header)", file.read(n)), {}, 8 + n
+        metadata = field(raw, "__metadata__", dict, {})
+        need(all(isinstance(text, str) for text in metadata.values()), "__metadata__ must hold strings only")
+        for name in raw.keys() - {"__metadata__"}:
+            with about(f"{path}: tensor {name!r:.120}"):
+                dtype, shape, span = (field(raw[name], key, kind) for key, kind in
+                                      (("dtype", str), ("shape", list), ("data_offsets", list)))
+                need(dtype in DTYPES, f"dtype {dtype!r:.40} is not supported, only {', '.join(DTYPES)}")
+                need(len(raw[name]) == 3 and len(span) == 2 and len(shape) <= 8 and all(
+                    type(i) is int and 0 <= i < 2 ** 48 for i in shape + span), "odd shape or data_offsets")
+                # note: (0, 2**40, 2**40) is empty, but its strides overflow: so a zero counts as a one here
+                need(math.prod(max(i, 1) for i in shape) < 2 ** 48
+                     and span[1] - span[0] == math.prod(shape) * DTYPES[dtype].itemsize,
+                     f"data_offsets {span} do not fit shape {shape} of {dtype}")
+                header[name] = (dtype, tuple(shape), 8 + n + span[0], 8 + n + span[1])
+        header = dict(sorted(header.items(), key=lambda item: (*item[1][2:], item[0])))
+        for name, (_, _, begin, end) in header.items():
+            need(begin == at, f"tensor {name!r:.120} begins at byte {begin}, not {at}: a gap or an overlap")
+            at = end
+        need(at == size, f"is {size} bytes long, its header says {at}: cut short or damaged")
+    return header, metadata
+
+
+def safetensors_header(path) -> dict[str, tuple]:
+    """{name: (dtype, shape, begin, end)}: to compare shapes before anything is allocated."""
+    return parse_header(path)[0]
+
+
+def read_safetensors(path, keep=None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """({name: CPU tensor}, metadata); what keep(name) denies is not read. Each tensor gets memory of its own.
+    (No memory map: a file that is cut short while mapped kills the process instead of raising.)"""
+    (header, metadata), tensors = parse_header(path), {}
+    with about(path), open(path, "rb") as file:
+        for name, (dtype, shape, begin, end) in header.items():
+            if keep is None or keep(name):
+                raw = torch.empty(end - begin, dtype=torch.uint8)
+                file.seek(begin)
+                need(file.readinto(raw.numpy()) == end - begin, f"ended while {name!r:.120} was read")
+                # footgun: a bool byte that is neither 0 nor 1 is undefined behaviour, hence != 0 and no view
+                tensors[name] = (raw != 0 if dtype == "BOOL" else raw.view(DTYPES[dtype])).reshape(shape)
+    return tensors, metadata
+
+
+def write_atomically(path, chunks) -> None:
+    """Write byte chunks to `path`: whoever looks, or kills us, sees the old file or the whole new one."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")       # in the same folder: a rename across disks would copy
+    with about(f"{path}: cannot be written"):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())                 # or the rename may reach the disk before the bytes do
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    write_atomically(path, [text.encode()])
+
+
+def write_safetensors(path, tensors: dict, metadata=None) -> None:
+    """Write {name: tensor} atomically, one by one (never a second copy of the model). Widest type first, then
+    by name: the same tensors give the same bytes, each begins at a multiple of its width."""
+    kinds, at = {dtype: name for name, dtype in DTYPES.items()}, 0
+    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in order:
+        dtype, begin = tensors[name].dtype, at
+        with about(path):
+            need(dtype in kinds, f"cannot store {name!r:.120} as {dtype}, only as {', '.join(DTYPES)}")
+        at += tensors[name].numel() * dtype.itemsize
+        header[name] = dict(dtype=kinds[dtype], shape=[*tensors[name].shape], data_offsets=[begin, at])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)                     # the data begins at a multiple of 8
+    write_atomically(path, (len(text).to_bytes(8, "little") + text if name is None else     # None: the header
+                            tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                            for name in [None, *order]))
+
+
+def weight_files(folder) -> dict[str, Path]:
+    """{tensor name: the safetensors file that holds it} of a model folder: one file, or shards with an index.
+    BadInput: no folder, no weights, only pickles, a missing shard, index and shards that disagree."""
+    single, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
+    with about(folder):
+        endings = {path.suffix for path in Path(folder).iterdir()}
+        if single.exists():
+            return dict.fromkeys(safetensors_header(single), single)
+        need(index.exists(), f"has only {PICKLED}" if endings & {".bin", ".pt", ".pth", ".ckpt"} else
+             f"has no weights: neither {single.name} nor {index.name}")
+    with about(index):
+        places = field(read_json(index), "weight_map", dict)
+        for name, file in places.items():               # a path in here could point anywhere on the disk
+            need(isinstance(file, str) and file.isprintable() and re.fullmatch(r"(?!.*\.\.)[^/\\]+", file),
+                 f"places {name!r:.120} in {file!r:.120}: only plain file names are allowed")
+        held = [(n, file) for file in {*places.values()} for n in safetensors_header(Path(folder, file))]
+        wrong = sorted({*held} ^ {*places.items()})     # in two files, in none, or not listed
+        need(held and not wrong, f"{wrong[:1]} is listed here or held there, but not both")
+    return {name: Path(folder, file) for name, file in held}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2 · Tokenizer: byte-level BPE out of a tokenizer.json, id for id as Hugging Face `tokenizers` has it
+# ----------------------------------------------------------------------------------------------------------
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]           # bytes that are spelled as themselves
+LETTERS = dict(zip(map(chr, PLAIN + [*range(256, 324)]), PLAIN + sorted({*range(256)} - {*PLAIN})))   # Ġ: 32
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+          r"\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace("{1,3}", "")
+# digits cut off first, then GPT2, as one: spaces before a digit end a piece, so the digit gets none of them
+DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\s+(", r"\s+(?=\p{N})|\s+(", 1)
+FAST = {(): r"[\s\S]+", (GPT2,): GPT2, (LLAMA3,): LLAMA3, (QWEN2,): QWEN2, (r"\p{N}", GPT2): DIGITS}
+LONG = 100_000      # characters; subtle: tiktoken's regex panics at a million spaces in a row (its stack)
+BPE = partial(tiktoken.Encoding, "bpe", special_tokens={})
+
+
+@lru_cache(maxsize=64)
+def splitter(pattern: str) -> re.Pattern:
+    r"""A regular expression of a tokenizer.json, to split with by Python's re: text, match, text ... text.
+    re knows no \p{L}: tiktoken is asked which of all characters are in such a class; their ranges take its
+    place. ValueError: a part that dialects read differently."""
+    def char_class(part):
+        if part[1] is None:                             # an escaped character, or a group: to be no result
+            return "(?:" if part[0] == "(" else part[0]
+        probe = BPE(pat_str=f"(?:{part[1]})+", mergeable_ranks={bytes([b]): b for b in range(256)})
+        every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+        found = probe.decode(probe.encode_ordinary(every)).encode("utf-32-le")
+        codes = np.frombuffer(found, "<u4").astype(int)
+        runs = np.split(codes, np.flatnonzero(np.diff(codes) != 1) + 1)
+        return "[" + "".join(f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs if len(run)) + "]"
+    strange = re.search(r"\\[^\WpPsSdDrntf]|\d\}[?+]|\{,|\(\?(?!i?:|>|<?[=!])|^$", pattern)
+    need(not strange, f"the regular expression part {strange and strange[0]!r} is not supported")
+    parts = r"(\\[pP](?:\{\w+\}|\w)|\\[sSdD]|\[(?:[^][\\]|\\.|\[(?:[^][\\]|\\.)*\])+\])|\\.|\((?!\?)"
+    return re.compile(f"({re.sub(parts, char_class, pattern, flags=re.S)})", re.M)      # to HF ^ $ mean lines
+
+
+def live_tokens(order: dict) -> dict:
+    """{(left, right): index of merge} -> {token: (index, left, right)}: those that merging makes of their own
+    bytes. No merge ever makes another one, for its bytes would have gone the same way in any text.
+
+    A merge (l, r) comes about iff nothing joined across its border before. Undo the later half, and so on:
+        he|llo: any earlier merge (he, llo)? llo came last: (he, l) before it? he next: (e, l) before it?"""
+    made = {letter: (-1, "", "") for letter in LETTERS}
+    for (left, right), index in order.items():
+        l, r, limit = left, right, index
+        while l in made and r in made and order.get((l, r), limit) >= limit:
+            if made[l][0] > made[r][0]:
+                limit, _, l = made[l]
+            elif made[r][0] >= 0:                       # of two equal halves the left one is made first
+                limit, r = made[r][0] + 1, made[r][1]
+            else:                                       # down to two bytes
+                made.setdefault(left + right, (index, left, right))
+                break
+    return made
+
+
+def steps(part, members: str, known: str) -> list[dict]:
+    """A component of tokenizer.json as a list: a Sequence's members, none for null; types must be known."""
+    kind = "null" if part is None else field(part, "type", str)
+    if kind == "Sequence":
+        return [step for inner in field(part, members, list) for step in steps(inner, members, known)]
+    need(kind in known.split(), f"{members}: type {kind!r:.60} is not supported, only {known}")
+    return [] if part is None else [part]
+
+
+class Tokenizer:
+    """Text <-> token ids. What we would read otherwise than a tokenizer.json's makers is refused by name.
+
+    n_ids, base_ids  largest id + 1, with and without added tokens; a model may have more rows: never sample
+    holes            ids below n_ids that stand for nothing
+    newline_ids      ids whose bytes hold a newline: they end a step
+    eos_ids, begin   ids that end a text, where the folder says so; ids the post-processor puts before one"""
+    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")   # the last two: if there
+
+    def __init__(self, files: dict[str, bytes], folder="tokenizer"):
+        self.files, self.added, self.cuts, self.begin, self.eos_ids = files, {}, [], [], set()
+        spec, *others = [read_json(Path(folder, name), files.get(name, b"{}")) for name in self.FILES]
+        with about(Path(folder, self.FILES[0])):
+            model, cutting = field(spec, "model", dict), [spec.get("normalizer"), spec.get("pre_tokenizer")]
+            need(model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
+                 and not re.search(r"Metaspace|\\u2581", json.dumps(cutting)), "is of the SentencePiece "
+                 "kind or no BPE: not supported yet, planned for later; byte-level BPE is: GPT-2, Llama 3")
+            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+                need(not model.get(key), f"model.{key} {model.get(key)!r:.60} is not supported")
+            self._read_cuts(spec)
+            self._read_ids(field(spec, "added_tokens", list, []), field(model, "vocab", dict))
+            self._read_merges(model)
+            for step in steps(spec.get("post_processor"), "processors", "null ByteLevel TemplateProcessing"):
+                for item in field(step, "single", list, []):
+                    if field(item, "Sequence", dict, {}):
+                        break                           # the text itself: the rest comes after it
+                    name = field(field(item, "SpecialToken", dict), "id", str)
+                    self.begin += field(field(field(step, "special_tokens", dict), name, dict), "ids", list)
+            need(all(type(id) is int and id in self.bytes for id in self.begin), "post_processor: unknown id")
+        for other in others[::-1]:                      # the config, read last, has the last word
+            eos = other.get("eos_token")
+            eos = self.ids.get(str(eos.get("content") if isinstance(eos, dict) else eos))
+            self.eos_ids = self.eos_ids if eos is None else {eos}
+
+    def _read_cuts(self, spec: dict) -> None:
+        """self.cuts: regular expressions that cut text into pieces before merges; None: a space to each."""
+        forms = steps(spec.get("normalizer"), "normalizers", "null NFC NFD NFKC NFKD")
+        self.forms = [form["type"] for form in forms]
+        need(len(steps(spec.get("decoder"), "decoders", "ByteLevel")) == 1, "decoder must be one ByteLevel")
+        parts = steps(spec.get("pre_tokenizer"), "pretokenizers", "Split Digits ByteLevel")
+        need([part["type"] == "ByteLevel" for part in parts] == [False] * (len(parts) - 1) + [True],
+             "pre_tokenizer must end in its only ByteLevel")
+        for part in parts:
+            if part["type"] == "Digits":
+                self.cuts.append(r"\p{N}" if field(part, "individual_digits", bool, False) else r"\p{N}+")
+            elif part["type"] == "Split":
+                rule, how = field(part, "pattern", dict), part.get("behavior")
+                need(how == "Isolated", f"Split with behavior {how!r:.60} is not supported")
+                plain = re.sub(r"([][\\.*+?^${}()|])", r"\\\1", field(rule, "String", str, ""))
+                self.cuts.append(field(rule, "Regex", str, plain))
+            else:
+                self.cuts += [None] * field(part, "add_prefix_space", bool, True)
+                self.cuts += [GPT2] * field(part, "use_regex", bool, True)
+        self.fast = FAST.get(tuple(self.cuts))
+        for cut in self.cuts * (not self.fast):
+            need(cut is None or splitter(cut), "")      # else we would see only in use what is wrong
+
+    def _read_ids(self, added: list, vocab: dict) -> None:
+        """Who has which id, and which bytes an id stands for."""
+        self.ids, names, late = dict(vocab), {}, {}
+        for token in added:
+            name, id = field(token, "content", str), field(token, "id", int)
+            for key in ("single_word", "lstrip", "rstrip") + ("normalized",) * bool(self.forms):
+                need(not token.get(key), f"added token {name!r:.60} with {key} is not supported")
+            need(name and self.ids.setdefault(name, id) == id, f"added token {name!r:.60}: empty, or two ids")
+            self.added[name], late[name] = id, bool(token.get("normalized"))
+        for name, id in self.ids.items():
+            need(type(id) is int and 0 <= id < 2 ** 22 and names.setdefault(id, name) == name,
+                 f"token {name[:60]!r} has an id that is none, too large or taken")
+        # as Hugging Face has it, a name with any letter outside the byte alphabet stands for its own text
+        self.bytes = {id: bytes(map(LETTERS.get, name)) if LETTERS.keys() >= {*name} else
+                      name.encode("utf-8", "replace") for id, name in names.items()}
+        self.n_ids, self.base_ids = max(names, default=-1) + 1, max(vocab.values(), default=-1) + 1
+        self.holes = [id for id in range(self.n_ids) if id not in names]
+        self.newline_ids = [id for id in sorted(names) if b"\n" in self.bytes[id]]
+        first = sorted(self.added, key=lambda name: (late[name], -len(name)))   # if two match: the longer one
+        self.finder = re.compile("(" + ("|".join(map(re.escape, first)) or "(?!)") + ")")
+
+    def _read_merges(self, model: dict) -> None:
+        """self.bpe gets the live tokens: tiktoken merges to all it has, and takes whole pieces first. Others
+        count with ignore_merges, as whole pieces: in self.whole are those it could also merge to."""
+        vocab, order, self.whole = model["vocab"], {}, {}
+        for merge in field(model, "merges", list):      # "a b", or ["a", "b"] in newer files
+            pair = merge.split(" ") if isinstance(merge, str) else field({"merges": merge}, "merges", list)
+            pair = tuple(map(str, pair))
+            need(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys(), "a merge is not of two tokens")
+            order[pair] = len(order)
+        ids, made = [vocab["".join(pair)] for pair in order], live_tokens(order)
+        need(ids == sorted(ids), "ids of the vocabulary are not in the order of the merges")
+        ranks = {self.bytes[vocab[name]]: vocab[name] for name in made if name in vocab}
+        ignore = field(model, "ignore_merges", bool, False)
+        self.lacking = bytes(LETTERS[letter] for letter in LETTERS.keys() - vocab.keys())
+        need(not self.lacking or not (ignore or model.get("unk_token")), f"no bytes {self.lacking[:9]}")
+        live, names = BPE(pat_str=r"[\s\S]+", mergeable_ranks=ranks), {id: name for name, id in vocab.items()}
+        for name in vocab.keys() - made.keys() - {""}:
+            raw = self.bytes[vocab[name]]
+            if LETTERS.keys() >= {*name} and raw.translate(None, self.lacking) == raw:
+                parts = live._encode_single_piece(raw)
+                need((*map(names.get, parts),) not in order, f"the merges to {name[:60]!r} are out of order")
+                if ignore:
+                    (self.whole if len(parts) == 2 else ranks)[raw] = vocab[name]
+        self.bpe = BPE(pat_str=self.fast or r"[\s\S]+", mergeable_ranks=ranks)
+
+    def _merge(self, text: str) -> list[int]:
+        """Text without added tokens -> ids, in one call where tiktoken gets it right, or piecewise."""
+        raw = text.encode()
+        if self.fast and len(text) <= LONG and raw.translate(None, self.lacking) == raw and not any(
+                token in raw for token in self.whole):
+            return self.bpe.encode_ordinary(text)
+        ids, pieces = [], [text]
+        for cut in self.cuts:
+            pieces = [part for piece in pieces for part in (
+                splitter(cut).split(piece) if cut else [" " * (piece[0] != " ") + piece]) if part]
+        for piece in map(str.encode, pieces):
+            if piece in self.whole:
+                ids.append(self.whole[piece])
+            elif piece := piece.translate(None, self.lacking):          # as in Hugging Face, they get lost
+                ids += self.bpe._encode_single_piece(piece)
+        return ids
+
+    def encode(self, text: str, allow_special=False) -> list[int]:
+        """Text -> ids. Added tokens are seen only where asked for: data must not open a turn of a chat."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")       # half a pair: U+FFFD
+        ids = []
+        for part in self.finder.split(text) if allow_special else [text]:
+            if allow_special and part in self.added:
+                ids.append(self.added[part])
+                continue
+            for form in self.forms:
+                part = unicodedata.normalize(form, part)
+            ids += self._merge(part) if part else []
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.begin + self.encode(text)           # a list of its own, never self.begin itself
+
+    def token_bytes(self, id: int) -> bytes:
+        return self.bytes.get(int(id), b"")             # a hole, or a row of padding, stands for nothing
+
+    def decode(self, ids) -> str:
+        """Ids -> text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    @classmethod
+    def from_pretrained(cls, folder) -> "Tokenizer":
+        with about(folder):
+            there = {name: Path(folder, name) for name in cls.FILES if Path(folder, name).exists()}
+            need(cls.FILES[0] in there, "has no tokenizer.json; get it from where the weights come from")
+            return cls({name: path.read_bytes() for name, path in there.items()}, folder)
+
+    def save(self, folder) -> None:
+        for name, raw in self.files.items():            # the very bytes that were read: nothing gets lost
+            write_atomically(Path(folder, name), [raw])
+
+    @classmethod
+    def bytes_only(cls, special=("<|endoftext|>",)) -> "Tokenizer":
+        """No merges: ids 0 to 255 are the bytes, then come special tokens, of which the first ends a text."""
+        step = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+        off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added = [dict(id=256 + i, content=name, special=True, **off) for i, name in enumerate(special)]
+        vocab = {letter: LETTERS[letter] for letter in sorted(LETTERS, key=LETTERS.get)}
+        spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+                    pre_tokenizer=step, post_processor=None, decoder=step,
+                    model=dict(type="BPE", unk_token=None, byte_fallback=False, vocab=vocab, merges=[]))
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=special[0] if special else None)
+        return cls({name: json.dumps(part).encode() for name, part in zip(cls.FILES, [spec, config])})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3 · Config: what a config.json means
+# ----------------------------------------------------------------------------------------------------------
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu,
+               "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+# Fields that change the mathematics in ways this file does not implement: a value other than the harmless ones
+# listed here is refused, because running on would give fluent nonsense.
+REFUSED = {"quantization_config": (None,), "auto_map": (None,), "num_local_experts": (None, 0, 1),
+           "num_experts": (None, 0), "n_routed_experts": (None, 0), "attn_logit_softcapping": (None,),
+           "final_logit_softcapping": (None,), "partial_rotary_factor": (None, 1, 1.0), "logit_scale": (None, 1),
+           "add_cross_attention": (None, False), "scale_attn_by_inverse_layer_idx": (None, False),
+           "scale_attn_weights": (None, True), "is_encoder_decoder": (None, False),
+           "query_pre_attn_scalar": (None,), "use_qk_norm": (None, False)}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything `GPT` needs to know, in one spelling for all families; `raw` is the file as it was read."""
+    family: str
+    vocab_size: int               # V, rows of the embedding (may exceed the tokenizer's ids: padding rows)
+    hidden_size: int              # C
+    intermediate_size: int        # width of the MLP
+    layers: int                   # L
+    heads: int                    # H query heads
+    kv_heads: int                 # G key/value heads; H / G queries share one (grouped-query attention)
+    head_dim: int                 # D; H * D need not equal C (Qwen3)
+    max_positions: int
+    norm_eps: float
+    activation: str
+    rope_theta: float
+    rope: dict                    # {"rope_type": "default" | "linear" | "llama3", ...}
+    windows: tuple                # per layer: sliding window in tokens, or None
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool                 # Qwen3: RMSNorm of each query and key head before the rotation
+    tied: bool                    # the head is the embedding
+    raw: dict
+
+    @property
+    def gpt2(self) -> bool:
+        """GPT-2 differs in kind: LayerNorm, learned positions, an MLP without gate, fused and transposed files."""
+        return self.family == "gpt2"
+
+    @staticmethod
+    def tiny(vocab_size: int, hidden_size: int = 128, layers: int = 3, max_positions: int = 512) -> "GPTConfig":
+        """A small llama for training from scratch: four query heads share one key/value head (sampling is 2.7x
+        faster than with four)."""
+        return GPTConfig.from_json(dict(
+            architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size, hidden_size=hidden_size,
+            intermediate_size=hidden_size * 5 // 2, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=hidden_size // 4, max_position_embeddings=max_positions, rms_norm_eps=1e-5,
+            rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=False, eos_token_id=vocab_size - 1,
+            torch_dtype="float32"))
+
+    @staticmethod
+    def from_json(raw: dict, where: str = "config.json") -> "GPTConfig":
+        """Read a config.json in the old or the new spelling. Raises BadInput naming the field."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise BadInput(f"{where}: model_type {family!r} is not supported; this project runs "
+                           f"{', '.join(FAMILIES)}.")
+        for field, harmless in REFUSED.items():
+            if not any(raw.get(field) is x or raw.get(field) == x for x in harmless):
+                raise BadInput(f"{where}: {field} = {str(raw[field])[:60]} is not supported; use a plain, "
+                               f"unquantised {family} checkpoint without it.")
+        if family == "gpt2":
+            return _gpt2_config(raw, where)
+        get = functools.partial(_number, raw, where)
+        hidden, heads = get("hidden_size"), get("num_attention_heads")
+        layers = get("num_hidden_layers", high=4096)
+        head_dim = get("head_dim", 128 if family == "qwen3" else hidden // heads)
+        bias = _flag(raw, where, "attention_bias", False) and family in ("llama", "qwen3")
+        theta, rope = _rope(raw, where)
+        return _checked(where, GPTConfig(
+            family, get("vocab_size"), hidden, get("intermediate_size"), layers, heads,
+            get("num_key_value_heads", heads), head_dim, get("max_position_embeddings", 2048),
+            get("rms_norm_eps", 1e-6, low=0.0, high=1.0), _activation(raw, where, "hidden_act", "silu"), theta, rope,
+            _windows(raw, where, family, layers), bias or family == "qwen2", bias,
+            _flag(raw, where, "mlp_bias", False) and family == "llama", family == "qwen3",
+            _flag(raw, where, "tie_word_embeddings", False), raw))
+
+
+def _number(raw, where, key, default=None, low=1, high=1 << 24):
+    """A number of the config, of the default's kind (a whole number when there is no default); null = absent."""
+    value = default if raw.get(key) is None else raw[key]
+    kind = float if isinstance(low, float) else int
+    good = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if not good or not low <= value <= high:
+        what = "is missing" if value is None else f"= {str(value)[:40]!r} is out of range"
+        raise BadInput(f"{where}: {key} {what}; expected {'a' if kind is float else 'a whole'} number "
+                       f"from {low} to {high}. Is the file damaged?")
+    return kind(value)
+
+
+def _flag(raw, where, key, default):
+    value = default if raw.get(key) is None else raw[key]
+    if not isinstance(value, bool):
+        raise BadInput(f"{where}: {key} = {str(value)[:40]!r}; expected true or false.")
+    return value
+
+
+def _activation(raw, where, key, default):
+    name = raw.get(key, default)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise BadInput(f"{where}: {key} = {str(name)[:40]!r} is not supported; this project has "
+                       f"{', '.join(ACTIVATIONS)}.")
+    return name
+
+
+def _gpt2_config(raw, where):
+    get = functools.partial(_number, raw, where)
+    hidden, layers, heads = get("n_embd"), get("n_layer", high=4096), get("n_head")
+    return _checked(where, GPTConfig(
+        "gpt2", get("vocab_size"), hidden, get("n_inner", 4 * hidden), layers, heads, heads, hidden // heads,
+        get("n_positions", 1024), get("layer_norm_epsilon", 1e-5, low=0.0, high=1.0),
+        _activation(raw, where, "activation_function", "gelu_new"), 0.0, {"rope_type": "default"}, (None,) * layers,
+        True, True, True, False, _flag(raw, where, "tie_word_embeddings", True), raw))
+
+
+def _checked(where, c):
+    if c.heads % c.kv_heads:
+        raise BadInput(f"{where}: {c.heads} attention heads cannot share {c.kv_heads} key/value heads evenly.")
+    if c.gpt2 and c.head_dim * c.heads != c.hidden_size:
+        raise BadInput(f"{where}: n_embd = {c.hidden_size} is not a multiple of n_head = {c.heads}.")
+    if not c.gpt2 and c.head_dim % 2:
+        raise BadInput(f"{where}: head_dim = {c.head_dim}; rotary positions need an even number.")
+    return c
+
+
+def _rope(raw, where):
+    """(theta, parameters) from `rope_parameters` (new files) or rope_theta + `rope_scaling` (old ones)."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise BadInput(f"{where}: rope_parameters / rope_scaling must be an object, not {str(rope)[:40]!r}.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise BadInput(f"{where}: rope type {str(kind)[:40]!r} is not supported; this project has default, linear "
+                       "and llama3.")
+    both = {**raw, **{k: v for k, v in rope.items() if v is not None}}
+    get = functools.partial(_number, both, where, low=1e-6, high=1e12)
+    get("partial_rotary_factor", 1.0, low=1.0, high=1.0)
+    clean = {"rope_type": kind}
+    if kind in ("linear", "llama3"):
+        clean["factor"] = get("factor")
+    if kind == "llama3":
+        clean |= {k: get(k) for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        if clean["high_freq_factor"] <= clean["low_freq_factor"]:
+            raise BadInput(f"{where}: rope high_freq_factor must exceed low_freq_factor.")
+    return get("rope_theta", 1e4), clean
+
+
+def _windows(raw, where, family, layers):
+    """Sliding window of each layer. Mistral: absent means 4096, null means none (absent is not null).
+    Qwen: only with use_sliding_window, on the layers named by layer_types, else from max_window_layers on."""
+    kinds = raw.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers or not
+                              all(k in ("full_attention", "sliding_attention") for k in kinds)):
+        raise BadInput(f"{where}: layer_types must name full_attention or sliding_attention for each of the "
+                       f"{layers} layers.")
+    if family == "mistral":
+        size = None if raw.get("sliding_window", 4096) is None else _number(raw, where, "sliding_window", 4096)
+        first = 0
+    elif family in ("qwen2", "qwen3") and _flag(raw, where, "use_sliding_window", False):
+        size = None if raw.get("sliding_window", 4096) is None else _number(raw, where, "sliding_window", 4096)
+        first = _number(raw, where, "max_window_layers", 28, low=0)
+    else:
+        return (None,) * layers
+    kinds = kinds or ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    return tuple(size if k == "sliding_attention" else None for k in kinds)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4 · GPT: one transformer for all families
+#     B rows, T new tokens, S keys (cached + new), C width, H query heads, G key/value heads, D head width
+# ----------------------------------------------------------------------------------------------------------
+def rope_frequencies(config: GPTConfig) -> torch.Tensor:
+    """(D/2,) radians per position, fp32. `llama3` stretches slow waves by `factor`, keeps fast ones, blends between."""
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    rope = config.rope
+    if rope["rope_type"] == "linear":
+        return inverse / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)   # turns over the old context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)                           # 1: keep, 0: stretch
+        return keep * inverse + (1 - keep) * inverse / rope["factor"]
+    return inverse
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (RoFormer, 2104.09864), half-split layout as in HF files: dimension i pairs with i + D/2.
+    x (B, T, heads, D); cos, sin (B, T, 1, D/2). note: the interleaved layout gives gibberish with the same files."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def attend(q, k, v, bias):
+    """Softmax attention with grouped heads: q (B, H, T, D), k and v (B, G, S, D), bias (B or 1, 1, T, S) of 0
+    and -inf -> (B, H, T, D). On CUDA the fused kernel. On a CPU two plain batched products over the G key/value
+    heads: the H/G query heads of a group are extra rows of one product, so k and v are never repeated (one kv
+    head: 2-3x faster than SDPA there, whose CPU backward took half the training time)."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1], k.shape[2]
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=H != G)
+    grouped = q.reshape(B, G, H // G * T, D) * D ** -0.5                # (B, G, H/G*T, D)
+    scores = (grouped @ k.transpose(-1, -2)).view(B, H, T, S) + bias    # (B, H, T, S)
+    weights = torch.softmax(scores, -1).view(B, G, H // G * T, S)
+    return (weights @ v).view(B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer; module names are those of HF llama files."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.c = c
+        self.q_proj = nn.Linear(c.hidden_size, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden_size, bias=c.out_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
+
+    def forward(self, x, turn, bias, layer, cache):
+        """x (B, T, C) -> (B, T, C). `cache.update` keeps the new keys and values and returns all S of them."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.c.heads, self.c.head_dim)
+        k = self.k_proj(x).view(B, T, self.c.kv_heads, self.c.head_dim)
+        v = self.v_proj(x).view(B, T, self.c.kv_heads, self.c.head_dim)
+        if self.c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.update(layer, k, v)
+        out = attend(q.transpose(1, 2), k, v, bias)                     # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """Gated (llama: down(act(gate x) * up x)) or plain (GPT-2: down(act(up x)))."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        if not c.gpt2:
+            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.act = ACTIVATIONS[c.activation]
+        self.gated = not c.gpt2
+
+    def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x) if self.gated else self.act(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        norm = nn.LayerNorm if c.gpt2 else nn.RMSNorm
+        self.input_layernorm, self.self_attn = norm(c.hidden_size, c.norm_eps), Attention(c)
+        self.post_attention_layernorm, self.mlp = norm(c.hidden_size, c.norm_eps), MLP(c)
+
+    def forward(self, x, turn, bias, layer, cache):
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.self_attn(self.input_layernorm(x), turn, bias, layer, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only language model; `config` says which. Parameters carry the names of HF llama files."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = c = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        if c.gpt2:
+            self.model.embed_positions = nn.Embedding(c.max_positions, c.hidden_size)
+        self.model.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.model.norm = (nn.LayerNorm if c.gpt2 else nn.RMSNorm)(c.hidden_size, c.norm_eps)
+        self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.generation = {}              # generation_config.json, when there is one
+        self.saved_as = {}                # file name of a tensor -> its dtype in the file: saved back the same
+        self.stop_ids, self.no_ids, self.last_id = frozenset(), None, config.vocab_size - 1     # see `bind`
+
+    def initialise(self, seed: int) -> "GPT":
+        """Random weights for training from scratch: normal, 1/sqrt(fan-in); layers that write to the residual
+        stream start smaller, so that its variance does not grow with depth (GPT-2)."""
+        rng = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = 0.05 if "embed" in name else p.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.config.layers)
+            nn.init.normal_(p, 0.0, std, generator=rng)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are."""
+        return self.model.embed_tokens.weight.dtype
+
+    def forward(self, ids, positions=None, mask=None, cache=None):
+        """Hidden states after the last norm: ids (B, T) -> (B, T, C).
+
+        positions (B, T): depth of each token in its own text; default 0..T-1. mask (B, T, S) bool, True = may
+        see; default causal. In a row that holds a whole tree a token sees its ancestors and itself. A sliding
+        window counts depth, not columns: a key is seen while position(query) - position(key) < window.
+        cache: an object whose `update(layer, k, v)` stores new keys and values, (B, T, G, D) each, and returns
+        all of them as (B, G, S, D); with a cache, column = position."""
+        B, T = ids.shape
+        if positions is None:
+            positions = torch.arange(T, device=ids.device).expand(B, T)
+        if mask is None:
+            mask = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()[None]
+        keys = positions if cache is None else torch.arange(mask.shape[-1], device=ids.device)[None]
+        x = self.model.embed_tokens(ids)
+        turn = None
+        if self.config.gpt2:
+            x = x + self.model.embed_positions(positions)
+        else:
+            angle = positions[..., None].float() * self._frequencies(ids.device)     # (B, T, D/2), fp32: bf16
+            turn = (angle.cos()[:, :, None].to(x.dtype), angle.sin()[:, :, None].to(x.dtype))   # loses positions
+        bias = {}
+        for w in set(self.config.windows):
+            seen = mask if w is None else mask & (positions[:, :, None] - keys[:, None, :] < w)
+            bias[w] = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)[:, None]
+        for i, block in enumerate(self.model.layers):
+            x = block(x, turn, bias[self.config.windows[i]], i, cache)
+        return self.model.norm(x)
+
+    def _frequencies(self, device):
+        # a plain attribute, not a buffer: model.to(bfloat16) must not round the frequencies
+        if getattr(self, "_inverse", None) is None or self._inverse.device != device:
+            self._inverse = rope_frequencies(self.config).to(device)
+        return self._inverse
+
+    def logits(self, hidden):
+        """hidden (..., C) -> (..., V); V counts all rows of the head, also those that are no token."""
+        return F.linear(hidden, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+
+    def token_logits(self, hidden):
+        """fp32 logits with -inf at ids the tokenizer does not have: what is sampled from and what log-probs
+        are taken over, while sampling and while training alike."""
+        out = self.logits(hidden).float()
+        return out if self.no_ids is None else out.masked_fill(self.no_ids.to(out.device), -math.inf)
+
+    def bind(self, tokenizer) -> "GPT":
+        """Learn from the tokenizer which ids exist, and the ids at which text ends: the union of what config,
+        generation_config and tokenizer call end-of-text (each of the three is incomplete in some release)."""
+        V = self.config.vocab_size
+        if tokenizer.base_ids > V:
+            raise BadInput(f"The tokenizer has {tokenizer.base_ids} ids and the model only {V} rows: they do not "
+                           "belong together; put the model's own tokenizer.json into its folder.")
+        missing = torch.ones(V, dtype=torch.bool)
+        missing[:tokenizer.n_ids] = False
+        missing[[i for i in tokenizer.holes if i < V]] = True
+        self.no_ids = missing.to(self.device) if missing.any() else None
+        self.last_id = int((~missing).nonzero()[-1])
+        ends = set(tokenizer.eos_ids)
+        for source in (self.config.raw, self.generation):
+            eos = source.get("eos_token_id")
+            ends.update(eos if isinstance(eos, list) else [eos])
+        self.stop_ids = frozenset(e for e in ends if isinstance(e, int) and 0 <= e < V and not missing[e])
+        return self
+
+    # -- files ---------------------------------------------------------------------------------------------
+    def file_plan(self) -> list:
+        """[(tensor name in the file without prefix, [parameter names it holds], transposed?)].
+
+        llama-like files: every parameter under its own name. GPT-2 files keep linear layers as (in, out)
+        ("Conv1D": transpose) and q, k, v fused in `c_attn`."""
+        names = [n for n, _ in self.named_parameters()]
+        if not self.config.gpt2:
+            return [(n.removeprefix("model."), [n], False) for n in names]
+        plan = [("wte.weight", ["model.embed_tokens.weight"], False),
+                ("wpe.weight", ["model.embed_positions.weight"], False)]
+        parts = [("ln_1", ["input_layernorm"]), ("attn.c_attn", [f"self_attn.{x}_proj" for x in "qkv"]),
+                 ("attn.c_proj", ["self_attn.o_proj"]), ("ln_2", ["post_attention_layernorm"]),
+                 ("mlp.c_fc", ["mlp.up_proj"]), ("mlp.c_proj", ["mlp.down_proj"])]
+        for i in range(self.config.layers):
+            plan += [(f"h.{i}.{old}.{kind}", [f"model.layers.{i}.{new}.{kind}" for new in news],
+                      kind == "weight" and ".c_" in old) for old, news in parts for kind in ("weight", "bias")]
+        plan += [(f"ln_f.{kind}", [f"model.norm.{kind}"], False) for kind in ("weight", "bias")]
+        return plan + [("lm_head.weight", ["lm_head.weight"], False)] * (self.lm_head is not None)
+
+    @classmethod
+    def from_pretrained(cls, folder, device=None, dtype=None) -> "GPT":
+        """Open a HF-format folder. dtype None: fp32 on a CPU, the file's own on CUDA. Shapes are compared before
+        anything is allocated. Raises BadInput: folder, config or weights missing, damaged, or not supported."""
+        folder = Path(folder)
+        where = weight_files(folder)                                    # tensor name -> file
+        config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if config.layers > len(where):                                  # before 10**6 layers are built in vain
+            raise BadInput(f"{folder}: config.json names {config.layers} layers, the weights hold only "
+                           f"{len(where)} tensors.")
+        with torch.device("meta"):
+            model = cls(config)
+        prefix = "transformer." if config.gpt2 else "model."
+        prefix = prefix if any(n.startswith(prefix) for n in where) else ""
+        plan = {(n if n.startswith("lm_head.") else prefix + n): (params, flip)
+                for n, params, flip in model.file_plan()}
+        buffers = r"\.attn\.(bias|masked_bias)$" if config.gpt2 else r"rotary_emb\.inv_freq$"
+        skip = {n for n in where if re.search(buffers, n) or (n == "lm_head.weight" and config.tied)}
+        _compare_names(folder, set(plan), set(where) - skip, config)
+        params = dict(model.named_parameters())
+        headers = {file: safetensors_header(file) for file in set(where.values())}
+        for name, (targets, flip) in plan.items():
+            kind, shape = headers[where[name]][name][:2]
+            want = [sum(params[t].shape[0] for t in targets), *params[targets[0]].shape[1:]]
+            want = want[::-1] if flip else want
+            if list(shape) != want or kind not in FLOATS:
+                raise BadInput(f"{where[name]}: tensor {name} is {kind} {list(shape)}, config.json asks for a "
+                               f"floating-point {want}; weights and config do not belong together.")
+            model.saved_as[name] = FLOATS[kind]
+        if "lm_head.weight" in skip:                                    # a tied head, stored a second time
+            model.saved_as["lm_head.weight"] = FLOATS.get(headers[where["lm_head.weight"]]["lm_head.weight"][0])
+        embedding = next(n for n, (t, _) in plan.items() if t == ["model.embed_tokens.weight"])
+        dtype = dtype or (torch.float32 if device.type == "cpu" else model.saved_as[embedding])
+        model = model.to(dtype).to_empty(device=device)
+        params = dict(model.named_parameters())
+        for file in sorted(headers):
+            for name, tensor in read_safetensors(file, lambda n: n in plan)[0].items():
+                targets, flip = plan[name]
+                pieces = (tensor.T if flip else tensor).split([params[t].shape[0] for t in targets])
+                for target, piece in zip(targets, pieces):
+                    params[target].data.copy_(piece)
+        if (folder / "generation_config.json").exists():
+            model.generation = read_json(folder / "generation_config.json")
+        return model
+
+    def save_pretrained(self, folder) -> None:
+        """Write config.json, generation_config.json and model.safetensors so that other tools open them: the same
+        tensor names and dtypes as the folder the model came from (fp32 when it was made here)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        params = dict(self.named_parameters())
+        names = list(self.saved_as)
+        prefix = "transformer." if self.config.gpt2 else "model."
+        prefix = "" if names and not any(n.startswith(prefix) for n in names) else prefix
+        out = {}
+        for name, targets, flip in self.file_plan():
+            name = name if name.startswith("lm_head.") else prefix + name
+            whole = torch.cat([params[t].data for t in targets]) if len(targets) > 1 else params[targets[0]].data
+            whole = whole.T if flip else whole
+            out[name] = whole.to("cpu", self.saved_as.get(name, torch.float32)).contiguous()
+        if self.config.tied and "lm_head.weight" in self.saved_as:
+            out["lm_head.weight"] = self.model.embed_tokens.weight.data.to("cpu", self.saved_as["lm_head.weight"])
+        for name, raw in (("config.json", self.config.raw), ("generation_config.json", self.generation)):
+            if raw:
+                write_text(folder / name, json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
+        write_safetensors(folder / "model.safetensors", out, {"format": "pt"})
+
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _compare_names(folder, want, have, config):
+    """Every tensor is used or knowingly skipped; what is missing or left over is listed."""
+    missing, extra = sorted(want - have), sorted(have - want)
+    if missing == ["lm_head.weight"]:
+        raise BadInput(f"{folder}: lm_head.weight is missing and config.json does not tie the head to the embedding; "
+                       'if this model ties them, set "tie_word_embeddings": true.')
+    if missing or extra:
+        some = lambda names: f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        raise BadInput(f"{folder}: the weights do not fit a {config.family} config.json: "
+                       f"missing {some(missing)}, left over {some(extra)}.")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5 · Sampler: continue many prefixes at once, encode no token twice
+#     P tokens kept, R rows being decoded, S columns of the widest row
+# ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Request:
+    """One continuation to sample: where from, with which random numbers, how far."""
+    path: np.ndarray              # (length,) addresses of the prefix's tokens in the sampler's store
+    seed: int                     # 64 bits; the draw of token t depends on (seed, t) alone
+    max_tokens: int
+
+
+@dataclass
+class Continuation:
+    """What a request became. `slots` are the addresses of its tokens: append them to the path to go on."""
+    ids: np.ndarray               # (n,) sampled ids, the end-of-text id included
+    logps: np.ndarray             # (n,) log-probs at temperature 1 over the tokenizer's ids
+    slots: np.ndarray             # (n,)
+    why: str                      # "eos", "answer" (final line written), "step" (newline), "length"
+
+
+def mix(*parts: int) -> int:
+    """Hash whole numbers to a 64-bit seed (splitmix64): mix(run, question, node, sample)."""
+    z = 0
+    for part in parts:
+        z = (z ^ (int(part) & MASK64)) + 0x9E3779B97F4A7C15 & MASK64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK64
+        z ^= z >> 31
+    return z
+
+
+MASK64 = (1 << 64) - 1
+
+
+def uniforms(seeds: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """(R,) numbers in [0, 1): the t-th draw of each seed, splitmix64 as a counter-based generator. No state:
+    a row draws the same numbers whoever else is in the batch, and after a restart."""
+    z = seeds + (t.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0 ** -53
+
+
+class Sampler:
+    """Continues prefixes for one model, keeping the keys and values of every token it has encoded.
+
+    Every token has an address ("slot") in an append-only store that holds its key and value in each layer and
+    its last hidden state; a prefix is the list of its tokens' slots. Growing a tree is: gather the path's keys
+    and values into a row of the working cache (R, G, S, D), decode there (column = position), and append each
+    new token to the store. So a token is encoded once however many branches hang from it; the last token of a
+    leaf is never encoded. `reset` forgets everything: call it after every change of the weights.
+
+    slots: tokens to hold at first; the store grows. rows: rows decoded at once. finished(line) -> bool, asked when a line is complete,
+    says that the solution is over (the answer line was written)."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int, rows: int = 256, finished=None):
+        c = model.config
+        self.model, self.tokenizer, self.rows, self.finished = model, tokenizer, rows, finished or (lambda line: False)
+        self.newline = set(tokenizer.newline_ids)
+        self.new = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
+        # note: zeros, not empty: a masked column has weight 0, and 0 * NaN of stale memory is NaN
+        self.key, self.value = (self.new(c.layers, slots, c.kv_heads, c.head_dim) for _ in range(2))
+        self.hidden = self.new(slots, c.hidden_size)
+        self.counts = dict(prompt=0, sampled=0, processed=0, live=0, room=0)
+        self.reset()
+
+    @staticmethod
+    def bytes_per_slot(model: GPT) -> int:
+        """Memory of one token in the store."""
+        c = model.config
+        return (2 * c.layers * c.kv_heads * c.head_dim + c.hidden_size) * model.dtype.itemsize
+
+    def reset(self) -> None:
+        """Forget all tokens (the counts of work done stay)."""
+        c, slots = self.model.config, self.key.shape[1]
+        self.used, self.trie = 1, {}                                    # slot 0 takes what padding writes
+        self.ids, self.encoded = np.zeros(slots, np.int64), np.zeros(slots, bool)
+        self.branches = np.zeros(slots, np.int32)                       # children in the trie of prompts
+        # a fresh width, too: the same work gives the same bytes whatever was sampled before
+        self.work = [self.new(c.layers, self.rows, c.kv_heads, 0, c.head_dim) for _ in range(2)]
+
+    def prompt(self, ids) -> np.ndarray:
+        """Slots of a text given as ids, (length,). Texts that begin alike share the slots of what they share.
+        Nothing is encoded yet. Raises BadInput when nothing would be left to write the answer in."""
+        limit = self.model.config.max_positions
+        if not 0 < len(ids) < limit:
+            raise BadInput(f"A question of {len(ids)} tokens does not fit this model's context of {limit}; "
+                           "shorten or leave out the question (an empty one has nothing to go on from).")
+        path, above = [], -1
+        for token in ids:
+            slot = self.trie.get((above, token))
+            if slot is None:
+                slot = self.trie[above, token] = int(self._take([token])[0])
+                self.counts["prompt"] += 1
+                if above >= 0:
+                    self.branches[above] += 1
+            path.append(slot)
+            above = slot
+        return np.array(path)
+
+    def _take(self, ids) -> np.ndarray:
+        """Append tokens to the store and return their slots; keys and values follow when they are encoded."""
+        slots = np.arange(self.used, self.used + len(ids))
+        if slots[-1] >= len(self.ids):                                  # full: half as much again
+            more = max(len(ids), len(self.ids) // 2)
+            self.key, self.value = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.key, self.value))
+            self.hidden = F.pad(self.hidden, (0, 0, 0, more))
+            self.ids, self.encoded, self.branches = (np.pad(x, (0, more)) for x in (self.ids, self.encoded, self.branches))
+        self.ids[slots] = ids
+        self.used += len(ids)
+        return slots
+
+    # -- encoding ------------------------------------------------------------------------------------------
+    def update(self, layer, k, v):
+        """Called by the model: keep new keys and values (R, T, G, D), return all as views (R, G, S, D)."""
+        rows, cols, slots, S = self._at
+        for work, store, new in ((self.work[0], self.key, k), (self.work[1], self.value, v)):
+            work[layer][rows, :, cols] = new
+            store[layer][slots] = new
+        R = k.shape[0]
+        return self.work[0][layer, :R, :, :S], self.work[1][layer, :R, :, :S]
+
+    def _forward(self, slots: np.ndarray, cols: np.ndarray, real: np.ndarray):
+        """Encode tokens of the first R rows: slots, cols, real (R, T); -> hidden (R, T, C). Where `real` is
+        False the row is padding: it writes to columns past its end, which are never seen, and to the spare slot."""
+        device, S = self.model.device, int(cols.max()) + 1
+        to = lambda a: torch.from_numpy(a).to(device)
+        positions = to(cols)
+        where = to(np.where(real, slots, 0))
+        self._at = (torch.arange(len(slots), device=device)[:, None], positions, where, S)
+        mask = torch.arange(S, device=device) <= positions[..., None]   # (R, T, S): nothing right of a row's end
+        hidden = self.model(to(self.ids[slots]), positions, mask, cache=self)
+        self.hidden[where] = hidden
+        self.encoded[slots[real]] = True
+        self.counts["processed"] += int(real.sum())
+        return hidden
+
+    def _load(self, paths: list, first: int) -> None:
+        """Gather keys and values of paths into working rows first, first + 1, ..."""
+        longest = max(map(len, paths), default=0)
+        if longest == 0:
+            return
+        slots = np.zeros((len(paths), longest), np.int64)
+        for row, path in zip(slots, paths):
+            row[:len(path)] = path
+        slots = torch.from_numpy(slots).to(self.model.device)
+        for work, store in zip(self.work, (self.key, self.value)):      # (L, R', S, G, D) -> (L, R', G, S, D)
+            work[:, first:first + len(paths), :, :longest] = store[:, slots].transpose(2, 3)
+
+    def _widen(self, columns: int) -> None:
+        """Make the working cache at least `columns` wide; what is in it stays."""
+        old = self.work[0].shape[3]
+        if columns > old:
+            columns = max(columns, old * 5 // 4)
+            self.work = [F.pad(w, (0, 0, 0, columns - old)) for w in self.work]
+
+    def encode(self, paths: list) -> None:
+        """Encode what is not yet encoded of these paths, each token once, in waves: a wave takes, below every
+        encoded prefix, the run of tokens up to the next fork of the trie.
+
+            Question: 7+1?        wave 1: "Question: "   (one row)
+                      9*2?        wave 2: "7+1?", "9*2?" (two rows)"""
+        while True:
+            runs = {}
+            for path in paths:
+                todo = np.flatnonzero(~self.encoded[path])
+                if len(todo):
+                    start = todo[0]
+                    forks = np.flatnonzero(self.branches[path[start:]] > 1)
+                    end = start + forks[0] + 1 if len(forks) else len(path)
+                    runs[path[start]] = (path[:start], path[start:end])
+            if not runs:
+                return
+            runs = sorted(runs.values(), key=lambda run: len(run[1]))   # like lengths together: little padding
+            while runs:
+                batch = runs[-max(1, min(self.rows, PREFILL_TOKENS // len(runs[-1][1]))):]
+                del runs[-len(batch):]
+                self._encode_runs(batch)
+
+    def _encode_runs(self, batch: list) -> None:
+        T = max(len(run) for _, run in batch)
+        slots, cols = np.zeros((len(batch), T), np.int64), np.zeros((len(batch), T), np.int64)
+        real = np.zeros((len(batch), T), bool)
+        for i, (before, run) in enumerate(batch):
+            slots[i, :len(run)], real[i, :len(run)] = run, True
+            # padding stays inside the position table; its own column, so that its softmax is not empty
+            cols[i] = np.minimum(len(before) + np.arange(T), self.model.config.max_positions - 1)
+        self._widen(int(cols.max()) + 1)
+        self._load([before for before, _ in batch], 0)
+        self._forward(slots, cols, real)
+
+    # -- sampling ------------------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def extend(self, requests: list, temperature: float = 1.0, to_end: bool = True, progress=None) -> list:
+        """Sample one continuation per request, in the order of the requests.
+
+        to_end False: stop after the first token that holds a newline (one step). temperature 0: argmax. A row
+        that stops makes room for a waiting one. `progress(tokens)` is called with the tokens just sampled."""
+        self.encode([r.path for r in requests])
+        self._widen(max((len(r.path) for r in requests), default=0) + 1)
+        results, waiting, live = [None] * len(requests), list(range(len(requests)))[::-1], []
+        hidden = self.hidden[:0]                                        # (R, C) of the last token of live rows
+        while waiting or live:
+            free = self.rows - len(live)
+            if waiting and free >= min(len(waiting), max(1, self.rows // 8)):   # admit in groups: fewer gathers
+                new = [_Row(i, requests[i]) for i in (waiting.pop() for _ in range(min(free, len(waiting))))]
+                self._load([row.request.path for row in new], len(live))
+                ends = torch.tensor([int(row.request.path[-1]) for row in new], device=self.model.device)
+                hidden = torch.cat((hidden, self.hidden[ends]))
+                live += new
+            self.counts["live"] += len(live)
+            self.counts["room"] += self.rows
+            tokens, logps = self._draw(hidden, live, temperature)
+            slots = self._take(tokens)
+            self.counts["sampled"] += len(live)
+            for row, token, logp, slot in zip(live, tokens.tolist(), logps.tolist(), slots.tolist()):
+                row.ids.append(token), row.logps.append(logp), row.slots.append(slot)
+                row.why = self._stop(row, token, to_end)
+            if progress is not None:
+                progress(len(live))
+            live = self._close(live, results)
+            if live:
+                slots = np.array([[row.slots[-1]] for row in live])
+                cols = np.array([[row.columns - 1] for row in live])
+                self._widen(int(cols.max()) + 1)
+                hidden = self._forward(slots, cols, np.ones_like(cols, bool))[:, 0]
+            else:
+                hidden = self.hidden[:0]
+        return results
+
+    def _draw(self, hidden, live, temperature):
+        """(R, C) hidden -> (R,) ids and log-probs. Inverse of the cumulated distribution at one uniform number:
+        a tenth of the time of torch.multinomial for 49k ids, and the number is the row's own."""
+        logits = self.model.token_logits(hidden)                        # (R, V)
+        if temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            u = uniforms(np.array([row.request.seed for row in live], np.uint64), np.array([len(r.ids) for r in live]))
+            mass = torch.softmax(logits / temperature, -1).cumsum(-1)   # (R, V)
+            u = torch.from_numpy(u).to(mass)[:, None] * mass[:, -1:]
+            # right=True: an id of probability 0 is never hit; when rounding puts u on the total: the last real id
+            tokens = torch.searchsorted(mass, u, right=True).squeeze(-1).clamp_(max=self.model.last_id)
+        logps = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return tokens.cpu().numpy(), logps.float().cpu().numpy()
+
+    def _stop(self, row, token, to_end):
+        if token in self.model.stop_ids:
+            return "eos"
+        if token in self.newline:
+            line = self.tokenizer.decode(row.ids[row.line:])
+            row.line = len(row.ids)
+            if self.finished(line):
+                return "answer"
+            if not to_end:
+                return "step"
+        full = row.columns >= self.model.config.max_positions
+        return "length" if full or len(row.ids) >= row.request.max_tokens else None
+
+    def _close(self, live, results):
+        """Turn stopped rows into results and move rows from the end into the holes, so that rows 0..R-1 are
+        always the live ones and a forward pays for no one else."""
+        for row in live:
+            if row.why:
+                results[row.index] = Continuation(np.array(row.ids), np.array(row.logps, np.float32),
+                                                  np.array(row.slots), row.why)
+        keep = sum(not row.why for row in live)
+        holes = [i for i in range(keep) if live[i].why]
+        tails = [i for i in range(keep, len(live)) if not live[i].why]
+        if holes:
+            columns = max(live[i].columns for i in tails)
+            for work in self.work:
+                work[:, holes, :, :columns] = work[:, tails, :, :columns]
+            for hole, tail in zip(holes, tails):
+                live[hole] = live[tail]
+        return live[:keep]
+
+
+PREFILL_TOKENS = 8192         # tokens of one prefill batch; bounds its attention scores
+
+
+class _Row:
+    """A request being decoded."""
+
+    def __init__(self, index, request):
+        self.index, self.request, self.why = index, request, None
+        self.ids, self.logps, self.slots, self.line = [], [], [], 0
+
+    @property
+    def columns(self):
+        return len(self.request.path) + len(self.ids)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6 · Program: continue a prompt
+# ----------------------------------------------------------------------------------------------------------
+def main(arguments: list) -> int:
+    """Continue a prompt with a model folder; without a folder show what the sampler shares. Exit code 2 and one
+    sentence for bad input."""
+    parser = argparse.ArgumentParser(prog="model.py", description="Continue a prompt from a HF-format folder.", allow_abbrev=False)
+    for name, default, text in (("model", "", "folder with config.json, weights and tokenizer.json"), ("prompt", "", "text to continue"),
+                                ("temperature", 1.0, "0 = greedy"), ("max-tokens", 128, ""), ("samples", 1, "continuations"),
+                                ("seed", 0, ""), ("device", "", "default: CUDA when there is one"), ("dtype", "", "float32 or bfloat16")):
+        parser.add_argument("--" + name, type=type(default), default=default, help=f"{text} (default {default!r})")
+    a = parser.parse_args(arguments)
+    try:
+        if not a.model:
+            return demo()
+        if a.temperature < 0 or a.max_tokens < 1 or a.samples < 1 or a.dtype not in ("", "float32", "bfloat16"):
+            raise BadInput("--temperature must be 0 or more, --max-tokens and --samples 1 or more, --dtype float32 or bfloat16.")
+        if not a.prompt:
+            raise BadInput('--prompt is missing: give the text to continue, e.g. --prompt "Question: What is 2+2? Answer:"')
+        tokenizer = Tokenizer.from_pretrained(a.model)
+        model = GPT.from_pretrained(a.model, a.device or None, getattr(torch, a.dtype) if a.dtype else None).bind(tokenizer)
+        sampler = Sampler(model, tokenizer, 4096, a.samples)
+        path = sampler.prompt(tokenizer.encode_prompt(a.prompt.replace("\\n", "\n")))
+        start = time.time()
+        for found in sampler.extend([Request(path, mix(a.seed, i), a.max_tokens) for i in range(a.samples)], a.temperature):
+            text = tokenizer.decode([int(i) for i in found.ids if i not in model.stop_ids])
+            print(f"{a.prompt}{text}\n[{len(found.ids)} tokens, {found.why}, mean log-prob {found.logps.mean():.3f}]")
+        print(f"[{sampler.counts['sampled'] / (time.time() - start):,.0f} tokens/s]")
+        return 0
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def demo() -> int:
+    """Eight samples of three questions that begin alike, from random weights: what was encoded, and what a program
+    without a shared store would have encoded."""
+    tokenizer = Tokenizer.bytes_only()
+    model = GPT(GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)).initialise(seed=0).bind(tokenizer)
+    sampler, prompts = Sampler(model, tokenizer, 4096), [f"Question: what is {q}? Answer:" for q in ("7+1*4", "7+1", "9*2-3")]
+    paths = [sampler.prompt(tokenizer.encode_prompt(p)) for p in prompts]
+    sampler.extend([Request(path, mix(i, j), 30) for i, path in enumerate(paths) for j in range(8)])
+    c, apart = sampler.counts, 8 * sum(map(len, paths))
+    print(f"24 samples of 3 prompts of {', '.join(str(len(p)) for p in paths)} tokens: {c['prompt']} prompt tokens kept (apart: {apart}),\n"
+          f"{c['sampled']} sampled, {c['processed']} encoded = {c['processed'] / (c['prompt'] + c['sampled']):.3f} of prompt + sampled")
+    print("Continue a prompt of your own:  python model.py --model FOLDER --prompt \"...\" --temperature 0.7 --max-tokens 100")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
