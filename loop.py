@@ -68,6 +68,7 @@ class Config:
     max_tokens: int = 128         # of one solution
     chunk: int = 64               # questions worked together; results are saved after each chunk
     rows: int = 256               # solutions decoded at once
+    save_seconds: float = 20.0    # how often an unfinished training is saved
     # -- learning
     steps: int = 120              # optimiser steps a round, the same for every recipe
     batch: int = 32               # trees (questions) per step
@@ -94,15 +95,15 @@ class Config:
     evaluate: str = ""            # only evaluate this model folder or the last round of this run
 
 
-FREE = ("out", "compare", "seeds", "evaluate", "preset")                # not part of a run's identity
+FREE = ("out", "compare", "seeds", "evaluate", "preset", "save_seconds")                # not part of a run's identity
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8, width=32,
-             layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, threads=1)
+             layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, threads=1, save_seconds=0.1)
 RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=(1, 10**7), completions=(1, 1024),
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
               batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
               sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
               base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8),
-              eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100))
+              eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
 CHOICES = dict(task=("homework",), recipe=("sft", "rft", "outcome_dpo", "self_explore"), preset=("default", "smoke"),
                pit_search=("linear", "bisect"), loss=("sigmoid", "ipo"), dtype=("auto", "float32", "bfloat16"))
 
@@ -253,16 +254,17 @@ class Homework:
         return self.distinct(99, True, self.c.eval_questions)
 
     def solve_carelessly(self, x: list, rng: random.Random) -> str:
-        """A student's solution. One that leaves 0..99 starts over."""
-        while True:
+        """A student's solution. One whose values leave 0..99 starts over, after 20 times with care."""
+        for attempt in range(21):
             y, lines = list(x), []
             while len(y) > 1 and all(0 <= v <= 99 for v in y[::2]):
-                i = 1 if rng.random() < self.c.careless else due(y)
+                i = 1 if attempt < 20 and rng.random() < self.c.careless else due(y)
                 a, op, b = y[i - 1:i + 2]
                 y = reduce_at(y, i)
                 lines.append(f"{a}{op}{b}={y[i - 1]} : {''.join(map(str, y))}\n")
             if len(y) == 1 and 0 <= y[0] <= 99:
-                return "".join(lines) + f"#### {y[0]}"
+                break
+        return "".join(lines) + f"#### {y[0]}"
 
     def corpus_row(self, question: Question, rng: random.Random) -> Row:
         """A training row of the base: question and a student's solution with end-of-text."""
@@ -474,7 +476,6 @@ class Run:
         if state is not None:
             shutil.copyfile(state, temporary / "optimizer.safetensors")
         publish(temporary, self.round_dir(round_))
-        (self.round_dir(round_ - 1) / "optimizer.safetensors").unlink(missing_ok=True)
 
 
 def free_memory(device: torch.device) -> int:
@@ -521,7 +522,8 @@ def base_model(run: Run) -> GPT:
         print(f"training the base from scratch: {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{c.base_steps * c.base_batch:,} solutions by careless students (kept in {folder})")
         state = folder / "training.safetensors"
-        report = train(model, Corpus(task, c), sft_loss, c.base_lr, muon=True, warmup=50, state=state, label="base")
+        report = train(model, Corpus(task, c), sft_loss, c.base_lr, muon=True, warmup=50, state=state,
+                       save_seconds=c.save_seconds, label="base")
         shutil.rmtree(folder / "tmp", ignore_errors=True)
         model.save_pretrained(folder / "tmp")
         task.tokenizer.save(folder / "tmp")
@@ -617,6 +619,9 @@ def work_chunk(run: Run, round_: int, first: int, questions: list, bar) -> tuple
             pits += label_pits(forest, wrong, complete, c.completions, c.pit_search, budget - spent())
         per_sample = spent() / (drawn * len(questions))                 # labelling included
         count = min(c.samples, int((budget - spent()) / per_sample / len(questions)))
+    for p in pits:                # a later branch recovered from this "pit": it was none (one of the (1-p)^k)
+        if p.node is not None and forest.below(p.tree)[p.node]:
+            p.step = p.node = None
     counts = {k: sampler.counts[k] - v for k, v in before.items()}
     return forest, pits, counts
 
@@ -756,7 +761,8 @@ def learn(run: Run, round_: int, stage: str, rows: list, loss_fn, kind: str, ste
         return {}, None
     lr = (run.c.dpo_lr if kind == "dpo" else run.c.sft_lr) or default_lr(run.model, kind)
     batches = Batches(rows, run.c.batch, steps, mix(run.c.seed, round_, 5))
-    return train(run.model, batches, loss_fn, lr, state=state, label=f"round {round_}: {stage}"), state
+    return train(run.model, batches, loss_fn, lr, state=state, save_seconds=run.c.save_seconds,
+                 label=f"round {round_}: {stage}"), state
 
 
 def right_rows(run: Run, trees: list, most: int = 8) -> list:
@@ -904,26 +910,22 @@ def run_loop(config: Config) -> list:
     """Run or resume one run to its end; returns its log rows. Every stage skips what is already on the disk."""
     run = Run(config)
     done = len(run.log())
-    if done == 0:
-        start = time.time()
-        run.save(0, None)
-        finish_round(run, 0, start, {}, {})
-        done = 1
-    else:
-        for row in run.log():
-            print(line(row))
+    for row in run.log():
+        print(line(row))
     for round_ in range(done, run.c.rounds + 1):
-        start = time.time()
-        run.load(round_ - 1)
-        trees, sampled = [], {}
-        if run.c.recipe != "sft":
-            trees = sample_round(run, round_)
-            sampled = read_lines(run.work / f"counts_{round_:02d}.jsonl")[0] | sampling_report(run, trees)
-        report, state = RECIPES[run.c.recipe](run, round_, trees)
+        start, trees, sampled, report, state = time.time(), [], {}, {}, None
+        if round_:
+            run.load(round_ - 1)
+            if run.c.recipe != "sft":
+                trees = sample_round(run, round_)
+                sampled = read_lines(run.work / f"counts_{round_:02d}.jsonl")[0] | sampling_report(run, trees)
+            report, state = RECIPES[run.c.recipe](run, round_, trees)
         run.save(round_, state)
         finish_round(run, round_, start, report, sampled)
-        for file in run.work.glob(f"*_{round_:02d}*"):
-            file.unlink()
+        (run.round_dir(round_ - 1) / "optimizer.safetensors").unlink(missing_ok=True)
+        shutil.rmtree(run.work)
+        run.work.mkdir()
+    shutil.rmtree(run.work)
     summary(run)
     return run.log()
 

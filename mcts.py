@@ -118,16 +118,20 @@ class Forest:
     @classmethod
     def from_json(cls, trees: list) -> "Forest":
         """Trees written by `to_json`. Raises BadInput when a tree is not of that form."""
-        forest = cls(len(trees), max((len(t["parent"]) for t in trees), default=1))
-        for b, t in enumerate(trees):
-            try:
+        b = -1
+        try:
+            if not isinstance(trees, list):
+                raise TypeError("it is no list of trees")
+            forest = cls(len(trees), max((len(t["parent"]) for t in trees), default=1) or 1)
+            for b, t in enumerate(trees):
                 for n, parent in enumerate(t["parent"]):
-                    if forest.add(b, parent, t["ids"][n], t["logps"][n], end=ENDS[t["end"][n]]) != n or parent >= n:
-                        raise ValueError("nodes are out of order")
+                    above = (parent == -1) if n == 0 else (0 <= parent < n and not forest.terminal[b, parent])
+                    if not above or forest.add(b, parent, t["ids"][n], t["logps"][n], end=ENDS[t["end"][n]]) != n:
+                        raise ValueError("its nodes are out of order")
                 for name in ("visits", "right", "drawn"):
                     getattr(forest, name)[b, :len(t["parent"])] = t[name]
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise BadInput(f"Tree {b} of the file is damaged ({error}); delete the file, it is made again.") from error
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BadInput(f"Tree {b} of the file is damaged ({error}); delete the file, it is made again.") from error
         return forest
 
 

@@ -220,23 +220,28 @@ BPE = partial(tiktoken.Encoding, "bpe", special_tokens={})
 
 
 @lru_cache(maxsize=64)
+def char_class(chars: str) -> str:
+    r"""Python's re knows no \p{L}: a class as tiktoken reads it -> its ranges. tiktoken is asked which of all
+    characters match: no other Unicode version plays a part. (Planes 4 to 13 are empty: one code for all.)"""
+    probe = BPE(pat_str=f"(?:{chars})+", mergeable_ranks={bytes([b]): b for b in range(256)})
+    every = [*range(0xD800), *range(0xE000, 0x40001), *range(0xE0000, 0x110000)]
+    found = probe.decode(probe.encode_ordinary("".join(map(chr, every)))).encode("utf-32-le")
+    codes = np.frombuffer(found, "<u4").astype(int)
+    runs = np.split(codes, np.flatnonzero(np.diff(codes) != 1) + 1) if len(codes) else []
+    ends = [0xDFFFF if run[-1] == 0x40000 else run[-1] for run in runs]
+    ranges = "".join(f"\\U{run[0]:08x}-\\U{end:08x}" for run, end in zip(runs, ends))
+    return f"[{ranges}]" if ranges else "(?!)"
+
+
+@lru_cache(maxsize=64)
 def splitter(pattern: str) -> re.Pattern:
-    r"""A regular expression of a tokenizer.json, to split with by Python's re: text, match, text ... text.
-    re knows no \p{L}: tiktoken is asked which of all characters are in such a class; their ranges take its
-    place. ValueError: a part that dialects read differently."""
-    def char_class(part):
-        if part[1] is None:                             # an escaped character, or a group: to be no result
-            return "(?:" if part[0] == "(" else part[0]
-        probe = BPE(pat_str=f"(?:{part[1]})+", mergeable_ranks={bytes([b]): b for b in range(256)})
-        every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
-        found = probe.decode(probe.encode_ordinary(every)).encode("utf-32-le")
-        codes = np.frombuffer(found, "<u4").astype(int)
-        runs = np.split(codes, np.flatnonzero(np.diff(codes) != 1) + 1)
-        return "[" + "".join(f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs if len(run)) + "]"
+    """A regular expression of a tokenizer.json, for Python's re to split with: text, match, text ... text.
+    ValueError: it has a part that dialects read differently."""
     strange = re.search(r"\\[^\WpPsSdDrntf]|\d\}[?+]|\{,|\(\?(?!i?:|>|<?[=!])|^$", pattern)
-    need(not strange, f"the regular expression part {strange and strange[0]!r} is not supported")
+    need(not strange, f"its part {strange and strange[0]!r} is not supported")
     parts = r"(\\[pP](?:\{\w+\}|\w)|\\[sSdD]|\[(?:[^][\\]|\\.|\[(?:[^][\\]|\\.)*\])+\])|\\.|\((?!\?)"
-    return re.compile(f"({re.sub(parts, char_class, pattern, flags=re.S)})", re.M)      # to HF ^ $ mean lines
+    found = re.sub(parts, lambda m: char_class(m[1]) if m[1] else "(?:" if m[0] == "(" else m[0], pattern)
+    return re.compile(f"({found})", re.MULTILINE)       # to the files' makers ^ and $ are the edges of a line
 
 
 def live_tokens(order: dict) -> dict:
@@ -299,8 +304,8 @@ class Tokenizer:
             need(all(type(id) is int and id in self.bytes for id in self.begin), "post_processor: unknown id")
         for other in others[::-1]:                      # the config, read last, has the last word
             eos = other.get("eos_token")
-            eos = self.ids.get(str(eos.get("content") if isinstance(eos, dict) else eos))
-            self.eos_ids = self.eos_ids if eos is None else {eos}
+            eos = eos.get("content") if isinstance(eos, dict) else eos
+            self.eos_ids = {self.ids[eos]} if isinstance(eos, str) and eos in self.ids else self.eos_ids
 
     def _read_cuts(self, spec: dict) -> None:
         """self.cuts: regular expressions that cut text into pieces before merges; None: a space to each."""
@@ -322,8 +327,9 @@ class Tokenizer:
                 self.cuts += [None] * field(part, "add_prefix_space", bool, True)
                 self.cuts += [GPT2] * field(part, "use_regex", bool, True)
         self.fast = FAST.get(tuple(self.cuts))
-        for cut in self.cuts * (not self.fast):
-            need(cut is None or splitter(cut), "")      # else we would see only in use what is wrong
+        for cut in self.cuts if not self.fast else []:
+            with about(f"regular expression {cut!r:.80}"):
+                need(cut is None or splitter(cut), "cannot be used")    # seen here, and not first when in use
 
     def _read_ids(self, added: list, vocab: dict) -> None:
         """Who has which id, and which bytes an id stands for."""
@@ -360,7 +366,8 @@ class Tokenizer:
         ranks = {self.bytes[vocab[name]]: vocab[name] for name in made if name in vocab}
         ignore = field(model, "ignore_merges", bool, False)
         self.lacking = bytes(LETTERS[letter] for letter in LETTERS.keys() - vocab.keys())
-        need(not self.lacking or not (ignore or model.get("unk_token")), f"no bytes {self.lacking[:9]}")
+        need(not self.lacking or not (ignore or model.get("unk_token")),
+             f"vocab lacks bytes {self.lacking[:9]}; with unk_token or ignore_merges that is not supported")
         live, names = BPE(pat_str=r"[\s\S]+", mergeable_ranks=ranks), {id: name for name, id in vocab.items()}
         for name in vocab.keys() - made.keys() - {""}:
             raw = self.bytes[vocab[name]]
@@ -563,6 +570,8 @@ def _checked(where, c):
         raise BadInput(f"{where}: {c.heads} attention heads cannot share {c.kv_heads} key/value heads evenly.")
     if c.gpt2 and c.head_dim * c.heads != c.hidden_size:
         raise BadInput(f"{where}: n_embd = {c.hidden_size} is not a multiple of n_head = {c.heads}.")
+    if max(c.heads, c.kv_heads) * c.head_dim > 1 << 24 or c.head_dim < 1:
+        raise BadInput(f"{where}: {c.heads} heads of {c.head_dim} is no possible attention. Is the file damaged?")
     if not c.gpt2 and c.head_dim % 2:
         raise BadInput(f"{where}: head_dim = {c.head_dim}; rotary positions need an even number.")
     return c
@@ -811,8 +820,8 @@ class GPT(nn.Module):
         ends = set(tokenizer.eos_ids)
         for source in (self.config.raw, self.generation):
             eos = source.get("eos_token_id")
-            ends.update(eos if isinstance(eos, list) else [eos])
-        self.stop_ids = frozenset(e for e in ends if isinstance(e, int) and 0 <= e < V and not missing[e])
+            ends.update(e for e in (eos if isinstance(eos, list) else [eos]) if type(e) is int)
+        self.stop_ids = frozenset(e for e in ends if 0 <= e < V and not missing[e])
         return self
 
     # -- files ---------------------------------------------------------------------------------------------
@@ -1076,6 +1085,7 @@ class Sampler:
             columns = max(columns, old * 5 // 4)
             self.work = [F.pad(w, (0, 0, 0, columns - old)) for w in self.work]
 
+    @torch.no_grad()
     def encode(self, paths: list) -> None:
         """Encode what is not yet encoded of these paths, each token once, in waves: a wave takes, below every
         encoded prefix, the run of tokens up to the next fork of the trie.
@@ -1112,7 +1122,7 @@ class Sampler:
         self._forward(slots, cols, real)
 
     # -- sampling ------------------------------------------------------------------------------------------
-    @torch.inference_mode()
+    @torch.no_grad()
     def extend(self, requests: list, temperature: float = 1.0, to_end: bool = True, progress=None) -> list:
         """Sample one continuation per request, in the order of the requests.
 
@@ -1168,14 +1178,14 @@ class Sampler:
     def _stop(self, row, token, to_end):
         if token in self.model.stop_ids:
             return "eos"
+        full = row.columns >= self.model.config.max_positions           # then no further step would fit
         if token in self.newline:
             line = self.tokenizer.decode(row.ids[row.line:])
             row.line = len(row.ids)
             if self.finished(line):
                 return "answer"
-            if not to_end:
+            if not to_end and not full:
                 return "step"
-        full = row.columns >= self.model.config.max_positions
         return "length" if full or len(row.ids) >= row.request.max_tokens else None
 
     def _close(self, live, results):

@@ -1,0 +1,367 @@
+"""The loop: homework's truth, recipes, statistics, resume after kill -9, refusals, and every program at smoke size."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loop
+from loop import Config, Homework, Question, calculate, parse, value
+from mcts import Forest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ["--preset", "smoke"]
+
+
+def program(*arguments, cwd, timeout=120):
+    """Run one of the five files as a user does; returns the finished process."""
+    environment = {**os.environ, "PYTHONPATH": "", "GOMP_SPINCOUNT": "2000"}
+    return subprocess.run([sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])], cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """A finished smoke run of self_explore (two rounds), made once."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = program("loop.py", *SMOKE, "--rounds", 2, "--out", "runs/a", cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
+
+
+# -- homework ---------------------------------------------------------------------------------------------
+def test_value_by_precedence():
+    """`value` equals Python's own evaluation on 3,000 random expressions, and is None iff a partial result leaves
+    0..99 (checked by an independent walk)."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        x = [rng.randint(1, 30)]
+        for _ in range(rng.randint(1, 5)):
+            x += [rng.choice("+-*"), rng.randint(1, 9)]
+        exact = 0
+        for sign, term in re.findall(r"([+-]?)([^+-]+)", "".join(map(str, x))):
+            product = int(np.prod([int(f) for f in term.split("*")]))
+            exact += -product if sign == "-" else product
+        assert value(x, bounded=False) == exact
+        y, inside = list(x), True
+        while len(y) > 1:
+            i = y.index("*") if "*" in y else 1
+            y[i - 1:i + 2] = [calculate(*y[i - 1:i + 2])]
+            inside &= 0 <= y[i - 1] <= 99
+        assert (value(x) is None) == (not inside)
+
+
+def test_homework_split_and_streams():
+    """Held-out questions never occur in a training stream; a round's questions depend on seed and round alone."""
+    task = Homework(Config(questions=200, eval_questions=300))
+    held = {q.text for q in task.eval_questions()}
+    trained = {q.text for q in task.train_questions(1)} | {q.text for q in task.train_questions(2)}
+    stream = task.stream(5, held_out=False)
+    trained |= {next(stream).text for _ in range(2000)}
+    assert len(held) == 300 and not held & trained
+    again = Homework(Config(questions=200, recipe="rft"))
+    assert [q.text for q in again.train_questions(1)] == [q.text for q in task.train_questions(1)]
+    assert [q.text for q in again.train_questions(2)] != [q.text for q in task.train_questions(1)]
+    assert all(str(value(parse(q.text))) == q.answer for q in task.train_questions(1))
+
+
+def test_truth_of_students():
+    """`first_false_step` is None exactly for students who never ruin the value; for the careless it is the first
+    line after which precedence no longer gives the answer. 500 students of each kind."""
+    careful, careless = Homework(Config(careless=0.0)), Homework(Config(careless=1.0))
+    rng, stream = random.Random(3), careful.stream(11, False)
+    ruined = 0
+    for _ in range(500):
+        q = next(stream)
+        assert careful.first_false_step(q, careful.solve_carelessly(parse(q.text), rng)) is None
+        text = careless.solve_carelessly(parse(q.text), rng)
+        found = careless.first_false_step(q, text)
+        rests = [parse(line.split(" : ")[1]) for line in text.split("\n")[:-1]]
+        wrong = [i for i, rest in enumerate(rests) if value(rest, bounded=False) != int(q.answer)]
+        assert found == (wrong[0] if wrong else None)
+        ruined += bool(wrong)
+    assert 100 < ruined < 500
+
+
+@pytest.mark.parametrize("text, step", [
+    ("1*4=4 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n#### 9", None),
+    ("7+1=8 : 8*4-2\n8*4=32 : 32-2\n32-2=30 : 30\n#### 30", 0),
+    ("1*4=5 : 7+5-2\n7+5=12 : 12-2\n12-2=10 : 10\n#### 10", 0),            # arithmetic
+    ("1*4=4 : 7+4-3\n7+4=11 : 11-3\n11-3=8 : 8\n#### 8", 0),               # copying
+    ("1*4=4 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n#### 8", 3),               # answer line
+    ("1*4=4 : 7+4-2\n7+4=12 : 12-2\n12-2=10 : 10\n#### 10", 1),
+    ("1*4=4 : 7+4-2\nrubbish", 1), ("", 0), ("1*4=4 : 7+4-2\n#### 9", 1)])
+def test_truth_table(text, step):
+    """First false lines of hand-made solutions of 7+1*4-2 = 9."""
+    assert Homework(Config()).first_false_step(Question("7+1*4-2", "9", 3), text) == step
+
+
+# -- statistics and pairs ---------------------------------------------------------------------------------
+def test_wilson_and_mcnemar():
+    """Known values: Wilson 95% of 81/263 (Newcombe 1998: .2553 - .3662); exact McNemar as two-sided binomial."""
+    assert np.allclose(loop.wilson(81, 263), (0.2553, 0.3662), atol=5e-5)
+    assert loop.wilson(0, 10)[0] == pytest.approx(0.0, abs=1e-12) and loop.wilson(10, 10)[1] == pytest.approx(1.0)
+    ours, theirs = [1] * 9 + [0] * 1 + [1] * 50, [0] * 9 + [1] * 1 + [1] * 50
+    assert loop.mcnemar(ours, theirs) == pytest.approx(2 * (1 + 10) / 2 ** 10)
+    assert loop.mcnemar(theirs, ours) == loop.mcnemar(ours, theirs) and loop.mcnemar(ours, ours) == 1.0
+
+
+def test_edit_distance():
+    """Equals the textbook recursion on 300 random pairs."""
+    def slow(a, b):
+        table = [[max(i, j) if not i or not j else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
+        for i in range(1, len(a) + 1):
+            for j in range(1, len(b) + 1):
+                table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
+        return table[-1][-1]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        a, b = rng.integers(0, 4, rng.integers(0, 12)), rng.integers(0, 4, rng.integers(0, 12))
+        assert loop.edit_distance(a, b) == slow(a.tolist(), b.tolist())
+
+
+def hand_forest():
+    """q -> a -> (b -> right, c -> wrong), q -> d -> wrong; a second, longer right end below a."""
+    f = Forest(1)
+    f.add(0, -1, [1, 2])
+    a, d = f.add(0, 0, [3, 9]), f.add(0, 0, [4, 9])
+    b, c = f.add(0, a, [5, 9]), f.add(0, a, [6, 9])
+    good, bad = f.add(0, b, [7], end="eos"), f.add(0, c, [8], end="eos")
+    worse, long_ = f.add(0, d, [8, 8], end="eos"), f.add(0, b, [7, 7, 7], end="eos")
+    for n, right in ((good, 1), (bad, 0), (worse, 0), (long_, 1)):
+        f.right[0, n] = right
+    return f, a, b, c, d, good, bad, worse, long_
+
+
+def test_pit_and_outcome_pairs():
+    """Pit pairs: rejected = the pit step alone, chosen = the shortest right completion of the same prefix with its
+    end; sides are siblings. Outcome pairs begin where the solutions part."""
+    f, a, b, c, d, good, bad, worse, long_ = hand_forest()
+    inner, first = loop.pit_pairs(f, 0, [{"node": c}, {"node": d}, {"node": d}, {"node": None}], 0.1)[::-1]
+    assert (inner.chosen, inner.rejected, inner.smoothing) == ([b, good], [c], 0.1) or \
+        (first.chosen, first.rejected) == ([b, good], [c])
+    by_pit = {p.rejected[0]: p for p in (inner, first)}
+    assert by_pit[c].chosen == [b, good] and by_pit[d].chosen == [a, b, good]
+    for p in loop.outcome_pairs(f, 0):
+        assert f.parent[0, p.chosen[0]] == f.parent[0, p.rejected[0]] and p.chosen[0] != p.rejected[0]
+        assert p.chosen[-1] in (good, long_) and p.rejected[-1] in (bad, worse)
+    assert len(loop.outcome_pairs(f, 0)) == 2
+
+
+def test_calculations_make_distinct():
+    """Other words with the same calculations are the same solution; other calculations are another."""
+    same = loop.calculations("She has 3 + 4 = 7 apples.\n#### 7"), loop.calculations("So 3+4=7 in all.\n#### 7")
+    assert same[0] == same[1] != loop.calculations("4+3=7\n#### 7")
+
+
+# -- whole runs -------------------------------------------------------------------------------------------
+def comparable(folder: Path) -> dict:
+    """What must be equal byte for byte (log rows without seconds and rates)."""
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
+             if p.is_file() and p.name not in ("lock", "log.jsonl", "config.json") or p.parent.name.startswith("round_")}
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    files["log"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+    return files
+
+
+def test_run_leaves_what_it_says(smoke):
+    """Folders round_0..2, trees, pairs, per-question results, log keys; nothing of work/ is left; every sampled
+    token is encoded at most once; the budget binds within a wave; tree files load and their pits are labelled."""
+    folder, out = smoke
+    run = folder / "runs" / "a"
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["round"] for r in rows] == [0, 1, 2] and not (run / "work").exists()
+    for r in rows:
+        assert {"recipe", "round", "seed", "accuracy", "accuracy_low", "accuracy_high", "questions", "sampled_tokens",
+                "seconds", "no_answer", "never_ends", "accuracy_by_steps", "distinct_answers", "processed_tokens",
+                "trained_tokens"} <= set(r)
+        assert r["processed_tokens"] <= r["prompt_tokens"] + r["sampled_tokens"]
+        assert len((run / f"eval_{r['round']:02d}.jsonl").read_text().splitlines()) == r["questions"] == 32
+    assert rows[1]["sampled_tokens"] > 0.5 * 16 * 300 and rows[0]["sampled_tokens"] == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert all((run / f"round_{k}" / name).exists() for k in range(3))
+    pairs = [json.loads(line) for line in (run / "pairs_01.jsonl").read_text().splitlines()]
+    assert all(set(p) == {"prompt", "chosen", "rejected"} for p in pairs)
+    assert "round 2   accuracy" in out and "Ask it:" in out
+
+
+def test_finished_run_called_again(smoke):
+    """The same command on a finished run trains nothing, changes no file and prints the same table."""
+    folder, out = smoke
+    before = comparable(folder / "runs" / "a")
+    again = program("loop.py", *SMOKE, "--rounds", 2, "--out", "runs/a", cwd=folder)
+    assert again.returncode == 0 and comparable(folder / "runs" / "a") == before
+    assert out[out.index("A question of round 1"):] == again.stdout[again.stdout.index("A question of round 1"):]
+
+
+def test_killed_run_ends_in_the_same_bytes(smoke, tmp_path):
+    """kill -9 again and again, at growing times, then the same command: weights, optimizer, pairs, trees and
+    per-question files equal those of the run that was left alone (the base is trained anew here, too)."""
+    reference, kills, wait = comparable(smoke[0] / "runs" / "a"), 0, 2.2
+    command = [sys.executable, str(ROOT / "loop.py"), *SMOKE, "--rounds", "2", "--out", "runs/a"]
+    while True:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=wait) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, wait = kills + 1, wait + 0.35
+    assert kills >= 2 and comparable(tmp_path / "runs" / "a") == reference
+    base = [next(f.glob("runs/base_*/done/model.safetensors")).read_bytes() for f in (tmp_path, smoke[0])]
+    assert base[0] == base[1]
+
+
+def test_interrupt_says_how_to_go_on(tmp_path):
+    """Ctrl-C: exit code 130, one line, no traceback."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "loop.py"), *SMOKE, "--base-steps", "100000"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "training the base" in process.stdout.readline() + process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
+
+
+def test_compare_and_other_recipes(smoke):
+    """--compare runs sft, rft and outcome_dpo on the cached base and prints one row each; called again it prints
+    the same table. rft and outcome_dpo spend the budget on samples, sft samples none."""
+    folder, _ = smoke
+    command = ("loop.py", *SMOKE, "--compare", "sft,rft,outcome_dpo", "--seeds", 1, "--out", "runs/c",
+               "--base", next((folder / "runs").glob("base_*")))
+    first, second = (program(*command, cwd=folder) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr[-2000:]
+    table = [line for line in first.stdout.splitlines() if line.startswith("| ")]
+    assert [t.split(" | ")[0][2:] for t in table[1:]] == ["sft", "rft", "outcome_dpo"]
+    assert table == [line for line in second.stdout.splitlines() if line.startswith("| ")]
+    rows = {n: json.loads((folder / f"runs/c/{n}_seed0/log.jsonl").read_text().splitlines()[-1]) for n in ("sft", "rft", "outcome_dpo")}
+    assert rows["sft"]["sampled_tokens"] == 0 and rows["rft"]["sampled_tokens"] == rows["outcome_dpo"]["sampled_tokens"]
+    assert 0.7 * 16 * 300 < rows["rft"]["sampled_tokens"] < 1.3 * 16 * 300
+
+
+def questions_file(path: Path, count: int = 16) -> Path:
+    """A small file of GSM8K's form from the copied real questions."""
+    lines = (ROOT / "tests" / "data" / "gsm8k_300.jsonl").read_text(encoding="utf-8").splitlines()
+    keep = [line for line in lines if len(json.loads(line)["question"]) < 250][:count]
+    path.write_text("\n".join(keep) + "\n", encoding="utf-8")
+    return path
+
+
+def test_open_weights_and_real_questions(smoke, tmp_path):
+    """The same loop on a model folder and files of GSM8K's form; --evaluate of the result; model.py on its folder."""
+    model = smoke[0] / "runs" / "a" / "round_0"
+    data = questions_file(tmp_path / "q.jsonl")
+    for recipe in ("sft", "self_explore"):
+        done = program("loop.py", *SMOKE, "--model", model, "--data", data, "--eval-data", data, "--recipe", recipe,
+                       "--out", f"out_{recipe}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+    found = program("loop.py", "--evaluate", "out_sft", cwd=tmp_path)
+    assert found.returncode == 0 and json.loads(found.stdout)["questions"] == 16, found.stderr
+    asked = program("model.py", "--model", "out_sft/round_1", "--prompt", "Question: 1+1? Answer:", "--temperature", 0,
+                    "--max-tokens", 5, cwd=tmp_path)
+    assert asked.returncode == 0 and "tokens/s" in asked.stdout
+
+
+def test_every_file_shows_its_idea(tmp_path):
+    """Each file runs by itself in seconds and prints what its docstring promises."""
+    for name, words in (("model.py", "encoded"), ("mcts.py", "FIRST PIT"), ("critic.py", "first pit: step 1"), ("dpo.py", "margin")):
+        done = program(name, cwd=tmp_path)
+        assert done.returncode == 0 and words in done.stdout, done.stderr[-1000:]
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+def refused(words, *arguments, cwd):
+    """Exit code 2, one sentence with these words, no traceback."""
+    done = program(*arguments, cwd=cwd)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr[-1500:])
+    assert "Traceback" not in done.stderr and words.lower() in done.stderr.lower(), done.stderr
+
+
+@pytest.mark.parametrize("words, flags", [
+    ("did you mean --rounds", ["--round", "3"]), ("out of range", ["--rounds", "-1"]), ("out of range", ["--temperature", "0"]),
+    ("invalid choice", ["--recipe", "dpo"]), ("invalid int", ["--steps", "many"]), ("--model needs --data", ["--model", "x"]),
+    ("need --model", ["--data", "x.jsonl"]), ("below --min-operators", ["--max-operators", "2"]),
+    ("unknown recipe 'ppo'", ["--compare", "rft,ppo"]), ("multiple of 8", ["--width", "30"])])
+def test_flags_are_refused(words, flags):
+    """A wrong flag is named together with what would be right."""
+    with pytest.raises(loop.BadInput, match=re.compile(re.escape(words), re.I)):
+        loop.parse_flags(flags)
+
+
+def test_bad_files_are_refused(smoke, tmp_path):
+    """Missing folder, missing file, a bad line (with its number), no question, no number, a question longer than
+    the context: exit code 2 and one sentence, and no run folder with results is left."""
+    model, data = smoke[0] / "runs" / "a" / "round_0", questions_file(tmp_path / "good.jsonl")
+    cases = {"no.jsonl": (None, "cannot be read"), "empty.jsonl": ("\n", "no question"), "json.jsonl": ('{"question": 1\n', "line 1"),
+             "field.jsonl": ('{"question": "a", "answer": "1"}\n{"question": "b"}\n', "line 2"),
+             "number.jsonl": ('{"question": "a", "answer": "none"}\n', "no number"),
+             "long.jsonl": (json.dumps({"question": "x" * 600, "answer": "1"}) + "\n", "context")}
+    for name, (text, words) in cases.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        done = loop.main([*SMOKE, "--model", str(model), "--data", str(tmp_path / name), "--eval-data", str(data),
+                          "--out", str(tmp_path / ("out" + name))])
+        assert done == 2 and not (tmp_path / ("out" + name) / "round_0").exists(), name
+        with pytest.raises(loop.BadInput, match=words):
+            loop.Exercises(Config(data=str(tmp_path / name), eval_data=str(data)), Homework(Config()).tokenizer, 512)
+    refused("nowhere", "loop.py", *SMOKE, "--model", "nowhere", "--data", data, "--eval-data", data, cwd=tmp_path)
+    refused("nowhere", "model.py", "--model", "nowhere", "--prompt", "x", cwd=tmp_path)
+
+
+def test_settings_and_lock(smoke, tmp_path):
+    """A resume with other settings names the difference; a second run in a folder in use is refused; the lock of a
+    dead process is none."""
+    refused("--steps was 4, now 5", "loop.py", *SMOKE, "--rounds", 2, "--out", "runs/a", "--steps", 5, cwd=smoke[0])
+    held = loop.lock(tmp_path / "busy")
+    refused("in use by another run", "loop.py", *SMOKE, "--out", "busy", cwd=tmp_path)
+    held.close()
+    loop.lock(tmp_path / "busy").close()
+
+
+# -- the house --------------------------------------------------------------------------------------------
+def test_imports_run_one_way():
+    """model <- mcts <- critic <- dpo <- loop, and no other package than the card's."""
+    rooms, allowed = ["model", "mcts", "critic", "dpo", "loop"], {"torch", "numpy", "tiktoken", "tqdm"}
+    for i, room in enumerate(rooms):
+        source = (ROOT / f"{room}.py").read_text(encoding="utf-8")
+        for name in re.findall(r"^\s*(?:from|import) ([a-z_0-9]+)", source, re.M):
+            assert name in rooms[:i] or name in allowed or name in sys.stdlib_module_names, (room, name)
+
+
+def test_readme_commands_and_names(smoke, tmp_path):
+    """Every `python ...` command of the README is accepted by its program (parsed; those without a folder of the
+    reader's own are run at smoke size), and every `file.name` in its paper map exists."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [c.split("#")[0].split() for c in re.findall(r"^(?:\$ )?python (?!-m)(.+)$", text, re.M)]
+    assert len(commands) >= 8
+    ran = set()
+    for command in commands:
+        name, flags = command[0], command[1:]
+        if name == "loop.py":
+            loop.parse_flags([f.strip('"') for f in flags])
+        if not any(f in command for f in ("--model", "--data", "--evaluate", "--compare")) and name != "tests/bench.py":
+            extra = [*SMOKE, "--rounds", "1"] if name == "loop.py" else []
+            key = (name, *flags)
+            if key not in ran:
+                ran.add(key)
+                done = program(name, *flags, *extra, cwd=tmp_path)
+                assert done.returncode == 0, (command, done.stderr[-1000:])
+    assert len(ran) >= 5
+    modules = {n: __import__(n) for n in ("model", "mcts", "critic", "dpo", "loop")}
+    names = re.findall(r"`(model|mcts|critic|dpo|loop)\.([A-Za-z_.]+)`", text)
+    assert len(names) >= 15
+    for module, path in names:
+        if path == "py":
+            continue
+        thing = modules[module]
+        for part in path.split("."):
+            assert hasattr(thing, part), f"README names {module}.{path}"
+            thing = getattr(thing, part)

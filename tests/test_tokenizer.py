@@ -1,0 +1,328 @@
+"""The tokenizer against Hugging Face `tokenizers` 0.23.3: what that library gave is stored, and must come out
+here.
+
+data/tokenizers holds four byte-level tokenizers with 403 texts each, a SentencePiece one that must be
+refused, and made_up.json: 59 small random tokenizers (twenty ways of cutting text, merges without order or
+use, tokens that no merge makes, ignore_merges, missing bytes, normalizers) with 18 texts each. Nothing is
+random here but for fixed seeds, so there are no false alarms."""
+import copy
+import json
+import random
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from model import BadInput, Tokenizer  # noqa: E402
+
+DATA = Path(__file__).parent / "data" / "tokenizers"
+NAMES = ("gpt2", "llama3", "qwen2", "smollm2")
+MADE_UP = json.loads((DATA / "made_up.json").read_text(encoding="utf-8"))["files"]
+STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+@lru_cache
+def opened(name) -> tuple[Tokenizer, dict]:
+    expected = (DATA / name / "expected.json").read_text(encoding="utf-8")
+    return Tokenizer.from_pretrained(DATA / name), json.loads(expected)
+
+
+def small(merges=(), extra=(), added=("<s>", "</s>"), **top) -> Tokenizer:
+    """A byte-level tokenizer: bytes, what the merges make, extra entries, added tokens; `top` changes the
+    file."""
+    spec = json.loads(Tokenizer.bytes_only(()).files["tokenizer.json"])
+    vocab = spec["model"]["vocab"]
+    for token in [*("".join(m) for m in merges), *extra]:
+        vocab.setdefault(token, len(vocab))
+    spec["model"] |= {"merges": [list(m) for m in merges]} | top.pop("model", {})
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    spec["added_tokens"] = [{"id": len(vocab) + i, "content": text} | flags for i, text in enumerate(added)]
+    return Tokenizer({"tokenizer.json": json.dumps(spec | top).encode()})
+
+
+def texts(tokenizer, ids):
+    return [tokenizer.token_bytes(id).decode() for id in ids]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fixtures(name):
+    """All stored cases: ids with special tokens allowed, ids with the begin token, and every decoding."""
+    tokenizer, expected = opened(name)
+    for text, ids, ids_special, decoded in expected["cases"]:
+        assert tokenizer.encode(text, allow_special=True) == ids, text
+        assert tokenizer.begin + ids == ids_special and tokenizer.decode(ids) == decoded
+    for ids, decoded in expected["decode"]:
+        assert tokenizer.decode(ids) == decoded
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_call_and_pieces_agree(name):
+    """Cutting by Python and merging piece by piece gives the ids that tiktoken gives in one call."""
+    tokenizer, expected = opened(name)
+    piecewise = copy.copy(tokenizer)
+    piecewise.fast = None
+    for text, ids, *_ in expected["cases"]:
+        assert piecewise.encode(text, allow_special=True) == ids, text
+
+
+@pytest.mark.parametrize("index", range(len(MADE_UP)))
+def test_made_up(index):
+    """59 tokenizers x 18 texts by the real library: DeepSeek's sequences of splits, digits one by one or not,
+    String patterns, NFC and NFKC, prefix spaces, gaps between matches, empty matches, dead and unreachable
+    tokens ..."""
+    spec = copy.deepcopy(MADE_UP[index]["tokenizer"])
+    spec["model"]["vocab"] = {name: id for id, name in enumerate(spec["model"]["vocab"])}
+    tokenizer = Tokenizer({"tokenizer.json": json.dumps(spec).encode()})
+    for text, ids, some_ids, decoded in MADE_UP[index]["cases"]:
+        assert tokenizer.encode(text, allow_special=True) == ids, text
+        assert tokenizer.decode(some_ids) == decoded
+
+
+def test_special_tokens_only_where_asked_for():
+    """A special token's text in data becomes ordinary ids (it cannot open a turn); asked for, it is one id.
+    The longest of several wins, and neighbours are not disturbed."""
+    for name in NAMES:
+        tokenizer, _ = opened(name)
+        for text, id in tokenizer.added.items():
+            data = f"a{text}b"
+            assert id not in tokenizer.encode(data) and tokenizer.decode(tokenizer.encode(data)) == data
+            inside = tokenizer.encode(data, allow_special=True)
+            assert inside == tokenizer.encode("a") + [id] + tokenizer.encode("b")
+    tokenizer = small(added=("<s>", "<s><s>", "a b"))
+    assert tokenizer.encode("<s><s><s>a b", True) == [257, 256, 258]
+    assert tokenizer.decode([258, 256]) == "a b<s>"
+
+
+def test_prompt():
+    """encode_prompt puts the post-processor's tokens before the text, once, and never spoils later
+    prompts."""
+    tokenizer, _ = opened("llama3")
+    ids = tokenizer.encode_prompt("hi")
+    ids.append(0)
+    assert len(tokenizer.begin) == 1
+    assert tokenizer.encode_prompt("hi") == tokenizer.begin + tokenizer.encode("hi")
+    assert opened("gpt2")[0].encode_prompt("hi") == opened("gpt2")[0].encode("hi")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_and_bytes(name):
+    """n_ids, base_ids, holes and newline_ids say what the file says; without special tokens every text that
+    UTF-8 can write comes back; token_bytes of a text's ids join to the text."""
+    tokenizer, expected = opened(name)
+    spec = json.loads((DATA / name / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = set(spec["model"]["vocab"].values()) | {token["id"] for token in spec["added_tokens"]}
+    assert tokenizer.n_ids == max(ids) + 1 and set(tokenizer.holes) == set(range(max(ids))) - ids
+    assert tokenizer.base_ids == max(spec["model"]["vocab"].values()) + 1
+    assert tokenizer.newline_ids == [id for id in sorted(ids) if b"\n" in tokenizer.token_bytes(id)]
+    assert tokenizer.token_bytes(tokenizer.n_ids + 5) == b"" and tokenizer.decode([tokenizer.n_ids + 5]) == ""
+    for text, *_ in expected["cases"]:
+        ids = tokenizer.encode(text)
+        if not tokenizer.forms and not tokenizer.lacking:
+            assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text == tokenizer.decode(ids)
+
+
+def test_bytes_only(tmp_path):
+    """Ids are the bytes; special tokens follow; saved, opened and saved again it is the same to the byte."""
+    tokenizer = Tokenizer.bytes_only(("<|end|>", "<|pad|>"))
+    text = "17+1 \t\r\n\n  é水🙂\0"
+    assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a<|end|>", True) == [97, 256] and len(tokenizer.encode("a<|end|>")) == 8
+    assert (tokenizer.n_ids, tokenizer.base_ids, tokenizer.holes) == (258, 256, [])
+    assert tokenizer.newline_ids == [10] and tokenizer.eos_ids == {256} and tokenizer.begin == []
+    assert [tokenizer.token_bytes(b) for b in range(256)] == [bytes([b]) for b in range(256)]
+    tokenizer.save(tmp_path / "a")
+    again = Tokenizer.from_pretrained(tmp_path / "a")
+    again.save(tmp_path / "b")
+    assert again.encode("x<|pad|>", True) == [120, 257] and again.eos_ids == {256}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    assert config == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    assert Tokenizer.bytes_only(()).eos_ids == set()
+
+
+def test_eos_is_where_the_folder_says(tmp_path):
+    """eos_token as a string or an object, in tokenizer_config.json before special_tokens_map.json; else
+    unknown."""
+    raw = (DATA / "llama3" / "tokenizer.json").read_bytes()
+    cases = [({}, {}, None),
+             ({"eos_token": "<|end_of_text|>"}, {"eos_token": "<|eot_id|>"}, "<|end_of_text|>"),
+             ({"eos_token": {"content": "<|eot_id|>", "lstrip": False}}, {}, "<|eot_id|>"),
+             ({"eos_token": None}, {"eos_token": "<|eot_id|>"}, "<|eot_id|>"),
+             ({"eos_token": "no such token"}, {}, None),
+             ({"eos_token": [1]}, {"eos_token": {"content": 3}}, None)]
+    for config, special, want in cases:
+        files = {"tokenizer.json": raw, "tokenizer_config.json": json.dumps(config).encode(),
+                 "special_tokens_map.json": json.dumps(special).encode()}
+        tokenizer = Tokenizer(files)
+        assert tokenizer.eos_ids == ({tokenizer.ids[want]} if want else set())
+    assert Tokenizer({"tokenizer.json": raw}).eos_ids == set()
+
+
+def test_dead_tokens_are_not_merged_to():
+    """Worked by hand: `abc` is in the vocabulary, but (a, b), (ab, c) are not both merges. Without
+    ignore_merges it never comes out; with it, only a whole piece is `abc`: never a part of `abcd`, though ab
+    and c lie side by side."""
+    merges = [("a", "b")]
+    t = small(merges, ["abc"])
+    assert texts(t, t.encode("abc abcd")) == ["ab", "c", " ", "ab", "c", "d"]
+    t = small(merges, ["abc"], model={"ignore_merges": True})
+    assert texts(t, t.encode("abc")) == ["abc"] and texts(t, t.encode("abcd")) == ["ab", "c", "d"]
+    assert texts(t, t.encode("abc!abcd!abc")) == ["abc", "!", "ab", "c", "d", "!", "abc"]
+    # (a, bc) is a merge, but (a, b) comes first, so bc never forms after a; and abc is dead
+    merges = [("a", "b"), ("b", "c"), ("a", "bc")]
+    t = small(merges)
+    assert texts(t, t.encode("abc")) == ["ab", "c"]
+    assert texts(t, t.encode("bcbc")) == ["bc", "bc"]
+    t = small(merges, model={"ignore_merges": True})
+    assert texts(t, t.encode("abc")) == ["abc"] and texts(t, t.encode("aabc")) == ["a", "ab", "c"]
+
+
+def test_merges_in_either_spelling_and_ids_above_zero():
+    """"a b" and ["a", "b"] are the same merge; a vocabulary may begin above 0, with holes."""
+    both = [small([("a", "b")]), small([("a", "b")], model={"merges": ["a b"]})]
+    assert both[0].encode("abab") == both[1].encode("abab") == [256, 256]
+    vocab = json.loads(both[0].files["tokenizer.json"])["model"]["vocab"]
+    vocab = {name: id + 7 + (id > 200) for name, id in vocab.items()}
+    t = small([("a", "b")], added=(), model={"vocab": vocab})
+    assert t.encode("aba") == [264, 104] and t.holes == [*range(7), 208] and t.n_ids == 265
+    assert t.decode([3, 264, 208]) == "ab"
+
+
+def test_missing_bytes_are_lost_as_in_hugging_face():
+    """SmolLM2 has no \\x04: the real library drops it, so "a\\x04b" is a, b (ids stored from that
+    library)."""
+    tokenizer, _ = opened("smollm2")
+    assert tokenizer.encode("x\U00040000y") == [104, 218, 218, 218, 105] and tokenizer.encode("\x04") == []
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff b", "\ud83d\ude42", "\ude42\ud83d"])
+def test_lone_surrogates(text):
+    """Half a surrogate pair reads as U+FFFD, a whole pair as its character; nothing crashes."""
+    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    for name in NAMES:
+        assert opened(name)[0].encode(text) == opened(name)[0].encode(clean)
+        assert opened(name)[0].encode(text, True) == opened(name)[0].encode(clean, True)
+
+
+@pytest.mark.parametrize("unit", [" ", "a", "\n", "1", "!", "水", " a", "\t\n"])
+def test_very_long_runs(unit):
+    """A million characters of one kind: no crash of the regular expressions in tiktoken, and nothing is
+    lost."""
+    tokenizer, _ = opened("qwen2")
+    text = unit * (1_000_000 // len(unit)) + "x"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
+
+
+def test_sentencepiece_is_refused():
+    """One sentence: what it is, that it comes later, what works now; for the real file and for each of its
+    marks."""
+    with pytest.raises(BadInput, match="SentencePiece.*not supported yet.*byte-level BPE"):
+        Tokenizer.from_pretrained(DATA / "llama2_legacy")
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    for top in ({"model": {"byte_fallback": True}},
+                {"model": {"type": "Unigram"}}, {"model": {"type": "WordPiece"}},
+                {"normalizer": {"type": "Prepend", "prepend": "▁"}}, {"pre_tokenizer": metaspace}):
+        with pytest.raises(BadInput, match="SentencePiece"):
+            small(**top)
+
+
+def split(pattern, behavior="Isolated"):
+    return {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": pattern, "behavior": behavior,
+                                                   "invert": False}, STEP]}
+
+
+@pytest.mark.parametrize("word, top", [
+    ("Lowercase", {"normalizer": {"type": "Lowercase"}}),
+    ("Whitespace", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, STEP]}}),
+    ("pretokenizers", {"pre_tokenizer": None}),
+    ("pre_tokenizer", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [STEP, {"type": "Digits"}]}}),
+    ("MergedWithNext", {"pre_tokenizer": split({"Regex": "a"}, "MergedWithNext")}),
+    (r"\\\\w", {"pre_tokenizer": split({"Regex": r"\w+"})}),
+    (r"\(\?P<a>", {"pre_tokenizer": split({"Regex": "(?P<a>b)"})}),
+    (r"2}\+", {"pre_tokenizer": split({"Regex": "a{1,2}+"})}),
+    (r"\(a.*subpattern", {"pre_tokenizer": split({"Regex": "(a"})}),
+    ("Nonsense", {"pre_tokenizer": split({"Regex": r"\p{Nonsense}"})}),
+    ("regular expression ''", {"pre_tokenizer": split({"String": ""})}),
+    ("decoder", {"decoder": None}), ("WordPiece", {"decoder": {"type": "WordPiece"}}),
+    ("RobertaProcessing", {"post_processor": {"type": "RobertaProcessing"}}),
+    ("dropout", {"model": {"dropout": 0.1}}),
+    ("end_of_word_suffix", {"model": {"end_of_word_suffix": "</w>"}}),
+    ("merge", {"model": {"merges": ["a zz"]}}), ("merge", {"model": {"merges": ["a b c"]}}),
+    ("vocab", {"model": {"vocab": None}}), ("merges", {"model": {"merges": None}}),
+    ("order", {"model": {"merges": ["c d", "a b"]}, "merges": [("a", "b"), ("c", "d")]}),
+    ("order", {"merges": [("ab", "c"), ("a", "b")], "extra": ["ab"]})])
+def test_what_we_would_read_wrongly_is_refused_by_name(word, top):
+    """Every field whose meaning we do not have is named in the refusal; so are damaged ones."""
+    with pytest.raises(BadInput, match=word):
+        small(**top)
+
+
+def test_added_tokens_that_are_refused():
+    """lstrip, rstrip, single_word, normalized with a normalizer, an id that is taken, two ids: named, never
+    guessed."""
+    spec = json.loads(Tokenizer.bytes_only().files["tokenizer.json"])
+    changes = [{"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"id": 97}, {"id": -1},
+               {"id": 2 ** 31}, {"content": "a"}, {"content": ""}, {"id": True}, {"normalized": True}]
+    for change in changes:
+        damaged = copy.deepcopy(spec) | ({"normalizer": {"type": "NFC"}} if "normalized" in change else {})
+        damaged["added_tokens"][0] |= change
+        with pytest.raises(BadInput, match="token|'id'"):
+            Tokenizer({"tokenizer.json": json.dumps(damaged).encode()})
+
+
+def test_folders_without_a_tokenizer(tmp_path):
+    """No tokenizer.json, no folder, broken JSON, an LFS pointer: BadInput that names it and what to do."""
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(BadInput, match="tokenizer.json"):
+            Tokenizer.from_pretrained(folder)
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    for raw, word in ((b"{", "tokenizer.json"), (pointer, "git lfs pull")):
+        (tmp_path / "tokenizer.json").write_bytes(raw)
+        with pytest.raises(BadInput, match=word):
+            Tokenizer.from_pretrained(tmp_path)
+
+
+def places(node, path=()):
+    """All paths to values in a JSON tree, but only the first dozen entries of large tables."""
+    yield path
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in list(children)[:12]:
+        yield from places(child, (*path, key))
+
+
+def test_structural_mutations():
+    """Every place of two tokenizer.json, deleted or replaced by null, numbers, strings, lists, objects: it is
+    read (and then can encode and decode) or it is BadInput, never anything else."""
+    odd = [None, 0, -1, 1.5, True, "", "x", [], [[]], {}, {"type": "Sequence"}, 10 ** 30]
+    rng, read = random.Random(0), 0
+    full = copy.deepcopy(MADE_UP[0]["tokenizer"])
+    full["model"]["vocab"] = {name: id for id, name in enumerate(full["model"]["vocab"])}
+    full["post_processor"] = json.loads((DATA / "llama3" / "tokenizer.json").read_text())["post_processor"]
+    full["post_processor"]["processors"][1]["special_tokens"]["<|begin_of_text|>"]["ids"] = [5]
+    full["pre_tokenizer"] = split({"Regex": r"\s+|[a-z]+"})
+    full["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    full["added_tokens"] = [token | {"normalized": False} for token in full["added_tokens"]]
+    bytes_only = json.loads(Tokenizer.bytes_only().files["tokenizer.json"])
+    Tokenizer({"tokenizer.json": json.dumps(full).encode()})
+    for spec in (full, bytes_only):
+        for path in list(places(spec))[1:]:
+            for new in ["delete", *rng.sample(odd, 6)]:
+                damaged = copy.deepcopy(spec)
+                node = damaged
+                for key in path[:-1]:
+                    node = node[key]
+                if new == "delete":
+                    del node[path[-1]]
+                else:
+                    node[path[-1]] = new
+                try:
+                    tokenizer = Tokenizer({"tokenizer.json": json.dumps(damaged).encode()})
+                except BadInput:
+                    continue
+                read += 1
+                ids = tokenizer.encode_prompt("ab 12\n é <s>") + tokenizer.encode("<s> <|endoftext|>", True)
+                tokenizer.decode(ids)
+    assert read > 50
