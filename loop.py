@@ -59,7 +59,7 @@ class Config:
     dtype: str = "auto"           # auto, float32 or bfloat16; auto measures on a CPU (open weights only)
     threads: int = 0              # CPU threads; 0 measures which is faster, one or all
     # -- sampling
-    questions: int = 500          # new questions a round
+    questions: int = 400          # new questions a round
     samples: int = 8              # first samples a question
     budget: int = 1000            # sampled tokens per question and round, labelling included: what binds a round
     completions: int = 4          # k of Self-Explore: completions per prefix; see METHODS: false pits (1-p)^k
@@ -70,7 +70,7 @@ class Config:
     rows: int = 256               # solutions decoded at once
     save_seconds: float = 20.0    # how often an unfinished training is saved
     # -- learning
-    steps: int = 120              # optimiser steps a round, the same for every recipe
+    steps: int = 80               # optimiser steps a round, the same for every recipe
     batch: int = 32               # trees (questions) per step
     beta: float = 0.1             # DPO: how far from the reference (2305.18290)
     nll: float = 1.0              # weight of the NLL term on chosen sides
@@ -214,12 +214,12 @@ class Homework:
         return question.text + "?"
 
     def draw(self, rng: random.Random) -> list:
-        """A random expression: the first operator is + or - (else the leftmost were too often the right one);
-        every value of its right evaluation lies in 0..99."""
+        """A random expression; every value of its right evaluation lies in 0..99. The first operator is + or -, the
+        second often *: else the leftmost were too often the right one, and the base as good as its teacher."""
         while True:
             x = [rng.randint(1, 9)]
             for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
-                op = rng.choice("+-*" if i else "+-")
+                op = rng.choice(("+-", "+-**", "+-*")[min(i, 2)])
                 x += [op, rng.randint(2 if op == "*" else 1, 9)]
             if value(x) is not None:
                 return x
@@ -862,11 +862,11 @@ def outcome_dpo(run: Run, round_: int, trees: list) -> tuple:
 
 def self_explore(run: Run, round_: int, trees: list) -> tuple:
     """Self-Explore (2404.10346): DPO on first pits. Round 1 first fine-tunes the base on its right solutions, with
-    half of the steps; that model is start and reference. Later rounds start from the last one."""
+    three quarters of the steps; that model is start and reference. Later rounds start from the last one."""
     steps, report = run.c.steps, {}
     if round_ == 1:
-        report, _ = learn(run, round_, "rft", right_rows(run, trees), sft_loss, "sft", steps // 2)
-        steps -= steps // 2
+        report, _ = learn(run, round_, "rft", right_rows(run, trees), sft_loss, "sft", steps * 3 // 4)
+        steps -= steps * 3 // 4
     pairs = [pit_pairs(forest, b, pits, run.c.smoothing) for _, forest, b, pits in trees]
     second, state = learn_pairs(run, round_, trees, pairs, steps)
     second["tokens"] = second.get("tokens", 0) + report.get("tokens", 0)

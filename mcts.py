@@ -47,7 +47,7 @@ class Forest:
         self.arrays = dict(parent=(np.int32, -1), depth=(np.int32, 0), visits=(np.int32, 0), terminal=(bool, False),
                            end=(np.int8, 0), right=(np.int8, -1), drawn=(np.int32, 0))
         for name, (kind, empty) in self.arrays.items():
-            setattr(self, name, np.full((trees, nodes), empty, kind))
+            setattr(self, name, np.full((trees, max(1, nodes)), empty, kind))
         self.size = np.zeros(trees, np.int64)                           # nodes in use, per tree
         self.ids, self.logps, self.slots = ([[] for _ in range(trees)] for _ in range(3))
         self.children = [[] for _ in range(trees)]                      # children[b][n]: list, in order of birth
@@ -118,20 +118,24 @@ class Forest:
     @classmethod
     def from_json(cls, trees: list) -> "Forest":
         """Trees written by `to_json`. Raises BadInput when a tree is not of that form."""
-        b = -1
+        b = 0
         try:
             if not isinstance(trees, list):
-                raise TypeError("it is no list of trees")
-            forest = cls(len(trees), max((len(t["parent"]) for t in trees), default=1) or 1)
+                raise TypeError("no list of trees")
+            forest = cls(len(trees))
             for b, t in enumerate(trees):
-                for n, parent in enumerate(t["parent"]):
-                    above = (parent == -1) if n == 0 else (0 <= parent < n and not forest.terminal[b, parent])
-                    if not above or forest.add(b, parent, t["ids"][n], t["logps"][n], end=ENDS[t["end"][n]]) != n:
-                        raise ValueError("its nodes are out of order")
+                N = len(t["parent"])
+                if any(len(t[name]) != N for name in (*forest.arrays, "ids", "logps")):
+                    raise ValueError("its lists differ in length")
+                for n, (parent, end) in enumerate(zip(t["parent"], t["end"])):
+                    if (parent not in range(n) or forest.terminal[b, parent] if n else parent != -1) or end < 0 \
+                            or forest.add(b, parent, t["ids"][n], t["logps"][n], end=ENDS[end]) != n:
+                        raise ValueError("nodes are out of order")
                 for name in ("visits", "right", "drawn"):
-                    getattr(forest, name)[b, :len(t["parent"])] = t[name]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise BadInput(f"Tree {b} of the file is damaged ({error}); delete the file, it is made again.") from error
+                    getattr(forest, name)[b, :N] = t[name]
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise BadInput(f"Tree {b} of the file is damaged ({error!s:.80}); delete the file, it is made again.") \
+                from error
         return forest
 
 

@@ -579,9 +579,9 @@ def _checked(where, c):
 
 def _rope(raw, where):
     """(theta, parameters) from `rope_parameters` (new files) or rope_theta + `rope_scaling` (old ones)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise BadInput(f"{where}: rope_parameters / rope_scaling must be an object, not {str(rope)[:40]!r}.")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        raise BadInput(f"{where}: rope_parameters / rope_scaling must be one flat object, not {str(rope)[:40]!r}.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise BadInput(f"{where}: rope type {str(kind)[:40]!r} is not supported; this project has default, linear "
@@ -875,7 +875,11 @@ class GPT(nn.Module):
                                f"floating-point {want}; weights and config do not belong together.")
             model.saved_as[name] = FLOATS[kind]
         if "lm_head.weight" in skip:                                    # a tied head, stored a second time
-            model.saved_as["lm_head.weight"] = FLOATS.get(headers[where["lm_head.weight"]]["lm_head.weight"][0])
+            kind, shape = headers[where["lm_head.weight"]]["lm_head.weight"][:2]
+            if list(shape) != [config.vocab_size, config.hidden_size] or kind not in FLOATS:
+                raise BadInput(f"{where['lm_head.weight']}: lm_head.weight is {kind} {list(shape)}, unlike the embedding that "
+                               "config.json ties it to.")
+            model.saved_as["lm_head.weight"] = FLOATS[kind]
         embedding = next(n for n, (t, _) in plan.items() if t == ["model.embed_tokens.weight"])
         dtype = dtype or (torch.float32 if device.type == "cpu" else model.saved_as[embedding])
         model = model.to(dtype).to_empty(device=device)
@@ -909,7 +913,7 @@ class GPT(nn.Module):
             out["lm_head.weight"] = self.model.embed_tokens.weight.data.to("cpu", self.saved_as["lm_head.weight"])
         for name, raw in (("config.json", self.config.raw), ("generation_config.json", self.generation)):
             if raw:
-                write_text(folder / name, json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
+                write_text(folder / name, json.dumps(raw, indent=2) + "\n")
         write_safetensors(folder / "model.safetensors", out, {"format": "pt"})
 
 
