@@ -495,13 +495,13 @@ def measured(c: Config) -> dict:
         torch.set_num_threads(threads)
         x, w = torch.randn(4096, 512, dtype=kind), torch.randn(512, 512, dtype=kind)
         times = []
-        for _ in range(8):
+        for _ in range(20):
             start = time.perf_counter()
             (x @ w).relu_().sum()
             times.append(time.perf_counter() - start)
-        return sorted(times)[3]
+        return min(times)
     every = os.cpu_count() or 1
-    threads = c.threads or (1 if seconds(torch.float32, 1) < 1.2 * seconds(torch.float32, every) else every)
+    threads = c.threads or (1 if seconds(torch.float32, 1) < 1.1 * seconds(torch.float32, every) else every)
     if dtype == "auto":           # from scratch stays fp32; open weights: bf16 where its products are faster
         faster = c.model and device == "cpu" and seconds(torch.bfloat16, threads) * 1.5 < seconds(torch.float32, threads)
         dtype = "bfloat16" if faster or (c.model and device == "cuda") else "float32"
@@ -1010,6 +1010,10 @@ def main(arguments: list) -> int:
         return 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:      # disk full, no permission, ...: what was finished is on the disk
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend it and run the same command again",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

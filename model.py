@@ -1258,6 +1258,10 @@ def main(arguments: list) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:      # disk full, no permission, ...: what was finished is on the disk
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend it and run the same command again",
+              file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
