@@ -81,7 +81,7 @@ class Config:
     # -- the tiny base
     width: int = 128
     layers: int = 3
-    base_steps: int = 1200
+    base_steps: int = 1050
     base_batch: int = 32
     base_lr: float = 4e-3
     careless: float = 0.8         # share of lines on which a student of the corpus ignores precedence
@@ -95,7 +95,7 @@ class Config:
     evaluate: str = ""            # only evaluate this model folder or the last round of this run
 
 
-FREE = ("out", "compare", "seeds", "evaluate", "preset", "save_seconds")                # not part of a run's identity
+FREE = ("out", "base", "compare", "seeds", "evaluate", "preset", "save_seconds")                # not part of a run's identity
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8, width=32,
              layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, threads=1, save_seconds=0.1)
 RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=(1, 10**7), completions=(1, 1024),

@@ -39,7 +39,8 @@ def probed(truth, search, known=()):
         asked.append(i)
         assert len(asked) < len(truth)                                  # the last step is never completed
     good = [i for i, s in enumerate(known) if s]
-    return (first_pit([1 if s is None else s for s in known]) if search == "linear" else max(good, default=-1) + 1), asked
+    found = first_pit([1 if s is None else s for s in known]) if search == "linear" else max(good, default=-1) + 1
+    return found, asked
 
 
 MONOTONE = [[3] * good + [0] * (n - good) for n in range(1, 10) for good in range(n)]
@@ -56,7 +57,7 @@ def test_bisection_is_linear_on_monotone_lists(truth):
         found, asked = probed(truth, "linear", known)
         assert found == pit and asked == list(range(free, min(pit + 1, n - 1)))
         found, asked = probed(truth, "bisect", known)
-        assert found == pit and len(asked) <= math.ceil(math.log2(n - free + 1)) and all(i >= free for i in asked)
+        assert found == pit and len(asked) <= math.ceil(math.log2(n - free + 1)) and min(asked, default=n) >= free
 
 
 def test_searches_on_all_lists():
@@ -68,21 +69,22 @@ def test_searches_on_all_lists():
             truth = [*truth, 0]
             assert probed(truth, "linear")[0] == first_pit(truth)
             pit, asked = probed(truth, "bisect")
-            assert truth[pit] == 0 and (pit == 0 or truth[pit - 1] > 0) and len(asked) <= math.ceil(math.log2(n + 1))
-            assert {pit - 1, pit} <= {*asked, -1, n - 1}
+            assert truth[pit] == 0 and (pit == 0 or truth[pit - 1] > 0)
+            assert len(asked) <= math.ceil(math.log2(n + 1)) and {pit - 1, pit} <= {*asked, -1, n - 1}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # label_pits on games
 # ----------------------------------------------------------------------------------------------------------
 class Game:
-    """Texts of `depth` letters out of `width`; a random set of them is right. What `complete` is asked for and
-    how often is kept; the letters of a step are its only token, the prompt is two tokens."""
+    """Texts of `depth` letters out of `width`, a letter a step; a random set of them is right. What `complete`
+    is asked for is kept, a list per call; the prompt is two tokens."""
 
     def __init__(self, seed, trees=3, depth=5, width=3, share=0.06):
         self.rng, self.depth, self.width = random.Random(seed), depth, width
         self.forest, self.calls = Forest(trees, 2), []
-        self.right = [{e for e in product(range(width), repeat=depth) if self.rng.random() < share} for _ in range(trees)]
+        ends = list(product(range(width), repeat=depth))
+        self.right = [{end for end in ends if self.rng.random() < share} for _ in range(trees)]
         for b in range(trees):
             self.forest.add(b, -1, [90, 91])
 
@@ -142,7 +144,7 @@ def test_labels_are_brute_force(seed, search):
     all trees; a label asks for no more probes than its search may."""
     game = Game(seed, depth=4 + seed % 3)
     wrong = game.samples(8)
-    free = [game.forest.below(b) for b in range(3)]                     # right ends the samples had found already
+    free = [game.forest.below(b) for b in range(3)]                     # right ends found beforehand
     pits = label_pits(game.forest, wrong, game.complete, 4, search)
     assert [(p.tree, p.leaf) for p in pits] == wrong and {b for b, _ in wrong} == {0, 1, 2}
     asked = [want for call in game.calls for want in call]
@@ -162,7 +164,8 @@ def test_right_ends_of_other_branches_count():
     beside it, without a right sample, begins at its first step. Exactly these wants, two waves, one call each."""
     game = Game(0, trees=2, share=0)
     game.right = [{(0, 0, 1, 1, 1), (0, 0, 0, 2, 2)}, {(1, 1, 1, 1, 1)}]
-    right, wrong, other = game.write(0, 0, (0, 0, 1, 1, 1)), game.write(0, 0, (0, 0, 0, 0, 0)), game.write(1, 0, (1, 0, 0, 0, 0))
+    right, wrong = game.write(0, 0, (0, 0, 1, 1, 1)), game.write(0, 0, (0, 0, 0, 0, 0))
+    other = game.write(1, 0, (1, 0, 0, 0, 0))
     path, beside = game.forest.path(0, wrong)[1:], game.forest.path(1, other)[1:]
     assert game.forest.right[0, right] == 1
     pits = label_pits(game.forest, [(0, wrong), (1, other)], game.complete, 4)
