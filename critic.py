@@ -233,7 +233,8 @@ def main() -> None:
     """Label 8+1*4-2 solved in the wrong order. A scripted student stands in for the model: it goes on faultlessly
     from what is written, so prefixes that are still good are completed right and ruined ones never."""
     tokenizer, forest, answer = Tokenizer.bytes_only(), Forest(1), "#### 10"
-    lines = {"8+1*4-2": ["1*4=4 : 8+4-2\n", "8+1=9 : 9*4-2\n"], "8+4-2": ["8+4=12 : 12-2\n"], "12-2": ["12-2=10 : 10\n"],
+    lines = {"8+1*4-2": ["1*4=4 : 8+4-2\n", "8+1=9 : 9*4-2\n"], "8+4-2": ["8+4=12 : 12-2\n"],
+             "12-2": ["12-2=10 : 10\n"],
              "9*4-2": ["9*4=36 : 36-2\n"], "36-2": ["36-2=34 : 34\n"]}
     forest.add(0, -1, tokenizer.encode("8+1*4-2?"))
 
@@ -255,7 +256,8 @@ def main() -> None:
     wrong = finish(0, lines["8+1*4-2"][1], random.Random(0))
     pit, = label_pits(forest, [(0, wrong)], complete, k=4)
     print(draw(forest, 0, tokenizer, pits=[pit.node]))
-    print(f"\nwrong solution: node {wrong}; first pit: step {pit.step + 1} (node {pit.node}), found with {pit.probes} probe(s) of 4")
+    print(f"\nwrong solution: node {wrong}; first pit: step {pit.step + 1} (node {pit.node}), "
+          f"{pit.probes} probe(s) of 4 completions")
 
 
 if __name__ == "__main__":

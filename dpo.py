@@ -294,7 +294,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: i
     masters = _masters(model, params)
     optimizers = make_optimizers(masters, lr, muon)
     step, history = _load_state(state, masters, params, optimizers)
-    started, saved, bar = time.time(), time.time(), tqdm(total=len(batches), initial=step, desc=label, unit="step", leave=False)
+    started = saved = time.time()
+    bar = tqdm(total=len(batches), initial=step, desc=label, unit="step", leave=False)
     skipped, seen, model_tokens = 0, 0, 0
     while step < len(batches):
         for optimizer in optimizers:

@@ -36,7 +36,8 @@ import torch
 from tqdm import tqdm
 
 from critic import extract_answer, find_answer, grade, label_pits, strip_calculator_marks
-from dpo import Pair, Row, default_lr, load_weights, preference_loss, sft_loss, store_reference, text_row, train, tree_row
+from dpo import Pair, Row, default_lr, load_weights, preference_loss, sft_loss, store_reference, text_row, train
+from dpo import tree_row
 from mcts import Forest, draw, grow, plant
 from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, write_text
 
@@ -125,10 +126,7 @@ def parse_flags(arguments: list) -> Config:
         raise BadInput(f"Unknown flag {unknown[0]}; " + (f"did you mean {' or '.join(close)}?" if close else
                                                          "python loop.py --help lists all."))
     given = {k: v for k, v in vars(given).items() if v is not None}
-    config = replace(Config(), **(SMOKE if given.get("preset") == "smoke" else {}), **{k: v for k, v in given.items()
-                     if given.get("preset") != "smoke" or k not in SMOKE})
-    config = replace(config, **given)
-    return check_config(config)
+    return check_config(replace(Config(), **((SMOKE if given.get("preset") == "smoke" else {}) | given)))
 
 
 def check_config(c: Config) -> Config:
@@ -432,7 +430,8 @@ class Run:
             saved = read_json(file)["settings"]
             asked = {k: v for k, v in mine.items() if not (k in ("device", "dtype") and v == "auto") and
                      not (k == "threads" and v == 0)}
-            wrong = [f"--{k.replace('_', '-')} was {saved.get(k)!r}, now {v!r}" for k, v in asked.items() if saved.get(k) != v]
+            wrong = [f"--{k.replace('_', '-')} was {saved.get(k)!r}, now {v!r}" for k, v in asked.items()
+                     if saved.get(k) != v]
             if wrong:
                 raise BadInput(f"{self.dir} was begun with other settings: {'; '.join(wrong)}. "
                                "Repeat the old flags, or choose another --out.")
@@ -492,6 +491,7 @@ def measured(c: Config) -> dict:
     dtype = c.dtype
 
     def seconds(kind, threads):
+        """Best of 20 products in this dtype on so many threads."""
         torch.set_num_threads(threads)
         x, w = torch.randn(4096, 512, dtype=kind), torch.randn(512, 512, dtype=kind)
         times = []
@@ -517,6 +517,8 @@ def base_model(run: Run) -> GPT:
     folder = Path(c.base) if c.base else run.dir.parent / f"base_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
     model = GPT(GPTConfig.tiny(task.tokenizer.n_ids, c.width, c.layers)).initialise(c.seed)
     model = model.to(c.device).bind(task.tokenizer)
+    if run.round_dir(0).exists():                                       # begun already: `Run.load` fills the weights
+        return model
     held = lock(folder, wait=True)
     if not (folder / "done" / "model.safetensors").exists():
         print(f"training the base from scratch: {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -597,15 +599,18 @@ def work_chunk(run: Run, round_: int, first: int, questions: list, bar) -> tuple
         plant(forest, b, sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
 
     def spent():
+        """Tokens sampled for this chunk so far."""
         return sampler.counts["sampled"] - before["sampled"]
 
     def sample(wants):
+        """Grow and grade; -> [(tree, leaf)]."""
         leaves = grow(forest, sampler, wants, seeds, c.max_tokens, c.temperature, bar.update)
         ends = [(b, n) for (b, _, _), found in zip(wants, leaves) for n in found]
         grade_leaves(run, questions, forest, ends)
         return ends
 
     def complete(wants):
+        """The same for labels; -> tokens."""
         start = spent()
         sample(wants)
         return spent() - start
@@ -642,7 +647,8 @@ def sample_round(run: Run, round_: int) -> list:
                 forest, pits, counts = work_chunk(run, round_, first, group, bar)
                 rows = []
                 for b, q in enumerate(group):
-                    labels = [{"leaf": int(p.leaf), "step": p.step, "node": p.node, "probes": p.probes} for p in pits if p.tree == b]
+                    labels = [{"leaf": int(p.leaf), "step": p.step, "node": p.node, "probes": p.probes}
+                              for p in pits if p.tree == b]
                     rows.append({"question": q.text, "answer": q.answer, "tree": forest.to_json(b), "pits": labels})
                 write_lines(part.with_name("counts" + part.name[5:]), [counts | {"seconds": time.time() - start}])
                 write_lines(part, rows)
@@ -706,7 +712,8 @@ def mcnemar(ours: list, theirs: list) -> float:
 def greedy(run: Run, questions: list, progress=None) -> list:
     """One greedy solution per question: [(text, why it stopped, tokens)]."""
     run.sampler.reset()
-    requests = [Request(run.sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))), 0, run.c.max_tokens) for q in questions]
+    requests = [Request(run.sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))), 0, run.c.max_tokens)
+                for q in questions]
     return [(run.tokenizer.decode([int(i) for i in o.ids if i not in run.model.stop_ids]), o.why, len(o.ids))
             for o in run.sampler.extend(requests, 0, progress=progress)]
 
@@ -823,9 +830,10 @@ def pit_pairs(forest: Forest, b: int, pits: list, smoothing: float) -> list:
 def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int) -> tuple:
     """DPO + NLL on the pairs made of each tree; the model as it is now is the reference."""
     rows = [tree_row(forest, b, pairs) for (_, forest, b, _), pairs in zip(trees, made) if pairs]
-    text = lambda forest, b, nodes: run.tokenizer.decode([int(i) for n in nodes for i in forest.ids[b][n] if i not in run.model.stop_ids])
+    text = lambda forest, b, nodes: run.tokenizer.decode([int(i) for n in nodes for i in forest.ids[b][n]
+                                                          if i not in run.model.stop_ids])
     write_lines(run.dir / f"pairs_{round_:02d}.jsonl", [
-        dict(prompt=run.task.prompt(q) + forest.text(b, int(forest.parent[b, p.chosen[0]]), run.tokenizer, run.model.stop_ids),
+        dict(prompt=run.task.prompt(q) + forest.text(b, int(forest.parent[b, p.chosen[0]]), run.tokenizer),
              chosen=text(forest, b, p.chosen), rejected=text(forest, b, p.rejected))
         for (q, forest, b, _), pairs in zip(trees, made) for p in pairs])
     store_reference(run.model, rows)
@@ -836,7 +844,8 @@ def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int) -> t
 def sft(run: Run, round_: int, trees: list) -> tuple:
     """Control: the base's corpus again (real data: the reference solutions). Samples nothing."""
     rng = random.Random(mix(run.c.seed, round_, 6))
-    return learn(run, round_, "sft", [run.task.corpus_row(q, rng) for q in corpus_questions(run, round_)], sft_loss, "sft", run.c.steps)
+    rows = [run.task.corpus_row(q, rng) for q in corpus_questions(run, round_)]
+    return learn(run, round_, "sft", rows, sft_loss, "sft", run.c.steps)
 
 
 def corpus_questions(run: Run, round_: int) -> list:
@@ -920,6 +929,8 @@ def run_loop(config: Config) -> list:
                 trees = sample_round(run, round_)
                 sampled = read_lines(run.work / f"counts_{round_:02d}.jsonl")[0] | sampling_report(run, trees)
             report, state = RECIPES[run.c.recipe](run, round_, trees)
+        elif run.round_dir(0).exists():
+            run.load(0)
         run.save(round_, state)
         finish_round(run, round_, start, report, sampled)
         (run.round_dir(round_ - 1) / "optimizer.safetensors").unlink(missing_ok=True)
@@ -963,17 +974,19 @@ def compare(config: Config) -> None:
             print(f"\n== {name}, seed {seed}")
             rows = run_loop(replace(config, recipe=name, seed=seed, out=out, compare=""))
             logs.setdefault(name, []).append(rows)
-            results.setdefault(name, []).extend(r["right"] for r in read_lines(Path(out) / f"eval_{rows[-1]['round']:02d}.jsonl"))
+            last = read_lines(Path(out) / f"eval_{rows[-1]['round']:02d}.jsonl")
+            results.setdefault(name, []).extend(r["right"] for r in last)
     against = "rft" if "rft" in names else names[0]
-    print(f"\n| recipe | accuracy, mean of {config.seeds} seeds | 95% interval | each seed | sampled tokens | minutes | McNemar against {against} |"
-          "\n|---|---|---|---|---|---|---|")
+    print(f"\n| recipe | accuracy, mean of {config.seeds} seeds | 95% interval | each seed | sampled tokens | minutes | "
+          f"McNemar against {against} |\n|---|---|---|---|---|---|---|")
     for name in names:
         low, high = wilson(sum(results[name]), len(results[name]))
         each = " ".join(f"{100 * rows[-1]['accuracy']:.1f}" for rows in logs[name])
         tokens = np.mean([rows[-1]["sampled_tokens_total"] for rows in logs[name]])
         minutes = np.mean([sum(r["seconds"] for r in rows) for rows in logs[name]]) / 60
         p = "-" if name == against else f"p = {mcnemar(results[name], results[against]):.2g}"
-        print(f"| {name} | {100 * np.mean(results[name]):.1f} | {100 * low:.1f} - {100 * high:.1f} | {each} | {tokens:,.0f} | {minutes:.1f} | {p} |")
+        print(f"| {name} | {100 * np.mean(results[name]):.1f} | {100 * low:.1f} - {100 * high:.1f} | {each} | {tokens:,.0f} "
+              f"| {minutes:.1f} | {p} |")
     base = np.mean([rows[0]["accuracy"] for rows in logs[names[0]]])
     print(f"\nbase: {100 * base:.1f}% (mean of the seeds), same base and questions for all recipes of a seed")
 
@@ -990,7 +1003,9 @@ def evaluate_folder(config: Config) -> None:
     run.c, run.chunk = config, config.chunk
     run.model, run.tokenizer = GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     run.model.bind(run.tokenizer)
-    run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions) if config.eval_data else Homework(config)
+    run.task = Homework(config)
+    if config.eval_data:
+        run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions)
     run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, solution_over)
     questions, rows = run.task.eval_questions(), []
     for first in tqdm(range(0, len(questions), 256), desc="evaluating", leave=False):

@@ -701,7 +701,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x) if self.gated else self.act(self.up_proj(x)))
+        up = self.up_proj(x)
+        return self.down_proj(self.act(self.gate_proj(x)) * up if self.gated else self.act(up))
 
 
 class Block(nn.Module):
@@ -985,8 +986,8 @@ class Sampler:
     new token to the store. So a token is encoded once however many branches hang from it; the last token of a
     leaf is never encoded. `reset` forgets everything: call it after every change of the weights.
 
-    slots: tokens to hold at first; the store grows. rows: rows decoded at once. finished(line) -> bool, asked when a line is complete,
-    says that the solution is over (the answer line was written)."""
+    slots: tokens to hold at first; the store grows. rows: rows decoded at once. finished(line) -> bool, asked when a
+    line is complete, says that the solution is over (the answer line was written)."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int, rows: int = 256, finished=None):
         c = model.config
@@ -1232,25 +1233,30 @@ class _Row:
 def main(arguments: list) -> int:
     """Continue a prompt with a model folder; without a folder show what the sampler shares. Exit code 2 and one
     sentence for bad input."""
-    parser = argparse.ArgumentParser(prog="model.py", description="Continue a prompt from a HF-format folder.", allow_abbrev=False)
-    for name, default, text in (("model", "", "folder with config.json, weights and tokenizer.json"), ("prompt", "", "text to continue"),
-                                ("temperature", 1.0, "0 = greedy"), ("max-tokens", 128, ""), ("samples", 1, "continuations"),
-                                ("seed", 0, ""), ("device", "", "default: CUDA when there is one"), ("dtype", "", "float32 or bfloat16")):
+    parser = argparse.ArgumentParser(prog="model.py", description="Continue a prompt.", allow_abbrev=False)
+    for name, default, text in (("model", "", "folder with config.json, weights and tokenizer.json"),
+                                ("prompt", "", "text to continue"), ("temperature", 1.0, "0 = greedy"),
+                                ("max-tokens", 128, "of one continuation"), ("samples", 1, "continuations"),
+                                ("seed", 0, "of the samples"), ("device", "", "empty: CUDA when there is one"),
+                                ("dtype", "", "float32 or bfloat16")):
         parser.add_argument("--" + name, type=type(default), default=default, help=f"{text} (default {default!r})")
     a = parser.parse_args(arguments)
     try:
         if not a.model:
             return demo()
         if a.temperature < 0 or a.max_tokens < 1 or a.samples < 1 or a.dtype not in ("", "float32", "bfloat16"):
-            raise BadInput("--temperature must be 0 or more, --max-tokens and --samples 1 or more, --dtype float32 or bfloat16.")
+            raise BadInput("--temperature must be 0 or more, --max-tokens and --samples 1 or more, --dtype float32 or "
+                           "bfloat16.")
         if not a.prompt:
-            raise BadInput('--prompt is missing: give the text to continue, e.g. --prompt "Question: What is 2+2? Answer:"')
+            raise BadInput('--prompt is missing: the text to continue, e.g. --prompt "Question: What is 2+2? Answer:"')
         tokenizer = Tokenizer.from_pretrained(a.model)
-        model = GPT.from_pretrained(a.model, a.device or None, getattr(torch, a.dtype) if a.dtype else None).bind(tokenizer)
+        dtype = getattr(torch, a.dtype) if a.dtype else None
+        model = GPT.from_pretrained(a.model, a.device or None, dtype).bind(tokenizer)
         sampler = Sampler(model, tokenizer, 4096, a.samples)
         path = sampler.prompt(tokenizer.encode_prompt(a.prompt.replace("\\n", "\n")))
         start = time.time()
-        for found in sampler.extend([Request(path, mix(a.seed, i), a.max_tokens) for i in range(a.samples)], a.temperature):
+        requests = [Request(path, mix(a.seed, i), a.max_tokens) for i in range(a.samples)]
+        for found in sampler.extend(requests, a.temperature):
             text = tokenizer.decode([int(i) for i in found.ids if i not in model.stop_ids])
             print(f"{a.prompt}{text}\n[{len(found.ids)} tokens, {found.why}, mean log-prob {found.logps.mean():.3f}]")
         print(f"[{sampler.counts['sampled'] / (time.time() - start):,.0f} tokens/s]")
@@ -1271,13 +1277,15 @@ def demo() -> int:
     without a shared store would have encoded."""
     tokenizer = Tokenizer.bytes_only()
     model = GPT(GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)).initialise(seed=0).bind(tokenizer)
-    sampler, prompts = Sampler(model, tokenizer, 4096), [f"Question: what is {q}? Answer:" for q in ("7+1*4", "7+1", "9*2-3")]
+    sampler = Sampler(model, tokenizer, 4096)
+    prompts = [f"Question: what is {q}? Answer:" for q in ("7+1*4", "7+1", "9*2-3")]
     paths = [sampler.prompt(tokenizer.encode_prompt(p)) for p in prompts]
     sampler.extend([Request(path, mix(i, j), 30) for i, path in enumerate(paths) for j in range(8)])
     c, apart = sampler.counts, 8 * sum(map(len, paths))
-    print(f"24 samples of 3 prompts of {', '.join(str(len(p)) for p in paths)} tokens: {c['prompt']} prompt tokens kept (apart: {apart}),\n"
-          f"{c['sampled']} sampled, {c['processed']} encoded = {c['processed'] / (c['prompt'] + c['sampled']):.3f} of prompt + sampled")
-    print("Continue a prompt of your own:  python model.py --model FOLDER --prompt \"...\" --temperature 0.7 --max-tokens 100")
+    share = c["processed"] / (c["prompt"] + c["sampled"])
+    print(f"24 samples of 3 prompts: {c['prompt']} prompt tokens kept (apart: {apart}), {c['sampled']} sampled,\n"
+          f"{c['processed']} encoded = {share:.3f} of prompt + sampled. Continue a prompt of your own:\n"
+          'python model.py --model FOLDER --prompt "..." --temperature 0.7 --max-tokens 100')
     return 0
 
 

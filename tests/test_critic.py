@@ -39,8 +39,9 @@ def probed(truth, search, known=()):
         asked.append(i)
         assert len(asked) < len(truth)                                  # the last step is never completed
     good = [i for i, s in enumerate(known) if s]
-    found = first_pit([1 if s is None else s for s in known]) if search == "linear" else max(good, default=-1) + 1
-    return found, asked
+    if search == "bisect":
+        return max(good, default=-1) + 1, asked
+    return first_pit([1 if s is None else s for s in known]), asked
 
 
 MONOTONE = [[3] * good + [0] * (n - good) for n in range(1, 10) for good in range(n)]

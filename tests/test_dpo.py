@@ -273,7 +273,7 @@ def double(monkeypatch):
 
 @pytest.mark.parametrize("name", ("sigmoid", "ipo", "sft"))
 def test_finite_differences(name, double):
-    """The gradient along the gradient itself, along three random directions and at eight single weights equals
+    """The gradient along the gradient itself, along three random directions and at eleven single weights equals
     the central difference of the loss in float64, to 1e-6 of it."""
     model = tiny(hidden=16).double()
     _, rows = rows_of(range(2))
@@ -282,10 +282,10 @@ def test_finite_differences(name, double):
     grad = gradients(model, loss_fn(model, batch)[0])
     assert all(g.dtype == torch.float64 for g in grad.values())
     directions = [grad] + [{n: torch.randn(g.shape, generator=rng) for n, g in grad.items()} for _ in range(3)]
-    for n, g in list(grad.items())[::3]:
+    for n, g in list(grad.items())[::2]:
         directions.append({m: torch.zeros_like(x) for m, x in grad.items()})
         directions[-1][n].view(-1)[g.abs().argmax()] = 1.0
-    assert len(directions) >= 12
+    assert len(directions) == 15
 
     @torch.no_grad()
     def loss_at(step, direction):
@@ -387,7 +387,7 @@ def test_recorded_log_probs_are_those_trained_on(temperature):
     sampler, forest = Sampler(model, tokenizer, 4096, rows=8), Forest(2)
     for b, question in enumerate(("7+1*4?", "9-2*3+1?")):
         plant(forest, b, sampler, tokenizer.encode(question))
-    grow(forest, sampler, [(0, 0, 6), (1, 0, 6)], [1, 2], 40, temperature)
+    grow(forest, sampler, [(0, 0, 12), (1, 0, 12)], [1, 2], 40, temperature)
     inner = [[n for n in range(1, forest.size[b]) if not forest.terminal[b, n]] for b in range(2)]
     grow(forest, sampler, [(b, n, 2) for b in range(2) for n in inner[b][:4]], [1, 2], 40, temperature)
     assert all(inner) and {0} < {*forest.end[0, :forest.size[0]].tolist()}
@@ -434,11 +434,12 @@ def test_schedule():
 
 
 def test_default_learning_rates():
-    """The papers' 1e-6 and 1e-5 at 7B, ten times that at a hundredth of the size."""
+    """The papers' 1e-6 and 1e-5 at 7B; ten times that at a thousandth of the size for DPO (parameters^-1/3), at a
+    hundredth for SFT (^-1/2)."""
     of = lambda *sizes: SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda n=n: n) for n in sizes])
     assert default_lr(of(7 * 10 ** 9), "dpo") == pytest.approx(1e-6)
     assert default_lr(of(7 * 10 ** 9), "sft") == pytest.approx(1e-5)
-    assert default_lr(of(4 * 10 ** 7, 3 * 10 ** 7), "dpo") == pytest.approx(1e-5)
+    assert default_lr(of(4 * 10 ** 6, 3 * 10 ** 6), "dpo") == pytest.approx(1e-5)
     assert default_lr(of(7 * 10 ** 7), "sft") == pytest.approx(1e-4)
     with pytest.raises(KeyError):
         default_lr(of(1), "ppo")
@@ -651,6 +652,16 @@ def test_masters_keep_small_steps():
     model = tiny(hidden=8)
     train(model, [[row]], pull, 1e-5)
     assert getattr(model, "masters", None) is None
+
+
+def test_one_pair_moves():
+    """Thirty steps of DPO alone on one pair raise the chosen and lower the rejected side: less than ln 2 is left."""
+    model, rows = tiny(), [tree_row(forest_of([0]), 0, [Pair([2], [4])])]
+    store_reference(model, rows)
+    train(model, [rows] * 30, preference_loss(0.3, 0.0), 1e-3)
+    chosen, rejected = side_sums(*(lambda batch: (batch, tree_log_probs(model, batch)))(collate(rows, "cpu")))
+    pair, = rows[0].pairs
+    assert chosen.item() > pair.ref_chosen + 0.1 and rejected.item() < pair.ref_rejected - 0.1
 
 
 def test_alarm():
