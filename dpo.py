@@ -351,7 +351,9 @@ def load_weights(model: GPT, weights: dict, exact=None) -> None:
         p.copy_(weights[n])
     model.masters = None
     if model.dtype != torch.float32:
-        model.masters = {n: t.detach().float().to(model.device).requires_grad_() for n, t in weights.items()}
+        # in the model's own order: a gradient norm summed in another order rounds otherwise
+        model.masters = {n: weights[n].detach().float().to(model.device).requires_grad_()
+                         for n, _ in model.named_parameters()}
 
 
 def _gradients(model, rows, loss_fn, params, masters, tokens):

@@ -58,7 +58,8 @@ def test_bisection_is_linear_on_monotone_lists(truth):
         found, asked = probed(truth, "linear", known)
         assert found == pit and asked == list(range(free, min(pit + 1, n - 1)))
         found, asked = probed(truth, "bisect", known)
-        assert found == pit and len(asked) <= math.ceil(math.log2(n - free + 1)) and min(asked, default=n) >= free
+        assert found == pit and len(asked) <= math.ceil(math.log2(n - free + 1))
+        assert min(asked, default=n) >= free
 
 
 def test_searches_on_all_lists():
@@ -78,8 +79,8 @@ def test_searches_on_all_lists():
 # label_pits on games
 # ----------------------------------------------------------------------------------------------------------
 class Game:
-    """Texts of `depth` letters out of `width`, a letter a step; a random set of them is right. What `complete`
-    is asked for is kept, a list per call; the prompt is two tokens."""
+    """Texts of `depth` letters out of `width`, a letter a step; a random set of them is right. What
+    `complete` is asked for is kept, a list per call; the prompt is two tokens."""
 
     def __init__(self, seed, trees=3, depth=5, width=3, share=0.06):
         self.rng, self.depth, self.width = random.Random(seed), depth, width
@@ -160,9 +161,10 @@ def test_labels_are_brute_force(seed, search):
 
 
 def test_right_ends_of_other_branches_count():
-    """A right solution that shares two steps with a wrong one makes those two successes without sampling: the
-    linear search begins at the third, whose only right end is found there; the fourth is the pit. The tree
-    beside it, without a right sample, begins at its first step. Exactly these wants, two waves, one call each."""
+    """A right solution that shares two steps with a wrong one makes those two successes without sampling:
+    the linear search begins at the third, whose only right end is found there; the fourth is the pit. The
+    tree beside it, without a right sample, begins at its first step. Exactly these wants, two waves, one
+    call each."""
     game = Game(0, trees=2, share=0)
     game.right = [{(0, 0, 1, 1, 1), (0, 0, 0, 2, 2)}, {(1, 1, 1, 1, 1)}]
     right, wrong = game.write(0, 0, (0, 0, 1, 1, 1)), game.write(0, 0, (0, 0, 0, 0, 0))
@@ -192,7 +194,8 @@ def test_wrong_samples_make_no_failure(search):
         return 1
     pit, = label_pits(game.forest, [(0, leaf)], repeat, 4, search)
     assert (pit.step, pit.node) == (0, path[0]) and asked[-1] == (0, path[0], 4)
-    assert game.forest.visits[0, leaf] == 40 + 4 * pit.probes and pit.probes == (1 if search == "linear" else 2)
+    assert pit.probes == {"linear": 1, "bisect": 2}[search]
+    assert game.forest.visits[0, leaf] == 40 + 4 * pit.probes
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -236,7 +239,7 @@ def test_budget_stops_between_waves():
     for done in range(len(waves)):
         for budget in {sum(waves[:done]), max(0, sum(waves[:done]) - waves[done - 1] + 1) if done else 0}:
             pits, spent = labelled(budget)
-            assert spent == waves[:done]                                # stops as soon as it is reached, not before
+            assert spent == waves[:done]        # stops as soon as it is reached, not before
             for p, q in zip(pits, whole):
                 assert p == q if p.step is not None else (p.node is None and p.probes == done < q.probes)
             assert any(p.step is None for p in pits)
@@ -285,10 +288,10 @@ def test_rate_of_false_pits(k):
 
 
 def test_rates_along_a_solution():
-    """Three good steps before the last: linear search stops at step i with chance (1-q)^i q, q = (1-p)^k. With
-    bisection step 1 is asked first, and a success there vouches for step 0: step 0 is blamed with chance q^2,
-    step 1 with q (1-q), step 2 with (1-q) q. 1,500 solutions, four standard deviations for each of the eight
-    shares: chance of a false alarm below 1e-3, with the seed fixed none."""
+    """Three good steps before the last: linear search stops at step i with chance (1-q)^i q, q = (1-p)^k.
+    With bisection step 1 is asked first, and a success there vouches for step 0: step 0 is blamed with
+    chance q^2, step 1 with q (1-q), step 2 with (1-q) q. 1,500 solutions, four standard deviations for each
+    of the eight shares: chance of a false alarm below 1e-3, with the seed fixed none."""
     p, k, N = 0.3, 3, 1500
     q = (1 - p) ** k
     for search, rates in (("linear", (q, (1 - q) * q, (1 - q) ** 2 * q, (1 - q) ** 3)),
