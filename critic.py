@@ -23,9 +23,8 @@ from mcts import Forest, draw
 from model import Tokenizer
 
 # ----------------------------------------------------------------------------------------------------------
-# 1 · Grading (EVALUATION: one function decides what is right)
+# 1 · Grading
 # ----------------------------------------------------------------------------------------------------------
-# ==== Grading: one function decides what is right, for search rewards, for pits and for evaluation ==========
 # Two scripts with two ideas of "equal" make false pits: a step looks fatal because its rollouts were graded
 # by other rules. So text -> answer -> exact fraction happens here only. Left out on purpose, because guessing
 # costs more than it earns: units, "5k", mixed numbers (`2 1/2` is two numbers), Indian grouping (a comma

@@ -6,7 +6,7 @@
 
 With no flag it trains a tiny GPT from scratch on a built-in task, *homework*, and improves it with Self-Explore
 (2404.10346) in minutes on two CPU cores. With --model and --data the same loop runs on open weights and real
-questions. What is different from the published codes: DESIGN choices are named in model.py, mcts.py, critic.py
+questions. What is different from the published codes is said at the top of model.py, mcts.py, critic.py
 and dpo.py; here it is that every recipe gets the same base, the same questions, the same optimiser steps and the
 same number of *sampled tokens*, so that their accuracies can be compared at all.
 
@@ -63,7 +63,7 @@ class Config:
     questions: int = 400          # new questions a round
     samples: int = 8              # first samples a question
     budget: int = 1000            # sampled tokens per question and round, labelling included: what binds a round
-    completions: int = 4          # k of Self-Explore: completions per prefix; see METHODS: false pits (1-p)^k
+    completions: int = 4          # k of Self-Explore: completions per prefix; good ones look false with (1-p)^k
     pit_search: str = "linear"    # linear (the paper) or bisect
     temperature: float = 1.0      # the published 0.7 suits 7B models; a tiny one is not diverse enough there
     max_tokens: int = 128         # of one solution
