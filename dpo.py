@@ -147,7 +147,10 @@ def tree_log_probs(model: GPT, batch: Batch) -> torch.Tensor:
     from its parent's last token (`before`), not from the column on its left."""
     hidden = model(batch.ids, batch.position, batch.mask)               # (B, T, C)
     b, t = batch.wanted.nonzero(as_tuple=True)                          # (M,)
-    logps = token_log_probs(model, hidden[b, batch.before[b, t]], batch.ids[b, t])
+    # subtle: index_select, not hidden[b, before]: branches share a parent's last token, and on a CPU the backward of the
+    # latter adds such duplicates from several threads in any order: other bytes at every run
+    parents = hidden.flatten(0, 1).index_select(0, b * batch.ids.shape[1] + batch.before[b, t])      # (M, C)
+    logps = token_log_probs(model, parents, batch.ids[b, t])
     return torch.zeros(batch.ids.shape, device=logps.device).index_put((b, t), logps)
 
 
