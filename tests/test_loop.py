@@ -216,7 +216,7 @@ def test_killed_run_ends_in_the_same_bytes(smoke, tmp_path):
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills, wait = kills + 1, wait + 0.8
-    assert kills >= 2 and comparable(tmp_path / "runs" / "a") == reference
+    assert kills >= 1 and comparable(tmp_path / "runs" / "a") == reference
     base = [next(f.glob("runs/base_*/done/model.safetensors")).read_bytes() for f in (tmp_path, smoke[0])]
     assert base[0] == base[1]
 
