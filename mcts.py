@@ -17,16 +17,22 @@ What is different here from the published systems
 Chapters: 1 Forest   2 Growing   3 Packing   4 Drawing   5 Demo
 Try:  python mcts.py        (a tree of five solutions, drawn, and one pair of its branches packed; 1 second)
 """
+import argparse
+import json
+import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from model import BadInput, Request, Sampler, Tokenizer, mix
+from model import BadInput, Continuation, GPTConfig, Request, Sampler, Tokenizer, about, mix, need, read_json, write_text
 
 # ----------------------------------------------------------------------------------------------------------
 # 1 · Forest: B trees x N nodes, a struct of arrays
 # ----------------------------------------------------------------------------------------------------------
 ENDS = ("", "eos", "answer", "length")        # why a node is a leaf; "" = it may go on
+SEARCHED = dict(prior=(np.float64, 0.0), visits=(np.int32, 0), value_sum=(np.float64, 0.0), score=(np.float64, np.nan))
 
 
 class Forest:
@@ -35,17 +41,22 @@ class Forest:
     Arrays, all (B, N); a node's number is the order of its birth:
       parent   index of the parent, -1 for roots and unused places
       depth    steps below the root
-      visits   sampled continuations that went through the node (equal steps are one node: this is their count)
+      count    sampled continuations that went through the node (equal steps are one node: this is their count)
       terminal the solution ended here
       end      index into ENDS: why it ended
       right    of a terminal: 1 right, 0 wrong; -1 not graded (or no terminal)
       drawn    continuations asked for at this node so far: numbers the samples, hence their seeds
+    and, when the tree was searched:
+      prior    P of the step, not normalised over siblings
+      visits   N: simulations that went through the node
+      value_sum  sum of their returns, float64; Q = value_sum / visits
+      score    the evaluator's value of this node alone; NaN: never asked
     Ragged things are lists: ids[b][n], logps[b][n], slots[b][n], each (tokens of the step,); slots are the
     sampler's addresses (model.Sampler) and die with its store; logps of a root are empty."""
 
     def __init__(self, trees: int, nodes: int = 64):
-        self.arrays = dict(parent=(np.int32, -1), depth=(np.int32, 0), visits=(np.int32, 0), terminal=(bool, False),
-                           end=(np.int8, 0), right=(np.int8, -1), drawn=(np.int32, 0))
+        self.arrays = dict(parent=(np.int32, -1), depth=(np.int32, 0), count=(np.int32, 0), terminal=(bool, False),
+                           end=(np.int8, 0), right=(np.int8, -1), drawn=(np.int32, 0)) | SEARCHED
         for name, (kind, empty) in self.arrays.items():
             setattr(self, name, np.full((trees, max(1, nodes)), empty, kind))
         self.size = np.zeros(trees, np.int64)                           # nodes in use, per tree
@@ -76,7 +87,7 @@ class Forest:
             self.children[b].append([])
             if parent >= 0:
                 self.children[b][parent].append(n)
-        self.visits[b, n] += 1
+        self.count[b, n] += 1
         return n
 
     def path(self, b: int, n: int) -> list:
@@ -103,15 +114,18 @@ class Forest:
         """(nodes,) sampled continuations below each node (itself included) that ended right (or wrong, 0).
         Children are born after their parents, so one sweep backwards sums up."""
         N = self.size[b]
-        count = np.where(self.right[b, :N] == right, self.visits[b, :N], 0)
+        count = np.where(self.right[b, :N] == right, self.count[b, :N], 0)
         for n in range(N - 1, 0, -1):
             count[self.parent[b, n]] += count[n]
         return count
 
     def to_json(self, b: int) -> dict:
-        """One tree as plain lists; `from_json` reads it back (without slots: the sampler's store is gone)."""
+        """One tree as plain lists; `from_json` reads it back (without slots: the sampler's store is gone). What only
+        a search fills in is left out when there was none; a score that was never asked for is null."""
         N = self.size[b]
-        out = {name: getattr(self, name)[b, :N].astype(int).tolist() for name in self.arrays}
+        out = {name: getattr(self, name)[b, :N].astype(int).tolist() for name in self.arrays if name not in SEARCHED}
+        if self.visits[b, :N].any():
+            out |= {name: [x if x == x else None for x in getattr(self, name)[b, :N].tolist()] for name in SEARCHED}
         return out | {"ids": [i.tolist() for i in self.ids[b]],
                       "logps": [[round(float(x), 6) for x in l] for l in self.logps[b]]}
 
@@ -124,15 +138,15 @@ class Forest:
                 raise TypeError("no list of trees")
             forest = cls(len(trees))
             for b, t in enumerate(trees):
-                N = len(t["parent"])
-                if any(len(t[name]) != N for name in (*forest.arrays, "ids", "logps")):
+                N, names = len(t["parent"]), [n for n in forest.arrays if "visits" in t or n not in SEARCHED]
+                if any(len(t[name]) != N for name in (*names, "ids", "logps")):
                     raise ValueError("its lists differ in length")
                 for n, (parent, end) in enumerate(zip(t["parent"], t["end"])):
                     if (parent not in range(n) or forest.terminal[b, parent] if n else parent != -1) or end < 0 \
                             or forest.add(b, parent, t["ids"][n], t["logps"][n], end=ENDS[end]) != n:
                         raise ValueError("nodes are out of order")
-                for name in ("visits", "right", "drawn"):
-                    getattr(forest, name)[b, :N] = t[name]
+                for name in {*names} & {"count", "right", "drawn", *SEARCHED}:
+                    getattr(forest, name)[b, :N] = [np.nan if x is None and name == "score" else x for x in t[name]]
         except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise BadInput(f"Tree {b} of the file is damaged ({error!s:.80}); delete the file, it is made again.") \
                 from error
@@ -154,15 +168,17 @@ def grow(forest: Forest, sampler: Sampler, wants: list, seeds: list, max_tokens:
     wants: [(tree, node, how many)]; seeds: one number per tree (run and question), mixed with node and sample.
     max_tokens bounds the whole solution, question not counted. Returns the leaves, a list per want, in sample
     order (not in order of finishing, so that a tree does not depend on who else is in the batch)."""
-    requests = []
-    for b, n, count in wants:
-        path = forest.path_of(b, n, "slots")
-        spent = len(path) - len(forest.slots[b][0])
-        for _ in range(count):
-            requests.append(Request(path, mix(seeds[b], n, forest.drawn[b, n]), max(1, max_tokens - spent)))
-            forest.drawn[b, n] += 1
+    requests = [r for b, n, count in wants for r in _requests(forest, b, n, count, seeds[b], max_tokens)]
     done = iter(sampler.extend(requests, temperature, progress=progress))
     return [[_hang(forest, b, n, next(done), sampler.newline) for _ in range(count)] for b, n, count in wants]
+
+
+def _requests(forest, b, n, count, seed, max_tokens, greedy=False):
+    """`count` requests to go on from a node, numbered on from what was drawn there before."""
+    path, first = forest.path_of(b, n, "slots"), int(forest.drawn[b, n])
+    left = max(1, max_tokens - (len(path) - len(forest.slots[b][0])))
+    forest.drawn[b, n] += count
+    return [Request(path, mix(seed, n, i), left, greedy and i == 0) for i in range(first, first + count)]
 
 
 def split_steps(ids, newline: set) -> list:
@@ -180,7 +196,199 @@ def _hang(forest, b, n, new, newline):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 3 · Packing: a pruned tree in one row
+# 3 · Search: Monte-Carlo tree search over many trees at once
+#     R trees at work (at most one simulation each), W candidates of the widest of their nodes
+# ----------------------------------------------------------------------------------------------------------
+# A simulation goes down from the root by `select`, expands or evaluates one node, and adds the return to the visits
+# and value sums on its way back. MCTS-DPO writes rewards as differences of state scores, r = R(s') - R(s), and
+# Q = r + V(s'): along a path they telescope, so Q(s, a) + R(s) is the plain mean of the scores at the ends of the
+# simulations that went through a. Siblings share R(s). Hence one mean backup serves every method here.
+# Left out: virtual loss (we batch across trees, one simulation a tree at a time), discounting (gamma = 1).
+def puct(q, prior, above, visits, c):
+    """Q + c P sqrt(N(s)) / (1 + N(s, a))  (AlphaZero; MCTS-DPO 2405.00451 eq. 1): (R, W) scores; above (R, 1) is
+    N(s). note: a parent nobody visited yet counts as one, so that the very first choice goes by P."""
+    return q + c * prior * np.sqrt(np.maximum(above, 1)) / (1 + visits)
+
+
+def uct(q, prior, above, visits, c):
+    """Q + c sqrt(2 ln N(s) / N(s, a))  (AlphaLLM 2404.12253 eq. 2), without P; an unvisited child comes first."""
+    bonus = c * np.sqrt(2 * np.log(np.maximum(above, 1)) / np.maximum(visits, 1))
+    return np.where(visits > 0, q + bonus, np.inf)
+
+
+def length_prior(forest: Forest, b: int, kids: list) -> list:
+    """P of each child by its tokens: exp(sum log p / len^1.25). The paper's p / len^lambda vanishes for any step of
+    some length. Not normalised over siblings."""
+    return [math.exp(float(forest.logps[b][n].sum()) / len(forest.ids[b][n]) ** 1.25) for n in kids]
+
+
+def count_prior(forest: Forest, b: int, kids: list) -> list:
+    """P of each child as its share of the samples drawn below the parent."""
+    counts = forest.count[b, kids]
+    return (counts / counts.sum()).tolist()
+
+
+def fixed_width(root: int, below: int):
+    """How many steps to sample at a node: MCTS-DPO's b1 = 5 at the root, b2 = 3 below."""
+    return lambda forest, b, n: root if n == 0 else below
+
+
+def select(forest: Forest, trees, nodes, score, c: float):
+    """The child to go to from each node: (R,) trees, (R,) nodes with children -> (R,). An unvisited child shows its
+    parent's mean (0 while the parent has none); ties go to the lowest index.
+
+        N(s) = 3, V(s) = .5; children: Q .75 N 2 P .4 | Q 0 N 1 P .4 | unvisited P .2; puct, c = 1
+        .75 + .4 sqrt(3) / 3 = .98    0 + .4 sqrt(3) / 2 = .35    .5 + .2 sqrt(3) = .85     -> the first"""
+    width = max(len(forest.children[b][n]) for b, n in zip(trees, nodes))
+    kids = np.array([forest.children[b][n] + [-1] * (width - len(forest.children[b][n]))
+                     for b, n in zip(trees, nodes)])                    # (R, W), -1: no candidate
+    t = trees[:, None]
+    visits, above = forest.visits[t, kids], forest.visits[trees, nodes][:, None]
+    mean = forest.value_sum[trees, nodes][:, None] / np.maximum(above, 1)
+    q = np.where(visits > 0, forest.value_sum[t, kids] / np.maximum(visits, 1), mean)
+    scores = np.where(kids >= 0, score(q, forest.prior[t, kids], above, visits, c), -np.inf)     # (R, W)
+    return kids[np.arange(len(kids)), scores.argmax(1)]
+
+
+def descend(forest: Forest, trees, nodes, score, c: float):
+    """Follow `select` to a node without children: an end, or one that is not expanded yet. (R,) -> (R,)."""
+    nodes = nodes.copy()
+    inner = lambda: np.array([bool(forest.children[b][n]) for b, n in zip(trees, nodes)])
+    while (go := inner()).any():
+        nodes[go] = select(forest, trees[go], nodes[go], score, c)
+    return nodes
+
+
+def expand(forest: Forest, b: int, n: int, candidates: list, prior) -> None:
+    """Hang sampled steps (model.Continuation) below a node, in sample order; equal ones become one child with a
+    count. Raises ValueError when there are none: the tree could never go on."""
+    if not candidates:
+        raise ValueError(f"tree {b}, node {n}: the proposer gave no candidate for a node that is no end")
+    for found in candidates:
+        forest.add(b, n, found.ids, found.logps, found.slots, "" if found.why == "step" else found.why)
+    forest.prior[b, forest.children[b][n]] = prior(forest, b, forest.children[b][n])
+
+
+def backup(forest: Forest, trees, nodes, values) -> None:
+    """Add one return to every node from `nodes` up to the root: N += 1, sum += value (float64). (R,) each, no
+    tree twice. Paths go to the first root also after a commitment, so visits are conserved everywhere."""
+    while len(trees):
+        forest.visits[trees, nodes] += 1
+        forest.value_sum[trees, nodes] += values
+        nodes = forest.parent[trees, nodes]
+        up = nodes >= 0
+        trees, nodes, values = trees[up], nodes[up], values[up]
+
+
+def best_child(forest: Forest, b: int, n: int) -> int | None:
+    """The child to commit to: most visits, then highest Q, then lowest index; None when none was visited."""
+    kids = [k for k in forest.children[b][n] if forest.visits[b, k]]
+    return min(kids, key=lambda k: (-forest.visits[b, k], -forest.value_sum[b, k] / forest.visits[b, k], k),
+               default=None)
+
+
+def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c: float = 1.0,
+           width=fixed_width(5, 3), to_terminal: bool = False, prior=length_prior, commit: bool = False,
+           budget: float = math.inf) -> list:
+    """Search all trees of the forest together; returns the path each commits to, a list of nodes from the root.
+
+    proposer: `submit([(tree, node, how many)])` asks for steps below nodes, `poll()` waits for some and returns the
+    finished [(tree, node, [Continuation])] (`Steps` asks a model, `Direct` a plain function). evaluate(forest,
+    [(tree, node)]) -> returns, asked once per node. A simulation ends at a terminal, or (to_terminal False) at a node
+    it visits for the first time; to_terminal True expands on and on: growing the tree is the simulation (MCTS-DPO).
+    commit: after `simulations` at the root its best child becomes the root and keeps its subtree, until a terminal
+    (AlphaZero style); else all are done from the first root. budget: sampled tokens of a tree; no simulation begins
+    after it is spent. A tree never waits for another, and its result does not depend on the others.
+
+    Four simulations by hand, evaluated at birth, c = 1; root r, children a (P .6) and b (P .4):
+        1  r expanded; a (P): returns 1           N r1 a1      Q r 1    a 1
+        2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0            N r2 a1 b1   Q r .5   a 1    b 0
+        3  a 1 + .6 * 1.41/2 = 1.42, b 0 + .28: a expanded, its child d returns 0    N r3 a2 d1   Q r .33 a .5
+        4  a .5 + .6 * 1.73/3 = .85, b 0 + .35: a, then d (its only child), visited before: expanded, ..."""
+    roots, paths = np.zeros(len(forest), np.int64), [[0] for _ in range(len(forest))]
+    done, spent, ready, asked = [0] * len(forest), [0] * len(forest), {b: 0 for b in range(len(forest))}, 0
+
+    def finished(b):
+        """Count a simulation of tree b; commit when it is time. True: the tree is done."""
+        done[b] += 1
+        if done[b] < simulations and spent[b] < budget:
+            return False
+        while (kid := best_child(forest, b, roots[b])) is not None:
+            paths[b].append(kid)
+            roots[b], done[b] = kid, 0
+            if commit and spent[b] < budget and not forest.terminal[b, kid]:
+                return False
+        return True
+
+    while ready or asked:
+        if not ready:                                   # 1) all wait for steps: let the proposer work
+            for b, n, candidates in proposer.poll():
+                expand(forest, b, n, candidates, prior)
+                spent[b] += sum(len(found.ids) for found in candidates)
+                ready[b], asked = n, asked - 1
+        trees, nodes = np.array([*ready]), np.array([*ready.values()])
+        nodes = descend(forest, trees, nodes, select, c)                # 2) go down
+        ends = forest.terminal[trees, nodes] | ((nodes > 0) & (forest.visits[trees, nodes] == 0) & (not to_terminal))
+        wants = [(b, n, width(forest, b, n)) for b, n in zip(trees[~ends].tolist(), nodes[~ends].tolist())]
+        proposer.submit(wants)                                          # 3) ask for steps, or
+        asked, trees, nodes = asked + len(wants), trees[ends], nodes[ends]
+        new = [(b, n) for b, n in zip(trees.tolist(), nodes.tolist()) if np.isnan(forest.score[b, n])]
+        for (b, n), value in zip(new, evaluate(forest, new) if new else []):
+            forest.score[b, n] = value
+        backup(forest, trees, nodes, forest.score[trees, nodes])        # 4) evaluate and back up
+        ready = {b: int(roots[b]) for b in trees.tolist() if not finished(b)}
+    return paths
+
+
+class Direct:
+    """A proposer made of a plain function propose(forest, tree, node, how many) -> [Continuation]."""
+
+    def __init__(self, forest: Forest, propose):
+        self.forest, self.propose, self.asked = forest, propose, []
+
+    def submit(self, wants: list) -> None:
+        """Take note of [(tree, node, how many)]."""
+        self.asked += wants
+
+    def poll(self) -> list:
+        """Answer all that was asked."""
+        asked, self.asked = self.asked, []
+        return [(b, n, self.propose(self.forest, b, n, count)) for b, n, count in asked]
+
+
+class Steps:
+    """A proposer that samples single steps with the model: expansions of all trees share the sampler's rows, and each
+    is handed back as soon as its own rows are done. greedy: the first candidate of an expansion by argmax (a good
+    habit of AlphaLLM's code). seeds, max_tokens, temperature: as for `grow`."""
+
+    def __init__(self, forest: Forest, sampler: Sampler, seeds: list, max_tokens: int, temperature: float = 1.0,
+                 greedy: bool = False, progress=None):
+        self.forest, self.sampler, self.seeds, self.max_tokens = forest, sampler, seeds, max_tokens
+        self.temperature, self.greedy, self.progress = temperature, greedy, progress
+        self.owner, self.open = {}, {}                  # ticket -> (tree, node, place); (tree, node) -> candidates
+
+    def submit(self, wants: list) -> None:
+        """Queue the samples of [(tree, node, how many)]; nothing is computed yet."""
+        for b, n, count in wants:
+            requests = _requests(self.forest, b, n, count, self.seeds[b], self.max_tokens, self.greedy)
+            self.open[b, n] = [None] * count
+            for i, ticket in enumerate(self.sampler.submit(requests, self.temperature, to_end=False)):
+                self.owner[ticket] = (b, n, i)
+
+    def poll(self) -> list:
+        """Decode until at least one expansion has all its candidates; [] when nothing is queued."""
+        ready = []
+        while self.open and not ready:
+            for ticket, found in self.sampler.step(self.progress).items():
+                b, n, i = self.owner.pop(ticket)
+                self.open[b, n][i] = found
+                if all(self.open[b, n]):
+                    ready.append((b, n, self.open.pop((b, n))))
+        return ready
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4 · Packing: a pruned tree in one row
 # ----------------------------------------------------------------------------------------------------------
 @dataclass
 class Packed:
@@ -222,63 +430,119 @@ def pack(forest: Forest, b: int, nodes) -> Packed:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 4 · Drawing: one tree in the terminal
+# 5 · Drawing: one tree in the terminal
 # ----------------------------------------------------------------------------------------------------------
-def draw(forest: Forest, b: int, tokenizer: Tokenizer, pits=(), stop_ids=(), width: int = 76, limit: int = 40) -> str:
-    """The tree as text: one step a line with the samples that went through it; ends marked right or wrong; the
-    first pits marked. Branches are ordered by visits; at most `limit` lines."""
-    right, lines, shown = forest.below(b), [], {0}
-    for leaf in sorted(forest.leaves(b), key=lambda n: (n not in pits, -forest.visits[b, n], n)):
+def step_text(forest: Forest, b: int, n: int, tokenizer: Tokenizer, stop_ids=()) -> str:
+    """The text of one node's step on one line."""
+    step = tokenizer.decode([int(i) for i in forest.ids[b][n] if i not in stop_ids])
+    return step.strip().replace("\n", " / ") or "(empty)"
+
+
+def note(forest: Forest, b: int, n: int, right_below: int, pits=(), chosen=()) -> str:
+    """What is said beside a step: samples, N, Q, P of the search, how it ended, pit, committed path."""
+    said = [f"x{forest.count[b, n]}" if n else f"{forest.count[b, forest.children[b][0]].sum()} samples"]
+    if forest.visits[b, n]:
+        said[0] += f" N {forest.visits[b, n]} Q {forest.value_sum[b, n] / forest.visits[b, n]:+.2f}"
+        said[0] += f" P {forest.prior[b, n]:.2f}" if n else ""
+    if forest.terminal[b, n]:
+        said += [s for s in [{1: "RIGHT", 0: "wrong", -1: ""}[int(forest.right[b, n])]] if s]
+        said += ["(cut at the length limit)"] * (ENDS[forest.end[b, n]] == "length")
+    elif right_below:
+        said.append(f"{right_below} right below")
+    said += ["<- chosen"] * (n in chosen)
+    return "  ".join(said) + "   <== FIRST PIT: no branch from here was right" * (n in pits)
+
+
+def draw(forest: Forest, b: int, tokenizer: Tokenizer, pits=(), stop_ids=(), width: int = 76, limit: int = 40,
+         chosen=()) -> str:
+    """The tree as text: one step a line with its `note`. Branches are ordered by simulations, then samples; at most
+    about `limit` lines: whole paths to the chosen end, the pits and the most sampled leaves."""
+    right, lines, shown = forest.below(b), [], {0, *chosen}
+    order = lambda n: (-forest.visits[b, n], -forest.count[b, n], n)
+    for leaf in sorted(forest.leaves(b), key=lambda n: (n not in pits, *order(n))):
         if len(shown) < limit:
             shown.update(forest.path(b, leaf))
     for p in pits:
         shown.update(forest.path(b, p))
-
-    def visit(n, stem, joint):
-        step = tokenizer.decode([int(i) for i in forest.ids[b][n] if i not in stop_ids])
-        step = step.strip().replace("\n", " / ") or "(empty)"
-        note = f"x{forest.visits[b, n]}" if n else f"{forest.visits[b, forest.children[b][0]].sum()} samples"
-        if forest.terminal[b, n]:
-            note += {1: "  RIGHT", 0: "  wrong", -1: ""}[int(forest.right[b, n])]
-            note += "  (cut at the length limit)" if ENDS[forest.end[b, n]] == "length" else ""
-        elif right[n]:
-            note += f"  {right[n]} right below"
-        note += "   <== FIRST PIT: no branch from here was right" if n in pits else ""
-        text = stem + joint + step
-        lines.append(f"{text[:width - 1] + '~' if len(text) > width else text:<{width // 2}}  {note}")
-        kids = sorted((c for c in forest.children[b][n] if c in shown), key=lambda c: (-forest.visits[b, c], c))
+    todo = [(0, "", "")]                                                # not recursive: a path may have 1,000 steps
+    while todo:
+        n, stem, joint = todo.pop()
+        text = stem + joint + step_text(forest, b, n, tokenizer, stop_ids)
+        text = text[:width - 1] + "~" if len(text) > width else text
+        lines.append(f"{text:<{width // 2}}  {note(forest, b, n, right[n], pits, chosen)}")
+        kids = sorted((c for c in forest.children[b][n] if c in shown), key=order)
         stem += {"": "", "+- ": "|  ", "`- ": "   "}[joint]
-        for c in kids:
-            visit(c, stem, "`- " if c == kids[-1] else "+- ")
-
-    visit(0, "", "")
+        todo += [(c, stem, "`- " if c == kids[-1] else "+- ") for c in kids][::-1]
     hidden = int(forest.size[b]) - len(shown)
     return "\n".join(lines + [f"... and {hidden} more nodes"] * (hidden > 0))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5 · Demo
+# 6 · Program: show a saved tree, or search a toy game
 # ----------------------------------------------------------------------------------------------------------
-def main() -> None:
-    """A tree of five solutions of 17+1*4-2, drawn, and its packed row for one pair of branches."""
-    tokenizer, forest = Tokenizer.bytes_only(), Forest(1)
-    forest.add(0, -1, tokenizer.encode("17+1*4-2?"))
-    right = ["1*4=4 : 17+4-2\n", "17+4=21 : 21-2\n", "21-2=19 : 19\n", "#### 19"]
-    slip = [right[0], "17+4=21 : 21-2\n", "21-2=18 : 18\n", "#### 18"]
-    order = ["17+1=18 : 18*4-2\n", "18*4=72 : 72-2\n", "72-2=70 : 70\n", "#### 70"]
-    for steps in (right, right, order, slip, order):
-        n = 0
-        for i, step in enumerate(steps):
-            n = forest.add(0, n, tokenizer.encode(step), end="eos" if i == 3 else "")
-        forest.right[0, n] = steps is right
-    print(draw(forest, 0, tokenizer, pits=[forest.children[0][0][1]]))
-    good, bad = forest.children[0][0]
-    row = pack(forest, 0, [good, bad])
-    print(f"\nThe pair of first steps in one row of {len(row.ids)} tokens (two rows would take "
-          f"{len(row.ids) + len(forest.ids[0][0])}):")
-    for name in ("ids", "position", "before", "node"):
-        print(f"{name:>9} {' '.join(f'{x:3d}' for x in getattr(row, name)[5:])}")
+def toy() -> None:
+    """From 1, four moves out of +1, +3, *2: who ends on 10 wins (1), else loses (-1). A random player wins 5 games
+    of 81; the search sees only the ends of its own simulations."""
+    tokenizer, forest, moves = Tokenizer.bytes_only(), Forest(1), ("+1", "+3", "*2")
+    forest.add(0, -1, tokenizer.encode("1\n"))
+
+    def number(b, n):
+        """The number a node stands for: what its line ends in."""
+        return int(tokenizer.decode(forest.ids[b][n]).split("=")[-1])
+
+    def propose(forest, b, n, count):
+        """All three moves, equally likely; the fourth ends the game."""
+        x, why = number(b, n), "answer" if forest.depth[b, n] == 3 else "step"
+        lines = [f"{x}{m}={x * 2 if m == '*2' else x + int(m)}\n" for m in moves]
+        return [Continuation(np.array(ids), np.full(len(ids), math.log(1 / 3) / len(ids)), np.array([]), why)
+                for ids in map(tokenizer.encode, lines)]
+
+    def evaluate(forest, ends):
+        """1 for 10, -1 for any other number."""
+        return [1.0 if number(b, n) == 10 else -1.0 for b, n in ends]
+    for simulations in (4, 12, 48):
+        path, = search(forest, Direct(forest, propose), evaluate, simulations, c=1.5, to_terminal=True,
+                       prior=count_prior)
+        print(f"after {forest.visits[0, 0]} simulations (a random player: {5 / 81 * 2 - 1:+.2f}, the best one: +1)")
+        print(draw(forest, 0, tokenizer, chosen=path, width=48, limit=12), "\n")
+
+
+def main(arguments: list) -> int:
+    """Draw a tree that a run has saved, in the terminal or as an HTML page; without --show search the toy game."""
+    parser = argparse.ArgumentParser(prog="mcts.py", description="Show a saved tree.", allow_abbrev=False)
+    for name, default, text in (("show", "", "trees_KK.jsonl of a run"), ("question", 0, "line of the file, from 0"),
+                                ("html", "", "write a page to this file"), ("limit", 40, "lines to draw")):
+        parser.add_argument("--" + name, type=type(default), default=default, help=f"{text} (default {default!r})")
+    a = parser.parse_args(arguments)
+    if not a.show:
+        toy()
+        return 0
+    try:
+        show(Path(a.show), a.question, a.html, a.limit)
+        return 0
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def show(file: Path, question: int, html: str, limit: int) -> None:
+    """Tree number `question` of a run's trees file; its tokenizer is that of the run's base, round_0."""
+    with about(file):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        need(0 <= question < len(lines), f"has questions 0 to {len(lines) - 1}, no {question}: change --question")
+        row = json.loads(lines[question])
+        need(isinstance(row, dict) and {"tree", "question"} <= row.keys(), f"line {question + 1} is no saved tree")
+    folder = file.parent / "round_0"
+    tokenizer, forest = Tokenizer.from_pretrained(folder), Forest.from_json([row["tree"]])
+    stop_ids = GPTConfig.from_json(read_json(folder / "config.json")).raw.get("eos_token_id")
+    stop_ids = {*tokenizer.eos_ids, *(stop_ids if isinstance(stop_ids, list) else [stop_ids])}
+    pits, path = {p["node"] for p in row.get("pits", []) if p["node"]}, row.get("path", [])
+    if html:
+        write_text(html, page(forest, tokenizer, stop_ids, row, pits, path))
+        print(f"written: {html}")
+    else:
+        print(draw(forest, 0, tokenizer, pits, stop_ids, limit=limit, chosen=path))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

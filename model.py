@@ -25,6 +25,7 @@ import re
 import sys
 import time
 import unicodedata
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -943,6 +944,7 @@ class Request:
     path: np.ndarray              # (length,) addresses of the prefix's tokens in the sampler's store
     seed: int                     # 64 bits; the draw of token t depends on (seed, t) alone
     max_tokens: int
+    greedy: bool = False          # argmax, whatever the temperature of the others
 
 
 @dataclass
@@ -1012,6 +1014,7 @@ class Sampler:
         self.used, self.trie = 1, {}                                    # slot 0 takes what padding writes
         self.ids, self.encoded = np.zeros(slots, np.int64), np.zeros(slots, bool)
         self.branches = np.zeros(slots, np.int32)                       # children in the trie of prompts
+        self.waiting, self.live, self.tickets, self.last = deque(), [], 0, self.hidden[:0]     # last: (R, C)
         # a fresh width, too: the same work gives the same bytes whatever was sampled before
         self.work = [self.new(c.layers, self.rows, c.kv_heads, 0, c.head_dim) for _ in range(2)]
 
@@ -1022,7 +1025,13 @@ class Sampler:
         if not 0 < len(ids) < limit:
             raise BadInput(f"A question of {len(ids)} tokens does not fit this model's context of {limit}; "
                            "shorten or leave out the question (an empty one has nothing to go on from).")
-        path, above = [], -1
+        return self.follow(np.zeros(0, np.int64), ids)
+
+    def follow(self, path: np.ndarray, ids) -> np.ndarray:
+        """Slots of `path` and, behind it, of a given text (a judge's question, say): (length,). Texts that follow
+        one prefix share the slots of what they share. Nothing is encoded yet."""
+        path = path.tolist()
+        above = path[-1] if path else -1
         for token in ids:
             slot = self.trie.get((above, token))
             if slot is None:
@@ -1049,21 +1058,21 @@ class Sampler:
     # -- encoding ------------------------------------------------------------------------------------------
     def update(self, layer, k, v):
         """Called by the model: keep new keys and values (R, T, G, D), return all as views (R, G, S, D)."""
-        rows, cols, slots, S = self._at
+        rows, cols, slots, S, first = self._at
         for work, store, new in ((self.work[0], self.key, k), (self.work[1], self.value, v)):
             work[layer][rows, :, cols] = new
             store[layer][slots] = new
-        R = k.shape[0]
-        return self.work[0][layer, :R, :, :S], self.work[1][layer, :R, :, :S]
+        part = slice(first, first + len(k))
+        return self.work[0][layer, part, :, :S], self.work[1][layer, part, :, :S]
 
-    def _forward(self, slots: np.ndarray, cols: np.ndarray, real: np.ndarray):
-        """Encode tokens of the first R rows: slots, cols, real (R, T); -> hidden (R, T, C). Where `real` is
+    def _forward(self, slots: np.ndarray, cols: np.ndarray, real: np.ndarray, first: int = 0):
+        """Encode tokens of R rows from `first` on: slots, cols, real (R, T); -> hidden (R, T, C). Where `real` is
         False the row is padding: it writes to columns past its end, which are never seen, and to the spare slot."""
         device, S = self.model.device, int(cols.max()) + 1
         to = lambda a: torch.from_numpy(a).to(device)
         positions = to(cols)
         where = to(np.where(real, slots, 0))
-        self._at = (torch.arange(len(slots), device=device)[:, None], positions, where, S)
+        self._at = (torch.arange(first, first + len(slots), device=device)[:, None], positions, where, S, first)
         mask = torch.arange(S, device=device) <= positions[..., None]   # (R, T, S): nothing right of a row's end
         hidden = self.model(to(self.ids[slots]), positions, mask, cache=self)
         self.hidden[where] = hidden
@@ -1091,12 +1100,14 @@ class Sampler:
             self.work = [F.pad(w, (0, 0, 0, columns - old)) for w in self.work]
 
     @torch.no_grad()
-    def encode(self, paths: list) -> None:
+    def encode(self, paths: list, first: int = 0) -> None:
         """Encode what is not yet encoded of these paths, each token once, in waves: a wave takes, below every
         encoded prefix, the run of tokens up to the next fork of the trie.
 
             Question: 7+1?        wave 1: "Question: "   (one row)
-                      9*2?        wave 2: "7+1?", "9*2?" (two rows)"""
+                      9*2?        wave 2: "7+1?", "9*2?" (two rows)
+
+        It borrows the working rows from `first` on: those below it are being decoded."""
         while True:
             runs = {}
             for path in paths:
@@ -1110,11 +1121,11 @@ class Sampler:
                 return
             runs = sorted(runs.values(), key=lambda run: len(run[1]))   # like lengths together: little padding
             while runs:
-                batch = runs[-max(1, min(self.rows, PREFILL_TOKENS // len(runs[-1][1]))):]
+                batch = runs[-max(1, min(self.rows - first, PREFILL_TOKENS // len(runs[-1][1]))):]
                 del runs[-len(batch):]
-                self._encode_runs(batch)
+                self._encode_runs(batch, first)
 
-    def _encode_runs(self, batch: list) -> None:
+    def _encode_runs(self, batch: list, first: int) -> None:
         T = max(len(run) for _, run in batch)
         slots, cols = np.zeros((len(batch), T), np.int64), np.zeros((len(batch), T), np.int64)
         real = np.zeros((len(batch), T), bool)
@@ -1123,64 +1134,89 @@ class Sampler:
             # padding stays inside the position table; its own column, so that its softmax is not empty
             cols[i] = np.minimum(len(before) + np.arange(T), self.model.config.max_positions - 1)
         self._widen(int(cols.max()) + 1)
-        self._load([before for before, _ in batch], 0)
-        self._forward(slots, cols, real)
+        self._load([before for before, _ in batch], first)
+        self._forward(slots, cols, real, first)
 
     # -- sampling ------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def extend(self, requests: list, temperature: float = 1.0, to_end: bool = True, progress=None) -> list:
-        """Sample one continuation per request, in the order of the requests.
+        """Sample one continuation per request, in the order of the requests: `submit` and `step` to the end.
 
-        to_end False: stop after the first token that holds a newline (one step). temperature 0: argmax. A row
-        that stops makes room for a waiting one. `progress(tokens)` is called with the tokens just sampled."""
-        self.encode([r.path for r in requests])
-        self._widen(max((len(r.path) for r in requests), default=0) + 1)
-        results, waiting, live = [None] * len(requests), list(range(len(requests)))[::-1], []
-        hidden = self.hidden[:0]                                        # (R, C) of the last token of live rows
-        while waiting or live:
-            free = self.rows - len(live)
-            if waiting and free >= min(len(waiting), max(1, self.rows // 8)):   # admit in groups: fewer gathers
-                new = [_Row(i, requests[i]) for i in (waiting.pop() for _ in range(min(free, len(waiting))))]
-                self._load([row.request.path for row in new], len(live))
-                ends = torch.tensor([int(row.request.path[-1]) for row in new], device=self.model.device)
-                hidden = torch.cat((hidden, self.hidden[ends]))
-                live += new
-            self.counts["live"] += len(live)
-            self.counts["room"] += self.rows
-            tokens, logps = self._draw(hidden, live, temperature)
-            slots = self._take(tokens)
-            self.counts["sampled"] += len(live)
-            for row, token, logp, slot in zip(live, tokens.tolist(), logps.tolist(), slots.tolist()):
-                row.ids.append(token), row.logps.append(logp), row.slots.append(slot)
-                row.why = self._stop(row, token, to_end)
-            if progress is not None:
-                progress(len(live))
-            live = self._close(live, results)
-            if live:
-                slots = np.array([[row.slots[-1]] for row in live])
-                cols = np.array([[row.columns - 1] for row in live])
-                self._widen(int(cols.max()) + 1)
-                hidden = self._forward(slots, cols, np.ones_like(cols, bool))[:, 0]
-            else:
-                hidden = self.hidden[:0]
-        return results
+        to_end False: stop after the first token that holds a newline (one step). temperature 0: argmax.
+        `progress(tokens)` is called with the number of tokens just sampled."""
+        self.encode([r.path for r in requests])         # all at once: fewer forwards than as rows get free
+        tickets, results = self.submit(requests, temperature, to_end), {}
+        while len(results) < len(requests):
+            results |= self.step(progress)
+        return [results[ticket] for ticket in tickets]
 
-    def _draw(self, hidden, live, temperature):
+    def submit(self, requests: list, temperature: float = 1.0, to_end: bool = True) -> list:
+        """Put requests in the queue; returns a ticket for each. Nothing is computed before `step`."""
+        rows = [_Row(self.tickets + i, r, 0.0 if r.greedy else temperature, to_end) for i, r in enumerate(requests)]
+        self.waiting += rows
+        self.tickets += len(rows)
+        return [row.ticket for row in rows]
+
+    @torch.no_grad()
+    def step(self, progress=None) -> dict:
+        """Sample one token for every live row -> {ticket: Continuation} of the rows that stopped. Rows that stop
+        make room for waiting ones, so nobody waits for the longest of a batch."""
+        self._admit()
+        live = self.live
+        if not live:
+            return {}
+        self.counts["live"] += len(live)
+        self.counts["room"] += self.rows
+        tokens, logps = self._draw(self.last, live)
+        slots = self._take(tokens)
+        self.counts["sampled"] += len(live)
+        for row, token, logp, slot in zip(live, tokens.tolist(), logps.tolist(), slots.tolist()):
+            row.ids.append(token), row.logps.append(logp), row.slots.append(slot)
+            row.why = self._stop(row, token)
+        if progress is not None:
+            progress(len(live))
+        stopped = {row.ticket: Continuation(np.array(row.ids), np.array(row.logps, np.float32), np.array(row.slots),
+                                            row.why) for row in live if row.why}
+        self.live = live = self._close(live)
+        if live:
+            slots = np.array([[row.slots[-1]] for row in live])
+            cols = np.array([[row.columns - 1] for row in live])
+            self._widen(int(cols.max()) + 1)
+            self.last = self._forward(slots, cols, np.ones_like(cols, bool))[:, 0]
+        else:
+            self.last = self.hidden[:0]
+        return stopped
+
+    def _admit(self) -> None:
+        """Let waiting rows in, in groups: one gather and one forward for many. With half the rows idle or all
+        that wait fitting in, there is nothing to wait for."""
+        free = self.rows - len(self.live)
+        if not self.waiting or free < min(len(self.waiting), max(1, self.rows // 8)):
+            return
+        new = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        self._widen(max(len(row.request.path) for row in new) + 1)
+        self.encode([row.request.path for row in new], first=len(self.live))
+        self._load([row.request.path for row in new], len(self.live))
+        ends = torch.tensor([int(row.request.path[-1]) for row in new], device=self.model.device)
+        self.last = torch.cat((self.last, self.hidden[ends]))
+        self.live += new
+
+    def _draw(self, hidden, live):
         """(R, C) hidden -> (R,) ids and log-probs. Inverse of the cumulated distribution at one uniform number:
         a tenth of the time of torch.multinomial for 49k ids, and the number is the row's own."""
-        logits = self.model.token_logits(hidden)                        # (R, V)
-        if temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
+        logits, heats = self.model.token_logits(hidden), [row.temperature for row in live]      # (R, V)
+        tokens = logits.argmax(-1) if 0 in heats else None
+        if any(heats):
+            heat = torch.tensor(heats, device=logits.device)[:, None]
             u = uniforms(np.array([row.request.seed for row in live], np.uint64), np.array([len(r.ids) for r in live]))
-            mass = torch.softmax(logits / temperature, -1).cumsum(-1)   # (R, V)
+            mass = torch.softmax(logits / torch.where(heat == 0, 1, heat), -1).cumsum(-1)       # (R, V)
             u = torch.from_numpy(u).to(mass)[:, None] * mass[:, -1:]
             # right=True: an id of probability 0 is never hit; when rounding puts u on the total: the last real id
-            tokens = torch.searchsorted(mass, u, right=True).squeeze(-1).clamp_(max=self.model.last_id)
+            drawn = torch.searchsorted(mass, u, right=True).squeeze(-1).clamp_(max=self.model.last_id)
+            tokens = drawn if tokens is None else torch.where(heat[:, 0] == 0, tokens, drawn)
         logps = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
         return tokens.cpu().numpy(), logps.float().cpu().numpy()
 
-    def _stop(self, row, token, to_end):
+    def _stop(self, row, token):
         if token in self.model.stop_ids:
             return "eos"
         full = row.columns >= self.model.config.max_positions           # then no further step would fit
@@ -1189,17 +1225,13 @@ class Sampler:
             row.line = len(row.ids)
             if self.finished(line):
                 return "answer"
-            if not to_end and not full:
+            if not row.to_end and not full:
                 return "step"
         return "length" if full or len(row.ids) >= row.request.max_tokens else None
 
-    def _close(self, live, results):
-        """Turn stopped rows into results and move rows from the end into the holes, so that rows 0..R-1 are
-        always the live ones and a forward pays for no one else."""
-        for row in live:
-            if row.why:
-                results[row.index] = Continuation(np.array(row.ids), np.array(row.logps, np.float32),
-                                                  np.array(row.slots), row.why)
+    def _close(self, live):
+        """Move rows from the end into the holes of those that stopped, so that rows 0..R-1 are always the live
+        ones and a forward pays for no one else."""
         keep = sum(not row.why for row in live)
         holes = [i for i in range(keep) if live[i].why]
         tails = [i for i in range(keep, len(live)) if not live[i].why]
@@ -1218,8 +1250,9 @@ PREFILL_TOKENS = 8192         # tokens of one prefill batch; bounds its attentio
 class _Row:
     """A request being decoded."""
 
-    def __init__(self, index, request):
-        self.index, self.request, self.why = index, request, None
+    def __init__(self, ticket, request, temperature, to_end):
+        self.ticket, self.request, self.temperature, self.to_end = ticket, request, temperature, to_end
+        self.why = None
         self.ids, self.logps, self.slots, self.line = [], [], [], 0
 
     @property

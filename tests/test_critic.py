@@ -195,7 +195,7 @@ def test_wrong_samples_make_no_failure(search):
     pit, = label_pits(game.forest, [(0, leaf)], repeat, 4, search)
     assert (pit.step, pit.node) == (0, path[0]) and asked[-1] == (0, path[0], 4)
     assert pit.probes == {"linear": 1, "bisect": 2}[search]
-    assert game.forest.visits[0, leaf] == 40 + 4 * pit.probes
+    assert game.forest.count[0, leaf] == 40 + 4 * pit.probes
 
 
 @pytest.mark.parametrize("search", SEARCHES)

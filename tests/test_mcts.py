@@ -20,7 +20,7 @@ from mcts import ENDS, Forest, draw, grow, pack, plant, split_steps  # noqa: E40
 from model import BadInput, Request, Sampler, mix  # noqa: E402
 from test_model import V, Letters, distinct, language_model, log_probs  # noqa: E402
 
-ARRAYS = ("parent", "depth", "visits", "terminal", "end", "right", "drawn")
+ARRAYS = ("parent", "depth", "count", "terminal", "end", "right", "drawn")
 
 
 def random_forest(seed, trees=3, adds=60, nodes=4, ids=V):
@@ -64,7 +64,7 @@ def assert_sound(forest, b):
 # Forest
 # ----------------------------------------------------------------------------------------------------------
 def test_equal_steps_merge():
-    """Equal ids below one node with one end are one node, and its visits count them; another end, another
+    """Equal ids below one node with one end are one node, and its count says so; another end, another
     parent or other ids are another node. What was stored first stays."""
     forest = Forest(2, 2)
     root = forest.add(1, -1, [7, 8])
@@ -72,7 +72,7 @@ def test_equal_steps_merge():
     assert forest.add(1, root, np.array([1, 2]), [-9, -9], [12, 13]) == a == 1
     others = [forest.add(1, root, [1, 2], end="length"), forest.add(1, root, [1]), forest.add(1, a, [1, 2])]
     assert others == [2, 3, 4] and forest.add(1, root, (1, 2)) == a
-    assert forest.visits[1, :5].tolist() == [1, 3, 1, 1, 1] and forest.size.tolist() == [0, 5]
+    assert forest.count[1, :5].tolist() == [1, 3, 1, 1, 1] and forest.size.tolist() == [0, 5]
     assert forest.children[1] == [[1, 2, 3], [4], [], [], []] and forest.leaves(1) == [2]
     assert forest.logps[1][a].tolist() == [-0.5, -0.25] and forest.slots[1][a].tolist() == [10, 11]
     assert forest.path(1, 4) == [0, 1, 4] and len(forest) == 2
@@ -105,7 +105,7 @@ def test_random_trees_equal_brute_force(seed):
         assert forest.leaves(b) == [n for n in range(N) if forest.terminal[b, n]]
         for right in (0, 1):
             ended = [leaf for leaf in forest.leaves(b) if forest.right[b, leaf] == right]
-            want = [sum(int(forest.visits[b, leaf]) for leaf in ended if n in ancestors(forest, b, leaf))
+            want = [sum(int(forest.count[b, leaf]) for leaf in ended if n in ancestors(forest, b, leaf))
                     for n in range(N)]
             assert forest.below(b, right).tolist() == want
         assert forest.below(b).tolist() == forest.below(b, 1).tolist()
@@ -221,7 +221,7 @@ def grown(kind, chosen, seeds, rounds=((4, 0), (2, 1), (2, 2)), rows=16, most=16
     for count, depth in rounds:
         wants = []
         for b in range(len(chosen)):
-            inner = (forest.depth[b] == depth) & ~forest.terminal[b] & (forest.visits[b] > 0)
+            inner = (forest.depth[b] == depth) & ~forest.terminal[b] & (forest.count[b] > 0)
             wants += [(b, n, count) for n in np.flatnonzero(inner)[:2].tolist()]
         groups = [wants] if together else [[w] for w in wants]
         calls.append((wants, [leaves for g in groups for leaves in grow(forest, sampler, g, seeds, most)]))
@@ -251,7 +251,7 @@ def test_grown_alone_as_in_a_batch(kind):
 @pytest.mark.parametrize("kind", ("llama", "window", "gpt2"))
 def test_grown_trees(kind):
     """Leaves come in sample order, each the continuation of its own seed (mix of tree's seed, node, number
-    of the sample); `drawn` numbers them on; visits are conserved; steps end at newlines; no solution
+    of the sample); `drawn` numbers them on; counts are conserved; steps end at newlines; no solution
     exceeds max_tokens; ids, log-probs and slots belong together; no token is encoded twice."""
     most, seeds = 16, [mix(7, i) for i in range(4)]
     forest, sampler, calls = grown(kind, range(4), seeds, most=most)
@@ -273,8 +273,8 @@ def test_grown_trees(kind):
     for b in range(4):
         assert_sound(forest, b)
         for n in range(forest.size[b]):
-            through = forest.visits[b, n] if n else 0
-            below = sum(int(forest.visits[b, c]) for c in forest.children[b][n])
+            through = forest.count[b, n] if n else 0
+            below = sum(int(forest.count[b, c]) for c in forest.children[b][n])
             assert below == (0 if forest.terminal[b, n] else through + forest.drawn[b, n])
             ids = forest.ids[b][n].tolist()
             assert sampler.ids[forest.slots[b][n]].tolist() == ids
@@ -308,7 +308,7 @@ def test_growing_again_goes_on():
     assert six != tree([[(0, 0, 6)]], 0.7)
     greedy = tree([[(0, 0, 6)]], 0)
     steps = len(greedy["parent"]) - 1
-    assert greedy["visits"][1:] == [6] * steps and greedy["parent"] == [*range(-1, steps)]
+    assert greedy["count"][1:] == [6] * steps and greedy["parent"] == [*range(-1, steps)]
 
 
 # ----------------------------------------------------------------------------------------------------------
