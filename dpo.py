@@ -52,11 +52,12 @@ class Row:
     packed: Packed
     pairs: list = field(default_factory=list)
     imitate: dict = field(default_factory=dict)                         # forest node -> weight of its tokens
+    solutions: int = 0                                                  # imitated, each of weight 1 in all
 
 
-def tree_row(forest: Forest, b: int, pairs=(), paths=()) -> Row:
+def tree_row(forest: Forest, b: int, pairs=(), paths=(), each: bool = False) -> Row:
     """The row of tree b that holds these pairs and solutions to imitate (leaves; steps that several share count
-    several times, as in separate rows). Pairs with smoothing .5 carry no direction and are dropped; an empty or
+    several times, as in separate rows). each: a solution weighs 1 however long it is, else each token does. Pairs with smoothing .5 carry no direction and are dropped; an empty or
     shared side raises ValueError, because its loss would be about nothing."""
     pairs = [p for p in pairs if p.smoothing < 0.5]
     for p in pairs:
@@ -65,9 +66,11 @@ def tree_row(forest: Forest, b: int, pairs=(), paths=()) -> Row:
             raise ValueError(f"tree {b}: sides of a pair must be different branches of one node: {p}")
     imitate = {}
     for leaf in paths:
+        weight = 1 / len(forest.path_of(b, leaf, "ids", root=False)) if each else 1.0
         for n in forest.path(b, leaf)[1:]:
-            imitate[n] = imitate.get(n, 0.0) + 1.0
-    return Row(pack(forest, b, [n for p in pairs for n in p.chosen + p.rejected] + list(paths)), pairs, imitate)
+            imitate[n] = imitate.get(n, 0.0) + weight
+    packed = pack(forest, b, [n for p in pairs for n in p.chosen + p.rejected] + list(paths))
+    return Row(packed, pairs, imitate, len(paths) if each else 0)
 
 
 def text_row(prompt_ids, solution_ids) -> Row:
@@ -204,21 +207,27 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothi
     return loss, (beta * (chosen - ref_chosen)).detach(), (beta * (rejected - ref_rejected)).detach()
 
 
-def preference_loss(beta: float = 0.1, nll: float = 1.0, kind: str = "sigmoid"):
+def preference_loss(beta: float = 0.1, nll: float = 1.0, kind: str = "sigmoid", on_solutions: bool = False):
     """A loss for `train`: dpo_loss + nll * mean negative log-prob per chosen token (Iterative RPO eq. 2), summed
-    over pairs. -> f(model, batch) = (sum, weight = pairs, statistics summed over pairs)."""
+    over pairs. on_solutions: the second term is instead the mean per token of each whole solution that the rows
+    imitate (MCTS-DPO's steps alone never show how a solution ends); a row may then have no pair.
+    -> f(model, batch) = (sum, weight = pairs, or pairs + solutions; statistics summed over pairs, their number)."""
     def loss_fn(model, batch):
+        """Sum over the batch; see above."""
         device, pairs = batch.ids.device, [p for r in batch.rows for p in r.pairs]
-        chosen, rejected = side_sums(batch, tree_log_probs(model, batch))
+        logps = tree_log_probs(model, batch)
+        chosen, rejected = side_sums(batch, logps)
         lengths = side_sums(batch, torch.ones_like(batch.ids, dtype=torch.float32) * batch.wanted)
-        number = lambda name: torch.tensor([getattr(p, name) for p in pairs], device=device)
+        number = lambda name: torch.tensor([getattr(p, name) for p in pairs], device=device, dtype=torch.float32)
         ref_chosen, ref_rejected = number("ref_chosen"), number("ref_rejected")
         losses, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, number("smoothing"), kind)
-        total = (losses - nll * chosen / lengths[0]).sum()
         stats = dict(dpo=losses, margin=good - bad, preference_accuracy=(good > bad).float(),
                      chosen_shift=(chosen - ref_chosen) / lengths[0], chosen_length=lengths[0],
                      rejected_shift=(rejected - ref_rejected) / lengths[1], rejected_length=lengths[1])
-        return total, len(pairs), {k: v.sum().item() for k, v in stats.items()}
+        stats = {k: v.sum().item() for k, v in stats.items()} | {"pairs": len(pairs)}
+        if not on_solutions:
+            return (losses - nll * chosen / lengths[0]).sum(), len(pairs), stats
+        return losses.sum() - nll * (logps * batch.imitate).sum(), len(pairs) + sum(r.solutions for r in batch.rows), stats
     return loss_fn
 
 
@@ -378,7 +387,8 @@ def _gradients(model, rows, loss_fn, params, masters, tokens):
     for p in masters.values():
         if p.grad is not None:
             p.grad /= weight
-    return {"loss": total / weight, "tokens": count} | {k: v / weight for k, v in sums.items()}
+    pairs = sums.pop("pairs", 0)
+    return {"loss": total / weight, "tokens": count} | ({k: v / pairs for k, v in sums.items()} if pairs else {})
 
 
 def save_state(file, masters: dict, optimizers: list, step: int, history: list) -> None:
@@ -413,7 +423,8 @@ def _summary(history):
     """Means over the last quarter of the steps; tokens and skipped steps summed over all. An `alarm` when the
     chosen side's log-prob fell against the reference: the known way in which DPO ruins a model."""
     last = history[-max(1, len(history) // 4):]
-    out = {k: round(float(np.mean([h[k] for h in last if k in h])), 6) for k in (history[-1] if history else {})}
+    keys = {k: None for h in last for k in h}           # a dict: in order; a batch without pairs has fewer
+    out = {k: round(float(np.mean([h[k] for h in last if k in h])), 6) for k in keys}
     out |= {"tokens": sum(h["tokens"] for h in history), "skipped": int(sum(h["skipped"] for h in history)), "steps": len(history)}
     if out.get("chosen_shift", 0.0) < -0.05:
         out["alarm"] = (f"chosen log-prob fell by {-out['chosen_shift']:.3f} nats a token below the reference: "

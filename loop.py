@@ -29,16 +29,18 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from critic import extract_answer, find_answer, grade, label_pits, strip_calculator_marks
+from critic import auc, confidence, extract_answer, find_answer, grade, label_pits, self_evaluation, strip_calculator_marks
 from dpo import Pair, Row, default_lr, load_weights, preference_loss, sft_loss, store_reference, text_row, train
 from dpo import tree_row
-from mcts import Forest, draw, grow, plant
+from mcts import Forest, Steps, draw, fixed_width, grow, plant, search
 from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, write_text
 
 # ----------------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ class Config:
     model: str = ""               # folder with open weights (HF format); empty: train the tiny base from scratch
     data: str = ""                # training questions for --model: JSON lines with question and answer (GSM8K)
     eval_data: str = ""           # held-out questions, same form
-    recipe: str = "self_explore"  # sft, rft, outcome_dpo or self_explore
+    recipe: str = "self_explore"  # sft, rft, outcome_dpo, self_explore or mcts_dpo
     rounds: int = 3
     seed: int = 0
     out: str = ""                 # folder of the run; default runs/TASK_RECIPE_seedS
@@ -68,7 +70,20 @@ class Config:
     temperature: float = 1.0      # the published 0.7 suits 7B models; a tiny one is not diverse enough there
     max_tokens: int = 128         # of one solution
     chunk: int = 64               # questions worked together; results are saved after each chunk
-    rows: int = 256               # solutions decoded at once
+    rows: int = 256               # solutions (steps, in a search) decoded at once
+    # -- search (mcts_dpo)
+    simulations: int = 32         # K: of a tree; with --commit 1 before each commitment (paper: 5)
+    commit: int = 0               # 1: after K simulations the best child becomes the root, until an end; 0: all from the root
+    root_width: int = 5           # b1: steps sampled at the root (paper: 5)
+    width_below: int = 3          # b2: below it (paper: 3)
+    c_puct: float = 1.0           # exploration
+    greedy_child: int = 0         # 1: the first step of each expansion is the argmax
+    self_eval: str = "off"        # C(s) at the ends: off, logp (the sampler's own confidence) or judge (asks the model)
+    judge_sees_answer: int = 0    # 1: the judge is shown the reference solution: a gold leak
+    pair_nodes: str = "all"       # path: pairs along the committed path (the paper); all: at every node
+    min_visits: int = 1           # of both sides of a pair
+    gap: float = 0.25             # least difference of their Q
+    reference: str = "round"      # of mcts_dpo: the model the round started from, or the base
     save_seconds: float = 20.0    # how often an unfinished training is saved
     # -- learning
     steps: int = 80               # optimiser steps a round, the same for every recipe
@@ -86,8 +101,9 @@ class Config:
     base_batch: int = 32
     base_lr: float = 4e-3
     careless: float = 0.8         # share of lines on which a student of the corpus ignores precedence
-    min_operators: int = 3
+    min_operators: int = 3        # of a homework question
     max_operators: int = 4
+    numbers: int = 3              # of a countdown question
     # -- evaluation
     eval_questions: int = 2000
     base: str = ""                # folder of the cached base; default next to the run, named by its settings
@@ -103,10 +119,14 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
               batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
               sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
-              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8),
+              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), numbers=(2, 5), simulations=(1, 10**6),
+              commit=(0, 1), root_width=(1, 256), width_below=(1, 256), c_puct=(0.0, 1000.0), greedy_child=(0, 1),
+              judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
-CHOICES = dict(task=("homework",), recipe=("sft", "rft", "outcome_dpo", "self_explore"), preset=("default", "smoke"),
-               pit_search=("linear", "bisect"), loss=("sigmoid", "ipo"), dtype=("auto", "float32", "bfloat16"))
+CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
+               recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo"), loss=("sigmoid", "ipo"),
+               dtype=("auto", "float32", "bfloat16"), self_eval=("off", "logp", "judge"), pair_nodes=("path", "all"),
+               reference=("round", "base"))
 
 
 def parse_flags(arguments: list) -> Config:
@@ -193,15 +213,8 @@ def parse(text: str) -> list | None:
     return [t if t in "+-*" else int(t) for t in re.findall(r"[0-9]+|[-+*]", text)]
 
 
-class Homework:
-    """The built-in task: expressions like 7+1*4-2, worked off one operation a line.
-
-        7+1*4-2?1*4=4 : 7+4-2        A student of the corpus does, with probability `careless`, the leftmost
-                7+4=11 : 11-2        operation instead of the one precedence asks for. So the base *can* do every
-                11-2=9 : 9           step and *chooses* wrongly: the first pit is plain to the eye, only the final
-                #### 9               answer is ever graded, and more SFT on the corpus cannot help."""
-
-    name = "homework"
+class Builtin:
+    """What the built-in tasks share: an endless stream of questions, split by hash, and a corpus for the base."""
 
     def __init__(self, c: Config):
         self.c = c
@@ -211,37 +224,29 @@ class Homework:
         """What the model reads."""
         return question.text + "?"
 
-    def draw(self, rng: random.Random) -> list:
-        """A random expression; every value of its right evaluation lies in 0..99. The first operator is + or -, the
-        second often *: else the leftmost were too often the right one, and the base as good as its teacher."""
-        while True:
-            x = [rng.randint(1, 9)]
-            for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
-                op = rng.choice(("+-", "+-**", "+-*")[min(i, 2)])
-                x += [op, rng.randint(2 if op == "*" else 1, 9)]
-            if value(x) is not None:
-                return x
-
-    def held_out(self, text: str) -> bool:
-        """One question in eight, by hash: never trained on."""
-        return hashlib.sha256(text.encode()).digest()[0] < 32
-
     def stream(self, seed: int, held_out: bool):
-        """Endless questions of one side of the split."""
+        """Endless questions of one side of the split: one question in eight, by hash, is never trained on."""
         rng = random.Random(seed)
         while True:
-            x = self.draw(rng)
-            text = "".join(map(str, x))
-            if self.held_out(text) == held_out:
-                yield Question(text, str(value(x)), len(x) // 2)
+            question = self.draw(rng)
+            if (hashlib.sha256(self.key(question).encode()).digest()[0] < 32) == held_out:
+                yield question
+
+    def key(self, question: Question) -> str:
+        """What makes two questions the same for the split."""
+        return question.text
 
     def distinct(self, seed: int, held_out: bool, count: int) -> list:
-        """The first `count` different questions of a stream."""
-        found = {}
+        """The first `count` different questions of a stream; BadInput when there are not so many."""
+        found, tries = {}, 0
         for q in self.stream(seed, held_out):
             found.setdefault(q.text, q)
+            tries += 1
             if len(found) == count:
                 return list(found.values())
+            if tries > 200 * count + 20000:
+                raise BadInput(f"{self.name} with these settings has only about {len(found)} different questions of this "
+                               f"kind, not {count}: lower --questions or --eval-questions.")
 
     def train_questions(self, round_: int) -> list:
         """Fresh questions of a round, the same for every recipe of a seed."""
@@ -251,10 +256,41 @@ class Homework:
         """The same held-out questions for every run, whatever its seed."""
         return self.distinct(99, True, self.c.eval_questions)
 
-    def solve_carelessly(self, x: list, rng: random.Random) -> str:
+    def corpus_row(self, question: Question, rng: random.Random) -> Row:
+        """A training row of the base: question and a careless solution with end-of-text."""
+        ids = self.tokenizer.encode(self.solve(question, rng))
+        return text_row(self.tokenizer.encode(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids))
+
+    def reward(self, question: str, text: str, answer: str) -> bool:
+        """Is the solution right? By its final answer alone."""
+        return grade(text, answer)
+
+
+class Homework(Builtin):
+    """The built-in task: expressions like 7+1*4-2, worked off one operation a line.
+
+        7+1*4-2?1*4=4 : 7+4-2        A student of the corpus does, with probability `careless`, the leftmost
+                7+4=11 : 11-2        operation instead of the one precedence asks for. So the base *can* do every
+                11-2=9 : 9           step and *chooses* wrongly: the first pit is plain to the eye, only the final
+                #### 9               answer is ever graded, and more SFT on the corpus cannot help."""
+
+    name = "homework"
+
+    def draw(self, rng: random.Random) -> Question:
+        """A random expression; every value of its right evaluation lies in 0..99. The first operator is + or -, the
+        second often *: else the leftmost were too often the right one, and the base as good as its teacher."""
+        while True:
+            x = [rng.randint(1, 9)]
+            for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
+                op = rng.choice(("+-", "+-**", "+-*")[min(i, 2)])
+                x += [op, rng.randint(2 if op == "*" else 1, 9)]
+            if value(x) is not None:
+                return Question("".join(map(str, x)), str(value(x)), len(x) // 2)
+
+    def solve(self, question: Question, rng: random.Random) -> str:
         """A student's solution. One whose values leave 0..99 starts over, after 20 times with care."""
         for attempt in range(21):
-            y, lines = list(x), []
+            y, lines = parse(question.text), []
             while len(y) > 1 and all(0 <= v <= 99 for v in y[::2]):
                 i = 1 if attempt < 20 and rng.random() < self.c.careless else due(y)
                 a, op, b = y[i - 1:i + 2]
@@ -263,11 +299,6 @@ class Homework:
             if len(y) == 1 and 0 <= y[0] <= 99:
                 break
         return "".join(lines) + f"#### {y[0]}"
-
-    def corpus_row(self, question: Question, rng: random.Random) -> Row:
-        """A training row of the base: question and a student's solution with end-of-text."""
-        ids = self.tokenizer.encode(self.solve_carelessly(parse(question.text), rng))
-        return text_row(self.tokenizer.encode(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids))
 
     def first_false_step(self, question: Question, text: str) -> int | None:
         """The truth a pit label is compared with: index of the first line whose arithmetic or copying is false, or
@@ -286,6 +317,83 @@ class Homework:
                 return i
             x = match[0]
         return len(lines) - 1
+
+
+class Countdown(Builtin):
+    """The second built-in task: combine all numbers into the target.
+
+        10 12 9 -> 7?12-9=3 : 10 3       The corpus is random legal play, whatever it ends in: the base knows the
+                     10-3=7 : 7          rules and no strategy, as in AlphaZero. The legality of every line is
+                     #### 7              checked, so a bare right-looking answer earns nothing."""
+
+    name = "countdown"
+
+    def moves(self, numbers: tuple) -> list:
+        """All legal moves: (line, numbers left). + - * of two numbers, results in 0..99; the result goes last."""
+        found = []
+        for i, j in permutations(range(len(numbers)), 2):
+            a, b, rest = numbers[i], numbers[j], tuple(x for k, x in enumerate(numbers) if k not in (i, j))
+            for op in "+-*":
+                c = calculate(a, op, b)
+                if 0 <= c <= 99:
+                    found.append((f"{a}{op}{b}={c} : {' '.join(map(str, rest + (c,)))}\n", rest + (c,)))
+        return found
+
+    def play(self, numbers: tuple, rng: random.Random) -> tuple:
+        """Random legal play to the end: (lines, the number left). 2 numbers always have a sum or a difference."""
+        lines = ""
+        while len(numbers) > 1:
+            line, numbers = rng.choice(self.moves(numbers))
+            lines += line
+        return lines, numbers[0]
+
+    def draw(self, rng: random.Random) -> Question:
+        """Numbers from 1 to 12 and a target that some play reaches."""
+        numbers = tuple(rng.randint(1, 12) for _ in range(self.c.numbers))
+        target = self.play(numbers, rng)[1]
+        return Question(f"{' '.join(map(str, numbers))} -> {target}", str(target), self.c.numbers - 1)
+
+    def key(self, question: Question) -> str:
+        """The numbers in any order are the same question: else a held-out one could be trained on, turned round."""
+        numbers, _, target = question.text.partition(" -> ")
+        return " ".join(sorted(numbers.split())) + " -> " + target
+
+    def solve(self, question: Question, rng: random.Random) -> str:
+        """A play that does not look at the target."""
+        lines, last = self.play(self.numbers(question.text), rng)
+        return lines + f"#### {last}"
+
+    @staticmethod
+    def numbers(text: str) -> tuple:
+        """The numbers of a question."""
+        return tuple(map(int, text.partition(" -> ")[0].split()))
+
+    def reward(self, question: str, text: str, answer: str) -> bool:
+        """Every line a legal move, all numbers used, the last line the target."""
+        numbers, lines = self.numbers(question), text.split("\n")
+        for line in lines[:-1]:
+            numbers = dict(self.moves(numbers)).get(line + "\n")
+            if numbers is None:
+                return False
+        return len(numbers) == 1 and lines[-1] == f"#### {answer}" and str(numbers[0]) == answer
+
+    def reaches(self, numbers: tuple, target: int) -> bool:
+        """Brute force: can the target still be made? The exact value of a state, for tests and pit labels."""
+        if len(numbers) == 1:
+            return numbers[0] == target
+        return any(self.reaches(left, target) for left in {tuple(sorted(left)) for _, left in self.moves(numbers)})
+
+    def first_false_step(self, question: Question, text: str) -> int | None:
+        """Index of the first line that is illegal or after which the target is out of reach; None: all are good."""
+        numbers, lines = self.numbers(question.text), text.split("\n")
+        for i, line in enumerate(lines[:-1]):
+            numbers = dict(self.moves(numbers)).get(line + "\n")
+            if numbers is None or not self.reaches(numbers, int(question.answer)):
+                return i
+        return None if self.reward(question.text, text, question.answer) else len(lines) - 1
+
+
+TASKS = dict(homework=Homework, countdown=Countdown)
 
 
 class Exercises:
@@ -348,6 +456,10 @@ class Exercises:
         """Question and reference solution, for the sft control."""
         ids = self.tokenizer.encode(" " + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
         return text_row(self.tokenizer.encode_prompt(self.prompt(question)), ids)
+
+    def reward(self, question: str, text: str, answer: str) -> bool:
+        """Is the solution right? By its final answer."""
+        return grade(text, answer)
 
 
 def calculations(text: str) -> str:
@@ -417,7 +529,7 @@ class Run:
             self.model.bind(self.tokenizer)
             self.task = Exercises(self.c, self.tokenizer, self.model.config.max_positions)
         else:
-            self.task = Homework(self.c)
+            self.task = TASKS[self.c.task](self.c)
             self.tokenizer = self.task.tokenizer
             self.model = base_model(self)
         self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, solution_over)
@@ -512,7 +624,7 @@ def base_model(run: Run) -> GPT:
     """The tiny base of a built-in task, trained once per settings and seed and kept for all runs next to this one."""
     c, task = run.c, run.task
     names = ("task", "seed", "width", "layers", "base_steps", "base_batch", "base_lr", "careless", "min_operators",
-             "max_operators", "threads", "device", "dtype")
+             "max_operators", "numbers", "threads", "device", "dtype")
     about = json.dumps({n: getattr(c, n) for n in names})
     folder = Path(c.base) if c.base else run.dir.parent / f"base_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
     model = GPT(GPTConfig.tiny(task.tokenizer.n_ids, c.width, c.layers)).initialise(c.seed)
@@ -583,37 +695,53 @@ def grade_leaves(run: Run, questions: list, forest: Forest, leaves) -> None:
     for b, leaf in leaves:
         if forest.right[b, leaf] < 0:
             text = forest.text(b, leaf, run.tokenizer, run.model.stop_ids)
-            forest.right[b, leaf] = grade(text, questions[b].answer)
+            forest.right[b, leaf] = run.task.reward(questions[b].text, text, questions[b].answer)
+
+
+@dataclass
+class Worked:
+    """A question with what the round made of it."""
+    question: Question
+    forest: Forest
+    b: int                        # its tree in the forest
+    pits: list                    # self_explore: [{leaf, step, node, probes}]
+    path: list                    # mcts_dpo: nodes the search committed to
 
 
 def work_chunk(run: Run, round_: int, first: int, questions: list, bar) -> tuple:
-    """Trees, pits and counts of one chunk, whatever ran before it: -> (Forest, [Pit], counts).
-
-    Waves of samples; with self_explore each wave's wrong solutions are labelled before the next. All recipes
-    spend the same number of sampled tokens (within the last wave's rounding)."""
-    c, sampler, forest = run.c, run.sampler, Forest(len(questions))
-    sampler.reset()
-    before, pits, seen = dict(sampler.counts), [], set()
-    seeds = [mix(c.seed, round_, first + b, 3) for b in range(len(questions))]
+    """Trees of one chunk, whatever ran before it: -> (Forest, labels, paths, counts). All recipes are bound by the same
+    number of sampled tokens per question (within the rounding of the last wave)."""
+    forest, seeds = Forest(len(questions)), [mix(run.c.seed, round_, first + b, 3) for b in range(len(questions))]
+    run.sampler.reset()
+    before = dict(run.sampler.counts)
     for b, q in enumerate(questions):
-        plant(forest, b, sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
+        plant(forest, b, run.sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
+    how = search_trees if run.c.recipe == "mcts_dpo" else sample_trees
+    labels, paths = how(run, questions, forest, seeds, bar.update)
+    return forest, labels, paths, {k: run.sampler.counts[k] - v for k, v in before.items()}
+
+
+def sample_trees(run: Run, questions: list, forest: Forest, seeds: list, progress) -> tuple:
+    """Waves of whole samples; with self_explore each wave's wrong solutions are labelled before the next."""
+    c, sampler, pits, seen = run.c, run.sampler, [], set()
+    start = sampler.counts["sampled"]
 
     def spent():
         """Tokens sampled for this chunk so far."""
-        return sampler.counts["sampled"] - before["sampled"]
+        return sampler.counts["sampled"] - start
 
     def sample(wants):
         """Grow and grade; -> [(tree, leaf)]."""
-        leaves = grow(forest, sampler, wants, seeds, c.max_tokens, c.temperature, bar.update)
+        leaves = grow(forest, sampler, wants, seeds, c.max_tokens, c.temperature, progress)
         ends = [(b, n) for (b, _, _), found in zip(wants, leaves) for n in found]
         grade_leaves(run, questions, forest, ends)
         return ends
 
     def complete(wants):
         """The same for labels; -> tokens."""
-        start = spent()
+        was = spent()
         sample(wants)
-        return spent() - start
+        return spent() - was
     budget, count, drawn = c.budget * len(questions), c.samples, 0
     while count:
         ends = sample([(b, 0, count) for b in range(len(questions))])
@@ -627,13 +755,34 @@ def work_chunk(run: Run, round_: int, first: int, questions: list, bar) -> tuple
     for p in pits:                # a later branch recovered from this "pit": it was none (one of the (1-p)^k)
         if p.node is not None and forest.below(p.tree)[p.node]:
             p.step = p.node = None
-    counts = {k: sampler.counts[k] - v for k, v in before.items()}
-    return forest, pits, counts
+    return pits, [[] for _ in questions]
+
+
+def search_trees(run: Run, questions: list, forest: Forest, seeds: list, progress) -> tuple:
+    """MCTS to terminals. The return of an end is R = O + C: O = 1 right, -1 wrong; C = self-evaluation, if any."""
+    c = run.c
+
+    def evaluate(forest, ends):
+        """R of finished solutions."""
+        grade_leaves(run, questions, forest, ends)
+        extra = self_evaluate(run, questions, forest, ends)
+        return [2.0 * forest.right[e] - 1.0 + x for e, x in zip(ends, extra)]
+    proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
+    return [], search(forest, proposer, evaluate, c.simulations, c=c.c_puct, to_terminal=True, commit=bool(c.commit),
+                      width=fixed_width(c.root_width, c.width_below), budget=c.budget)
+
+
+def self_evaluate(run: Run, questions: list, forest: Forest, ends: list) -> list:
+    """C of each end as --self-eval says."""
+    if run.c.self_eval == "judge":
+        shown = [q.answer for q in questions] if run.c.judge_sees_answer else None
+        return self_evaluation(forest, ends, run.sampler, shown)
+    return confidence(forest, ends) if run.c.self_eval == "logp" else [0.0] * len(ends)
 
 
 def sample_round(run: Run, round_: int) -> list:
-    """All trees of a round as [(Question, Forest, tree, pits)], worked chunk by chunk. A chunk's file is written
-    when the chunk is done; chunks that have their file are not worked again. Result: trees_RR.jsonl."""
+    """All trees of a round, worked chunk by chunk. A chunk's file is written when the chunk is done; chunks that have
+    their file are not worked again. Result: trees_RR.jsonl."""
     file, questions = run.dir / f"trees_{round_:02d}.jsonl", run.task.train_questions(round_)
     if not file.exists():
         chunks = range(0, len(questions), run.chunk)
@@ -644,12 +793,13 @@ def sample_round(run: Run, round_: int) -> list:
             part = run.work / f"trees_{round_:02d}_{first:06d}.jsonl"
             if not part.exists():
                 start, group = time.time(), questions[first:first + run.chunk]
-                forest, pits, counts = work_chunk(run, round_, first, group, bar)
+                forest, pits, paths, counts = work_chunk(run, round_, first, group, bar)
                 rows = []
                 for b, q in enumerate(group):
                     labels = [{"leaf": int(p.leaf), "step": p.step, "node": p.node, "probes": p.probes}
                               for p in pits if p.tree == b]
-                    rows.append({"question": q.text, "answer": q.answer, "tree": forest.to_json(b), "pits": labels})
+                    rows.append({"question": q.text, "answer": q.answer, "tree": forest.to_json(b), "pits": labels,
+                                 "path": paths[b]})
                 write_lines(part.with_name("counts" + part.name[5:]), [counts | {"seconds": time.time() - start}])
                 write_lines(part, rows)
             bar.n = (first + run.chunk) * run.c.budget
@@ -663,32 +813,31 @@ def sample_round(run: Run, round_: int) -> list:
 
 
 def read_trees(file: Path, questions: list) -> list:
-    """[(Question, Forest, tree, pits)] of a trees file."""
+    """[Worked] of a trees file."""
     rows = read_lines(file)
     forest = Forest.from_json([row["tree"] for row in rows])
-    return [(q, forest, b, row["pits"]) for b, (q, row) in enumerate(zip(questions, rows))]
+    return [Worked(q, forest, b, row["pits"], row["path"]) for b, (q, row) in enumerate(zip(questions, rows))]
 
 
 def sampling_report(run: Run, trees: list) -> dict:
-    """Log keys about the samples of a round (root samples: the first step's siblings with their counts)."""
-    right = wrong = steps = probes = agree = truth = 0
-    distinct = []
-    for q, forest, b, pits in trees:
-        ends = [n for n in forest.leaves(b)]
-        below = forest.below(b)
-        right, wrong = right + int(below[0]), wrong + int(forest.below(b, 0)[0])
-        answers = {extract_answer(forest.text(b, n, run.tokenizer, run.model.stop_ids)) for n in ends}
-        distinct.append(len(answers))
-        for p in pits:
-            probes += p["probes"]
-            if p["step"] is not None:
-                steps += 1
-                if isinstance(run.task, Homework):
-                    truth += 1
-                    text = forest.text(b, p["leaf"], run.tokenizer, run.model.stop_ids)
-                    agree += run.task.first_false_step(q, text) == p["step"]
-    return dict(sampled_accuracy=round(right / max(1, right + wrong), 4), distinct_answers=round(float(np.mean(distinct)), 3),
-                pits=steps, probes=probes, pit_agreement=round(agree / truth, 4) if truth else None)
+    """Log keys about the trees of a round."""
+    pits = [(t, p) for t in trees for p in t.pits]
+    found = [(t, p) for t, p in pits if p["step"] is not None]
+    text = lambda t, n: t.forest.text(t.b, n, run.tokenizer, run.model.stop_ids)
+    right, wrong = (sum(int(t.forest.below(t.b, r)[0]) for t in trees) for r in (1, 0))
+    answers = [len({extract_answer(text(t, n)) for n in t.forest.leaves(t.b)}) for t in trees]
+    true = [run.task.first_false_step(t.question, text(t, p["leaf"])) == p["step"] for t, p in found] \
+        if isinstance(run.task, Builtin) else []
+    forest = trees[0].forest
+    ends = [(t.b, n) for t in trees for n in forest.leaves(t.b) if forest.visits[t.b, n]]
+    scores = [forest.score[e] - (2.0 * forest.right[e] - 1.0) for e in ends]            # C alone
+    return dict(sampled_accuracy=round(right / max(1, right + wrong), 4), distinct_answers=round(float(np.mean(answers)), 3),
+                solved=round(float(np.mean([t.forest.below(t.b)[0] > 0 for t in trees])), 4),
+                pits=len(found), probes=sum(p["probes"] for _, p in pits),
+                pit_agreement=round(float(np.mean(true)), 4) if true else None,
+                simulations=round(float(np.mean([forest.visits[t.b, 0] for t in trees])), 2),
+                committed_right=round(float(np.mean([forest.right[t.b, t.path[-1]] == 1 for t in trees])), 4) if ends else None,
+                self_eval_auc=auc(scores, [forest.right[e] == 1 for e in ends]) if run.c.self_eval != "off" and ends else None)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -729,16 +878,16 @@ def evaluate(run: Run, round_: int) -> dict:
             part = run.work / f"eval_{round_:02d}_{first:06d}.jsonl"
             if not part.exists():
                 group = questions[first:first + size]
-                write_lines(part, [result(q, *found) for q, found in zip(group, greedy(run, group, bar.update))])
+                write_lines(part, [result(run.task, q, *found) for q, found in zip(group, greedy(run, group, bar.update))])
         bar.close()
         write_lines(file, [row for first in range(0, len(questions), size)
                            for row in read_lines(run.work / f"eval_{round_:02d}_{first:06d}.jsonl")])
     return accuracy_report(read_lines(file)) | {"eval_seconds": time.time() - start}
 
 
-def result(q: Question, text: str, why: str, length: int) -> dict:
+def result(task, q: Question, text: str, why: str, length: int) -> dict:
     """What is kept of one evaluated question."""
-    return dict(question=q.text, answer=q.answer, steps=q.steps, text=text, right=grade(text, q.answer),
+    return dict(question=q.text, answer=q.answer, steps=q.steps, text=text, right=task.reward(q.text, text, q.answer),
                 rule=find_answer(text)[1], why=why, tokens=length)
 
 
@@ -775,14 +924,20 @@ def learn(run: Run, round_: int, stage: str, rows: list, loss_fn, kind: str, ste
 def right_rows(run: Run, trees: list, most: int = 8) -> list:
     """Distinct right solutions, at most `most` a question (Self-Explore sec. 3.1), as rows to imitate."""
     rows = []
-    for _, forest, b, _ in trees:
-        found = {}
-        for n in forest.leaves(b):
-            if forest.right[b, n] == 1:
-                found.setdefault(calculations(forest.text(b, n, run.tokenizer, run.model.stop_ids)), n)
+    for t in trees:
+        found = solutions(run, t, most)
         if found:
-            rows.append(tree_row(forest, b, paths=list(found.values())[:most]))
+            rows.append(tree_row(t.forest, t.b, paths=found))
     return rows
+
+
+def solutions(run: Run, t: Worked, most: int = 8) -> list:
+    """Leaves of right solutions that differ in their calculations, in order of birth."""
+    found = {}
+    for n in t.forest.leaves(t.b):
+        if t.forest.right[t.b, n] == 1:
+            found.setdefault(calculations(t.forest.text(t.b, n, run.tokenizer, run.model.stop_ids)), n)
+    return list(found.values())[:most]
 
 
 def edit_distance(a: np.ndarray, b: np.ndarray) -> int:
@@ -827,17 +982,34 @@ def pit_pairs(forest: Forest, b: int, pits: list, smoothing: float) -> list:
     return pairs
 
 
-def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int) -> tuple:
-    """DPO + NLL on the pairs made of each tree; the model as it is now is the reference."""
-    rows = [tree_row(forest, b, pairs) for (_, forest, b, _), pairs in zip(trees, made) if pairs]
+def sibling_pairs(c: Config, forest: Forest, b: int, path: list) -> list:
+    """MCTS-DPO's pairs: at a node, the visited child of highest Q against that of lowest, if they differ by more than
+    the gap; at the nodes of the committed path or at all. Smoothing a = N_l / (N_w + N_l): the more the search
+    visited the loser, the less sure the label (2405.00451 eq. 6); .5 and more carries no direction."""
+    pairs = []
+    for n in path[:-1] if c.pair_nodes == "path" else range(int(forest.size[b])):
+        kids = [k for k in forest.children[b][n] if forest.visits[b, k] >= c.min_visits]
+        q = {k: forest.value_sum[b, k] / forest.visits[b, k] for k in kids}
+        if kids and q[best := max(kids, key=q.get)] - q[worst := min(kids, key=q.get)] > c.gap:
+            won, lost = int(forest.visits[b, best]), int(forest.visits[b, worst])
+            pairs.append(Pair([best], [worst], min(.5, lost / (won + lost))))
+    return [p for p in pairs if p.smoothing < .5]
+
+
+def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int, found=None, reference=None) -> tuple:
+    """DPO + NLL on the pairs made of each tree. The reference is the model as it is now, or `reference(rows)` stores
+    another. found: leaves of solutions per tree; then the NLL is on these, instead of on the chosen sides."""
+    found = found or [[] for _ in trees]
+    rows = [tree_row(t.forest, t.b, pairs, leaves, each=True) for t, pairs, leaves in zip(trees, made, found) if pairs or leaves]
     text = lambda forest, b, nodes: run.tokenizer.decode([int(i) for n in nodes for i in forest.ids[b][n]
                                                           if i not in run.model.stop_ids])
     write_lines(run.dir / f"pairs_{round_:02d}.jsonl", [
-        dict(prompt=run.task.prompt(q) + forest.text(b, int(forest.parent[b, p.chosen[0]]), run.tokenizer),
-             chosen=text(forest, b, p.chosen), rejected=text(forest, b, p.rejected))
-        for (q, forest, b, _), pairs in zip(trees, made) for p in pairs])
-    store_reference(run.model, rows)
-    report, state = learn(run, round_, "dpo", rows, preference_loss(run.c.beta, run.c.nll, run.c.loss), "dpo", steps)
+        dict(prompt=run.task.prompt(t.question) + t.forest.text(t.b, int(t.forest.parent[t.b, p.chosen[0]]), run.tokenizer),
+             chosen=text(t.forest, t.b, p.chosen), rejected=text(t.forest, t.b, p.rejected))
+        for t, pairs in zip(trees, made) for p in pairs])
+    (reference or partial(store_reference, run.model))(rows)
+    loss = preference_loss(run.c.beta, run.c.nll, run.c.loss, on_solutions=any(found))
+    report, state = learn(run, round_, "dpo", rows, loss, "dpo", steps)
     return report | {"pairs": sum(map(len, made))}, state
 
 
@@ -851,7 +1023,7 @@ def sft(run: Run, round_: int, trees: list) -> tuple:
 def corpus_questions(run: Run, round_: int) -> list:
     """As many questions as the round's steps will read, fresh where the task can make them."""
     count = run.c.steps * run.c.batch
-    if isinstance(run.task, Homework):
+    if isinstance(run.task, Builtin):
         stream = run.task.stream(mix(run.c.seed, round_, 9), held_out=False)
         return [next(stream) for _ in range(count)]
     return run.task.train_questions(round_)
@@ -866,7 +1038,7 @@ def rft(run: Run, round_: int, trees: list) -> tuple:
 
 def outcome_dpo(run: Run, round_: int, trees: list) -> tuple:
     """Control: DPO on whole solutions, right against wrong, with NLL on the right one."""
-    return learn_pairs(run, round_, trees, [outcome_pairs(forest, b) for _, forest, b, _ in trees], run.c.steps)
+    return learn_pairs(run, round_, trees, [outcome_pairs(t.forest, t.b) for t in trees], run.c.steps)
 
 
 def self_explore(run: Run, round_: int, trees: list) -> tuple:
@@ -876,13 +1048,26 @@ def self_explore(run: Run, round_: int, trees: list) -> tuple:
     if round_ == 1:
         report, _ = learn(run, round_, "rft", right_rows(run, trees), sft_loss, "sft", steps * 3 // 4)
         steps -= steps * 3 // 4
-    pairs = [pit_pairs(forest, b, pits, run.c.smoothing) for _, forest, b, pits in trees]
+    pairs = [pit_pairs(t.forest, t.b, t.pits, run.c.smoothing) for t in trees]
     second, state = learn_pairs(run, round_, trees, pairs, steps)
     second["tokens"] = second.get("tokens", 0) + report.get("tokens", 0)
     return second, state
 
 
-RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore)   # HACK HERE: add your own
+def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
+    """MCTS-DPO (2405.00451): DPO on siblings of different Q, with NLL on the solutions found. On-policy: the trees were
+    grown with the latest weights, which are the reference, too (or the base: --reference base)."""
+    def against_base(rows):
+        """The base's log-probs as reference; then back to the model of the last round."""
+        run.load(0)
+        store_reference(run.model, rows)
+        run.load(round_ - 1)
+    pairs = [sibling_pairs(run.c, t.forest, t.b, t.path) for t in trees]
+    return learn_pairs(run, round_, trees, pairs, run.c.steps, [solutions(run, t) for t in trees],
+                       against_base if run.c.reference == "base" else None)
+
+
+RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo)   # HACK HERE: add your own
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -897,7 +1082,8 @@ def finish_round(run: Run, round_: int, start: float, report: dict, sampled: dic
                processed_tokens=sampled.get("processed", 0), trained_tokens=report.get("tokens", 0),
                occupancy=round(sampled["live"] / sampled["room"], 4) if sampled.get("room") else None,
                sampled_tokens_total=sampled.get("sampled", 0) + (rows[-1]["sampled_tokens_total"] if rows else 0),
-               **{k: sampled.get(k) for k in ("sampled_accuracy", "distinct_answers", "pits", "probes", "pit_agreement")},
+               **{k: sampled.get(k) for k in ("sampled_accuracy", "distinct_answers", "solved", "pits", "probes",
+                                              "pit_agreement", "simulations", "committed_right", "self_eval_auc")},
                **{k: report.get(k) for k in ("pairs", "steps", "loss", "dpo", "margin", "preference_accuracy", "chosen_shift",
                                              "rejected_shift", "chosen_length", "rejected_length", "grad_norm", "skipped")},
                sampling_seconds=sampled.get("seconds", 0.0), train_seconds=report.get("train_seconds", 0.0),
@@ -950,10 +1136,11 @@ def summary(run: Run) -> None:
     if (run.dir / "trees_01.jsonl").exists():
         run.load(len(run.log()) - 1)
         trees = read_trees(run.dir / "trees_01.jsonl", run.task.train_questions(1))
-        shown = next((t for t in trees if any(p["node"] for p in t[3]) and t[1].below(t[2])[0]), trees[0])
-        q, forest, b, pits = shown
-        print(f"\nA question of round 1, as the base sampled it (answer {q.answer}):\n")
-        print(draw(forest, b, run.tokenizer, {p["node"] for p in pits if p["node"]}, run.model.stop_ids, limit=14))
+        t = next((t for t in trees if (any(p["node"] for p in t.pits) or t.path) and t.forest.below(t.b)[0]), trees[0])
+        print(f"\nA question of round 1, as the base sampled it (answer {t.question.answer}):\n")
+        print(draw(t.forest, t.b, run.tokenizer, {p["node"] for p in t.pits if p["node"]}, run.model.stop_ids, limit=14,
+                   chosen=t.path))
+        q = t.question
         print("\nand as the improved model answers it:\n\n" + "\n".join("   " + l for l in greedy(run, [q])[0][0].split("\n")))
         ask = run.task.prompt(q).replace("\n", "\\n")
         print(f'\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.\nAsk it:  python '
@@ -1003,14 +1190,14 @@ def evaluate_folder(config: Config) -> None:
     run.c, run.chunk = config, config.chunk
     run.model, run.tokenizer = GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     run.model.bind(run.tokenizer)
-    run.task = Homework(config)
+    run.task = TASKS[config.task](config)
     if config.eval_data:
         run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions)
     run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, solution_over)
     questions, rows = run.task.eval_questions(), []
     for first in tqdm(range(0, len(questions), 256), desc="evaluating", leave=False):
         group = questions[first:first + 256]
-        rows += [result(q, *found) for q, found in zip(group, greedy(run, group))]
+        rows += [result(run.task, q, *found) for q, found in zip(group, greedy(run, group))]
     print(json.dumps({"folder": str(folder)} | accuracy_report(rows), indent=1))
 
 

@@ -1016,7 +1016,7 @@ class Sampler:
         self.branches = np.zeros(slots, np.int32)                       # children in the trie of prompts
         self.waiting, self.live, self.tickets, self.last = deque(), [], 0, self.hidden[:0]     # last: (R, C)
         # a fresh width, too: the same work gives the same bytes whatever was sampled before
-        self.work = [self.new(c.layers, self.rows, c.kv_heads, 0, c.head_dim) for _ in range(2)]
+        self.work = [self.new(c.layers, self.rows + SPARE_ROWS, c.kv_heads, 0, c.head_dim) for _ in range(2)]
 
     def prompt(self, ids) -> np.ndarray:
         """Slots of a text given as ids, (length,). Texts that begin alike share the slots of what they share.
@@ -1100,14 +1100,14 @@ class Sampler:
             self.work = [F.pad(w, (0, 0, 0, columns - old)) for w in self.work]
 
     @torch.no_grad()
-    def encode(self, paths: list, first: int = 0) -> None:
+    def encode(self, paths: list) -> None:
         """Encode what is not yet encoded of these paths, each token once, in waves: a wave takes, below every
         encoded prefix, the run of tokens up to the next fork of the trie.
 
             Question: 7+1?        wave 1: "Question: "   (one row)
                       9*2?        wave 2: "7+1?", "9*2?" (two rows)
 
-        It borrows the working rows from `first` on: those below it are being decoded."""
+        It borrows working rows behind the live ones, so it may be called between two steps."""
         while True:
             runs = {}
             for path in paths:
@@ -1121,9 +1121,10 @@ class Sampler:
                 return
             runs = sorted(runs.values(), key=lambda run: len(run[1]))   # like lengths together: little padding
             while runs:
-                batch = runs[-max(1, min(self.rows - first, PREFILL_TOKENS // len(runs[-1][1]))):]
+                free = min(self.rows, self.rows + SPARE_ROWS - len(self.live))
+                batch = runs[-max(1, min(free, PREFILL_TOKENS // len(runs[-1][1]))):]
                 del runs[-len(batch):]
-                self._encode_runs(batch, first)
+                self._encode_runs(batch, len(self.live))
 
     def _encode_runs(self, batch: list, first: int) -> None:
         T = max(len(run) for _, run in batch)
@@ -1194,7 +1195,7 @@ class Sampler:
             return
         new = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
         self._widen(max(len(row.request.path) for row in new) + 1)
-        self.encode([row.request.path for row in new], first=len(self.live))
+        self.encode([row.request.path for row in new])
         self._load([row.request.path for row in new], len(self.live))
         ends = torch.tensor([int(row.request.path[-1]) for row in new], device=self.model.device)
         self.last = torch.cat((self.last, self.hidden[ends]))
@@ -1245,6 +1246,7 @@ class Sampler:
 
 
 PREFILL_TOKENS = 8192         # tokens of one prefill batch; bounds its attention scores
+SPARE_ROWS = 32               # working rows for prefills while all others are decoding
 
 
 class _Row:
