@@ -75,6 +75,12 @@ def field(obj, key: str, kind, default=None):
     return value
 
 
+def one_of(name: str, value, known):
+    """The value, sure to be one of those that we know."""
+    need(value in [*known], f"{name} {value!r:.60} is not supported, only {', '.join(known)}")
+    return value
+
+
 def read_json(path, raw: bytes | None = None) -> dict:
     """The object in a JSON file, or in `raw` (then the path is but a name). BadInput: absent, a git-LFS
     pointer, no UTF-8 JSON, no object, a key twice (readers differ in which counts: checked is not used)."""
@@ -447,14 +453,19 @@ class Tokenizer:
 # 3 · Config: what a config.json means
 # ----------------------------------------------------------------------------------------------------------
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu,
-               "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-# Fields that change the mathematics in ways this file does not implement: a value other than the harmless ones
-# listed here is refused, because running on would give fluent nonsense.
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu} | dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))
+# the same fields in GPT-2's words
+GPT2_FIELDS = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+                   intermediate_size="n_inner", max_position_embeddings="n_positions",
+                   rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function")
+ROPE = {"default": (), "linear": ("factor",),                           # rope type: its parameters
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+# Fields that change the mathematics in ways this file does not have. Any value but the harmless ones here is
+# refused: the model would run on and write fluent nonsense.
 REFUSED = {"quantization_config": (None,), "auto_map": (None,), "num_local_experts": (None, 0, 1),
            "num_experts": (None, 0), "n_routed_experts": (None, 0), "attn_logit_softcapping": (None,),
-           "final_logit_softcapping": (None,), "partial_rotary_factor": (None, 1, 1.0), "logit_scale": (None, 1),
+           "final_logit_softcapping": (None,), "partial_rotary_factor": (None, 1), "logit_scale": (None, 1),
            "add_cross_attention": (None, False), "scale_attn_by_inverse_layer_idx": (None, False),
            "scale_attn_weights": (None, True), "is_encoder_decoder": (None, False),
            "query_pre_attn_scalar": (None,), "use_qk_norm": (None, False)}
@@ -486,137 +497,91 @@ class GPTConfig:
 
     @property
     def gpt2(self) -> bool:
-        """GPT-2 differs in kind: LayerNorm, learned positions, an MLP without gate, fused and transposed files."""
+        """GPT-2 differs in kind: LayerNorm, learned positions, no gate in the MLP, files fused and transposed."""
         return self.family == "gpt2"
 
     @staticmethod
     def tiny(vocab_size: int, hidden_size: int = 128, layers: int = 3, max_positions: int = 512) -> "GPTConfig":
-        """A small llama for training from scratch: four query heads share one key/value head (sampling is 2.7x
-        faster than with four)."""
+        """A small llama for training from scratch: four query heads share one key/value head (sampling is
+        2.7x faster than with four)."""
         return GPTConfig.from_json(dict(
-            architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size, hidden_size=hidden_size,
-            intermediate_size=hidden_size * 5 // 2, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=hidden_size // 4, max_position_embeddings=max_positions, rms_norm_eps=1e-5,
-            rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=False, eos_token_id=vocab_size - 1,
-            torch_dtype="float32"))
+            architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size,
+            hidden_size=hidden_size, intermediate_size=hidden_size * 5 // 2, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=1, head_dim=hidden_size // 4,
+            max_position_embeddings=max_positions, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
+            tie_word_embeddings=False, eos_token_id=vocab_size - 1, torch_dtype="float32"))
 
     @staticmethod
     def from_json(raw: dict, where: str = "config.json") -> "GPTConfig":
         """Read a config.json in the old or the new spelling. Raises BadInput naming the field."""
-        family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise BadInput(f"{where}: model_type {family!r} is not supported; this project runs "
-                           f"{', '.join(FAMILIES)}.")
-        for field, harmless in REFUSED.items():
-            if not any(raw.get(field) is x or raw.get(field) == x for x in harmless):
-                raise BadInput(f"{where}: {field} = {str(raw[field])[:60]} is not supported; use a plain, "
-                               f"unquantised {family} checkpoint without it.")
-        if family == "gpt2":
-            return _gpt2_config(raw, where)
-        get = functools.partial(_number, raw, where)
-        hidden, heads = get("hidden_size"), get("num_attention_heads")
-        layers = get("num_hidden_layers", high=4096)
-        head_dim = get("head_dim", 128 if family == "qwen3" else hidden // heads)
-        bias = _flag(raw, where, "attention_bias", False) and family in ("llama", "qwen3")
-        theta, rope = _rope(raw, where)
-        return _checked(where, GPTConfig(
-            family, get("vocab_size"), hidden, get("intermediate_size"), layers, heads,
-            get("num_key_value_heads", heads), head_dim, get("max_position_embeddings", 2048),
-            get("rms_norm_eps", 1e-6, low=0.0, high=1.0), _activation(raw, where, "hidden_act", "silu"), theta, rope,
-            _windows(raw, where, family, layers), bias or family == "qwen2", bias,
-            _flag(raw, where, "mlp_bias", False) and family == "llama", family == "qwen3",
-            _flag(raw, where, "tie_word_embeddings", False), raw))
+        with about(where):
+            family = one_of("model_type", raw.get("model_type"), FAMILIES)
+            for key, harmless in REFUSED.items():
+                need(raw.get(key) in harmless, f"{key} = {raw.get(key)!r:.60} is not supported; use a plain, "
+                                               f"unquantised {family} checkpoint without it")
+            gpt2, qwen3 = family == "gpt2", family == "qwen3"
+            name = lambda key: GPT2_FIELDS[key] if gpt2 else key
+            get = lambda key, *default_and_range: number(raw, name(key), *default_and_range)
+            rest = {} if gpt2 else raw                  # whatever GPT-2 has no word for has its default
+            hidden, heads = get("hidden_size"), get("num_attention_heads")
+            layers, kv_heads = get("num_hidden_layers", None, 1, 4096), number(rest, "num_key_value_heads", heads)
+            need(not gpt2 or hidden % heads == 0, f"n_embd = {hidden} is not a multiple of n_head = {heads}")
+            head_dim = number(rest, "head_dim", 128 if qwen3 else hidden // heads)
+            need(heads % kv_heads == 0, f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
+            need(heads * head_dim <= 1 << 24, f"{heads} heads of {head_dim} is no possible attention")
+            need(gpt2 or head_dim % 2 == 0, f"head_dim = {head_dim}; rotary positions need an even number")
+            act = raw.get(name("hidden_act"), "gelu_new" if gpt2 else "silu")       # null: refused, not absent
+            bias = field(rest, "attention_bias", bool, gpt2) and family in ("gpt2", "llama", "qwen3")
+            theta, rope = _rope(rest)
+            return GPTConfig(
+                family, number(raw, "vocab_size"), hidden,
+                get("intermediate_size", 4 * hidden if gpt2 else None), layers, heads, kv_heads, head_dim,
+                max_positions=get("max_position_embeddings", 1024 if gpt2 else 2048),
+                norm_eps=get("rms_norm_eps", 1e-5 if gpt2 else 1e-6, 0.0, 1.0),
+                activation=one_of(name("hidden_act"), act, ACTIVATIONS), rope_theta=theta, rope=rope,
+                windows=_windows(rest, family, layers), qkv_bias=bias or family == "qwen2", out_bias=bias,
+                mlp_bias=field(rest, "mlp_bias", bool, gpt2) and family in ("gpt2", "llama"), qk_norm=qwen3,
+                tied=field(raw, "tie_word_embeddings", bool, gpt2), raw=raw)
 
 
-def _number(raw, where, key, default=None, low=1, high=1 << 24):
-    """A number of the config, of the default's kind (a whole number when there is no default); null = absent."""
+def number(raw: dict, key: str, default=None, low=1, high=1 << 24):
+    """raw[key] or, absent or null, the default; ValueError unless from low to high and of the type of low."""
     value = default if raw.get(key) is None else raw[key]
-    kind = float if isinstance(low, float) else int
-    good = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    if not good or not low <= value <= high:
-        what = "is missing" if value is None else f"= {str(value)[:40]!r} is out of range"
-        raise BadInput(f"{where}: {key} {what}; expected {'a' if kind is float else 'a whole'} number "
-                       f"from {low} to {high}. Is the file damaged?")
+    kind = type(low)                                    # compared by `is`: to isinstance True is a number too
+    need(type(value) in (int, kind) and low <= value <= high, f"{key} must be a {'whole ' * (kind is int)}number "
+         f"from {low} to {high}, not {value!r:.40}; is the file damaged?")
     return kind(value)
 
 
-def _flag(raw, where, key, default):
-    value = default if raw.get(key) is None else raw[key]
-    if not isinstance(value, bool):
-        raise BadInput(f"{where}: {key} = {str(value)[:40]!r}; expected true or false.")
-    return value
-
-
-def _activation(raw, where, key, default):
-    name = raw.get(key, default)
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise BadInput(f"{where}: {key} = {str(name)[:40]!r} is not supported; this project has "
-                       f"{', '.join(ACTIVATIONS)}.")
-    return name
-
-
-def _gpt2_config(raw, where):
-    get = functools.partial(_number, raw, where)
-    hidden, layers, heads = get("n_embd"), get("n_layer", high=4096), get("n_head")
-    return _checked(where, GPTConfig(
-        "gpt2", get("vocab_size"), hidden, get("n_inner", 4 * hidden), layers, heads, heads, hidden // heads,
-        get("n_positions", 1024), get("layer_norm_epsilon", 1e-5, low=0.0, high=1.0),
-        _activation(raw, where, "activation_function", "gelu_new"), 0.0, {"rope_type": "default"}, (None,) * layers,
-        True, True, True, False, _flag(raw, where, "tie_word_embeddings", True), raw))
-
-
-def _checked(where, c):
-    if c.heads % c.kv_heads:
-        raise BadInput(f"{where}: {c.heads} attention heads cannot share {c.kv_heads} key/value heads evenly.")
-    if c.gpt2 and c.head_dim * c.heads != c.hidden_size:
-        raise BadInput(f"{where}: n_embd = {c.hidden_size} is not a multiple of n_head = {c.heads}.")
-    if max(c.heads, c.kv_heads) * c.head_dim > 1 << 24 or c.head_dim < 1:
-        raise BadInput(f"{where}: {c.heads} heads of {c.head_dim} is no possible attention. Is the file damaged?")
-    if not c.gpt2 and c.head_dim % 2:
-        raise BadInput(f"{where}: head_dim = {c.head_dim}; rotary positions need an even number.")
-    return c
-
-
-def _rope(raw, where):
+def _rope(raw: dict) -> tuple[float, dict]:
     """(theta, parameters) from `rope_parameters` (new files) or rope_theta + `rope_scaling` (old ones)."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-        raise BadInput(f"{where}: rope_parameters / rope_scaling must be one flat object, not {str(rope)[:40]!r}.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise BadInput(f"{where}: rope type {str(kind)[:40]!r} is not supported; this project has default, linear "
-                       "and llama3.")
-    both = {**raw, **{k: v for k, v in rope.items() if v is not None}}
-    get = functools.partial(_number, both, where, low=1e-6, high=1e12)
-    get("partial_rotary_factor", 1.0, low=1.0, high=1.0)
-    clean = {"rope_type": kind}
-    if kind in ("linear", "llama3"):
-        clean["factor"] = get("factor")
-    if kind == "llama3":
-        clean |= {k: get(k) for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        if clean["high_freq_factor"] <= clean["low_freq_factor"]:
-            raise BadInput(f"{where}: rope high_freq_factor must exceed low_freq_factor.")
-    return get("rope_theta", 1e4), clean
+    need(isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()),
+         f"rope_parameters / rope_scaling must be one flat object, not {rope!r:.40}")
+    kind = one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ROPE)
+    both = raw | {key: value for key, value in rope.items() if value is not None}
+    number(both, "partial_rotary_factor", 1.0, 1.0, 1.0)
+    clean = {key: number(both, key, None, 1e-6, 1e12) for key in ROPE[kind]}
+    need(kind != "llama3" or clean["low_freq_factor"] < clean["high_freq_factor"],
+         "rope high_freq_factor must exceed low_freq_factor")
+    return number(both, "rope_theta", 1e4, 1e-6, 1e12), {"rope_type": kind} | clean
 
 
-def _windows(raw, where, family, layers):
+def _windows(raw: dict, family: str, layers: int) -> tuple:
     """Sliding window of each layer. Mistral: absent means 4096, null means none (absent is not null).
     Qwen: only with use_sliding_window, on the layers named by layer_types, else from max_window_layers on."""
-    kinds = raw.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers or not
-                              all(k in ("full_attention", "sliding_attention") for k in kinds)):
-        raise BadInput(f"{where}: layer_types must name full_attention or sliding_attention for each of the "
-                       f"{layers} layers.")
+    kinds, known = raw.get("layer_types"), ("full_attention", "sliding_attention")
+    need(kinds is None or isinstance(kinds, list) and len(kinds) == layers and all(k in known for k in kinds),
+         f"layer_types must name full_attention or sliding_attention for each of the {layers} layers")
     if family == "mistral":
-        size = None if raw.get("sliding_window", 4096) is None else _number(raw, where, "sliding_window", 4096)
-        first = 0
-    elif family in ("qwen2", "qwen3") and _flag(raw, where, "use_sliding_window", False):
-        size = None if raw.get("sliding_window", 4096) is None else _number(raw, where, "sliding_window", 4096)
-        first = _number(raw, where, "max_window_layers", 28, low=0)
+        first = 0                                       # slides from this layer on, unless layer_types says
+    elif family in ("qwen2", "qwen3") and field(raw, "use_sliding_window", bool, False):
+        first = number(raw, "max_window_layers", 28, 0)
     else:
         return (None,) * layers
-    kinds = kinds or ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
-    return tuple(size if k == "sliding_attention" else None for k in kinds)
+    size = None if raw.get("sliding_window", 4096) is None else number(raw, "sliding_window", 4096)
+    slides = [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(layers)]
+    return tuple(size if slide else None for slide in slides)
 
 
 # ----------------------------------------------------------------------------------------------------------
