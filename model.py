@@ -589,17 +589,15 @@ def _windows(raw: dict, family: str, layers: int) -> tuple:
 #     B rows, T new tokens, S keys (cached + new), C width, H query heads, G key/value heads, D head width
 # ----------------------------------------------------------------------------------------------------------
 def rope_frequencies(config: GPTConfig) -> torch.Tensor:
-    """(D/2,) radians per position, fp32. `llama3` stretches slow waves by `factor`, keeps fast ones, blends between."""
+    """(D/2,) radians per position, fp32. `linear` divides all by `factor`; `llama3` only slow waves, keeps fast
+    ones, blends between."""
+    rope, keep = config.rope, float(config.rope["rope_type"] == "default")          # 1: keep, 0: stretch
     inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    rope = config.rope
-    if rope["rope_type"] == "linear":
-        return inverse / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)   # turns over the old context
+        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)  # in the old context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)                           # 1: keep, 0: stretch
-        return keep * inverse + (1 - keep) * inverse / rope["factor"]
-    return inverse
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * inverse + (1 - keep) * inverse / rope.get("factor", 1.0)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -614,8 +612,7 @@ def attend(q, k, v, bias):
     and -inf -> (B, H, T, D). On CUDA the fused kernel. On a CPU two plain batched products over the G key/value
     heads: the H/G query heads of a group are extra rows of one product, so k and v are never repeated (one kv
     head: 2-3x faster than SDPA there, whose CPU backward took half the training time)."""
-    B, H, T, D = q.shape
-    G, S = k.shape[1], k.shape[2]
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=H != G)
     grouped = q.reshape(B, G, H // G * T, D) * D ** -0.5                # (B, G, H/G*T, D)
@@ -629,27 +626,23 @@ class Attention(nn.Module):
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.c = c
-        self.q_proj = nn.Linear(c.hidden_size, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.head_dim, self.qk_norm = c.head_dim, c.qk_norm
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.hidden_size, n * c.head_dim, bias=c.qkv_bias)
+                                                 for n in (c.heads, c.kv_heads, c.kv_heads))
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden_size, bias=c.out_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x, turn, bias, layer, cache):
         """x (B, T, C) -> (B, T, C). `cache.update` keeps the new keys and values and returns all S of them."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.c.heads, self.c.head_dim)
-        k = self.k_proj(x).view(B, T, self.c.kv_heads, self.c.head_dim)
-        v = self.v_proj(x).view(B, T, self.c.kv_heads, self.c.head_dim)
-        if self.c.qk_norm:
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim))         # (B, T, heads, D)
+                   for linear in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.update(layer, k, v)
-        out = attend(q.transpose(1, 2), k, v, bias)                     # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q.transpose(1, 2), k, v, bias).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -657,17 +650,15 @@ class MLP(nn.Module):
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        if not c.gpt2:
-            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.gate_proj = None if c.gpt2 else nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
         self.act = ACTIVATIONS[c.activation]
-        self.gated = not c.gpt2
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
         up = self.up_proj(x)
-        return self.down_proj(self.act(self.gate_proj(x)) * up if self.gated else self.act(up))
+        return self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up)
 
 
 class Block(nn.Module):
@@ -685,6 +676,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+# our words (those of HF's llama files) for parts of the network: what GPT-2's files call them
+GPT2_NAMES = dict(model="transformer", embed_tokens="wte", embed_positions="wpe", layers="h", norm="ln_f",
+                  self_attn="attn", input_layernorm="ln_1", post_attention_layernorm="ln_2", q_proj="c_attn",
+                  k_proj="c_attn", v_proj="c_attn", o_proj="c_proj", up_proj="c_fc", down_proj="c_proj")
+
+
 class GPT(nn.Module):
     """A decoder-only language model; `config` says which. Parameters carry the names of HF llama files."""
 
@@ -698,6 +695,7 @@ class GPT(nn.Module):
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.model.norm = (nn.LayerNorm if c.gpt2 else nn.RMSNorm)(c.hidden_size, c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.inverse = None               # of RoPE; no buffer: model.to(bfloat16) must not round frequencies
         self.generation = {}              # generation_config.json, when there is one
         self.saved_as = {}                # file name of a tensor -> its dtype in the file: saved back the same
         self.stop_ids, self.no_ids, self.last_id = frozenset(), None, config.vocab_size - 1     # see `bind`
@@ -707,7 +705,7 @@ class GPT(nn.Module):
         stream start smaller, so that its variance does not grow with depth (GPT-2)."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() < 2:
+            if p.dim() < 2:                             # norms are 1, biases 0
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
                 continue
             std = 0.05 if "embed" in name else p.shape[1] ** -0.5
@@ -740,26 +738,20 @@ class GPT(nn.Module):
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()[None]
         keys = positions if cache is None else torch.arange(mask.shape[-1], device=ids.device)[None]
-        x = self.model.embed_tokens(ids)
-        turn = None
+        x, turn, bias = self.model.embed_tokens(ids), None, {}
         if self.config.gpt2:
             x = x + self.model.embed_positions(positions)
         else:
-            angle = positions[..., None].float() * self._frequencies(ids.device)     # (B, T, D/2), fp32: bf16
-            turn = (angle.cos()[:, :, None].to(x.dtype), angle.sin()[:, :, None].to(x.dtype))   # loses positions
-        bias = {}
+            if self.inverse is None or self.inverse.device != ids.device:
+                self.inverse = rope_frequencies(self.config).to(ids.device)
+            angle = positions[..., None].float() * self.inverse                     # (B, T, D/2), fp32:
+            turn = [wave[:, :, None].to(x.dtype) for wave in (angle.cos(), angle.sin())]    # bf16 loses positions
         for w in set(self.config.windows):
             seen = mask if w is None else mask & (positions[:, :, None] - keys[:, None, :] < w)
             bias[w] = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)[:, None]
         for i, block in enumerate(self.model.layers):
             x = block(x, turn, bias[self.config.windows[i]], i, cache)
         return self.model.norm(x)
-
-    def _frequencies(self, device):
-        # a plain attribute, not a buffer: model.to(bfloat16) must not round the frequencies
-        if getattr(self, "_inverse", None) is None or self._inverse.device != device:
-            self._inverse = rope_frequencies(self.config).to(device)
-        return self._inverse
 
     def logits(self, hidden):
         """hidden (..., C) -> (..., V); V counts all rows of the head, also those that are no token."""
@@ -775,127 +767,96 @@ class GPT(nn.Module):
         """Learn from the tokenizer which ids exist, and the ids at which text ends: the union of what config,
         generation_config and tokenizer call end-of-text (each of the three is incomplete in some release)."""
         V = self.config.vocab_size
-        if tokenizer.base_ids > V:
+        known = {*range(min(V, tokenizer.n_ids))}.difference(tokenizer.holes)
+        if tokenizer.base_ids > V or not known:
             raise BadInput(f"The tokenizer has {tokenizer.base_ids} ids and the model only {V} rows: they do not "
                            "belong together; put the model's own tokenizer.json into its folder.")
         missing = torch.ones(V, dtype=torch.bool)
-        missing[:tokenizer.n_ids] = False
-        missing[[i for i in tokenizer.holes if i < V]] = True
-        self.no_ids = missing.to(self.device) if missing.any() else None
-        self.last_id = int((~missing).nonzero()[-1])
-        ends = set(tokenizer.eos_ids)
+        missing[[*known]] = False
+        self.no_ids, self.last_id = missing.to(self.device) if missing.any() else None, max(known)
+        ends = [*tokenizer.eos_ids]
         for source in (self.config.raw, self.generation):
             eos = source.get("eos_token_id")
-            ends.update(e for e in (eos if isinstance(eos, list) else [eos]) if type(e) is int)
-        self.stop_ids = frozenset(e for e in ends if 0 <= e < V and not missing[e])
+            ends += eos if isinstance(eos, list) else [eos]
+        self.stop_ids = frozenset(end for end in ends if type(end) is int and end in known)
         return self
 
     # -- files ---------------------------------------------------------------------------------------------
-    def file_plan(self) -> list:
-        """[(tensor name in the file without prefix, [parameter names it holds], transposed?)].
+    def file_plan(self, held=()) -> dict[str, tuple[list[str], bool]]:
+        """{tensor name in the file: (names of the parameters it holds, transposed?)}, the embedding first.
 
-        llama-like files: every parameter under its own name. GPT-2 files keep linear layers as (in, out)
-        ("Conv1D": transpose) and q, k, v fused in `c_attn`."""
-        names = [n for n, _ in self.named_parameters()]
-        if not self.config.gpt2:
-            return [(n.removeprefix("model."), [n], False) for n in names]
-        plan = [("wte.weight", ["model.embed_tokens.weight"], False),
-                ("wpe.weight", ["model.embed_positions.weight"], False)]
-        parts = [("ln_1", ["input_layernorm"]), ("attn.c_attn", [f"self_attn.{x}_proj" for x in "qkv"]),
-                 ("attn.c_proj", ["self_attn.o_proj"]), ("ln_2", ["post_attention_layernorm"]),
-                 ("mlp.c_fc", ["mlp.up_proj"]), ("mlp.c_proj", ["mlp.down_proj"])]
-        for i in range(self.config.layers):
-            plan += [(f"h.{i}.{old}.{kind}", [f"model.layers.{i}.{new}.{kind}" for new in news],
-                      kind == "weight" and ".c_" in old) for old, news in parts for kind in ("weight", "bias")]
-        plan += [(f"ln_f.{kind}", [f"model.norm.{kind}"], False) for kind in ("weight", "bias")]
-        return plan + [("lm_head.weight", ["lm_head.weight"], False)] * (self.lm_head is not None)
+        Llama-like files have our own names. GPT-2's have q, k, v fused and, as "Conv1D", linear layers as
+        (in, out). held: the names in a file that is there; some lack the prefix, some hold a tied head too."""
+        gpt2, plan = self.config.gpt2, {}
+        for name, _ in self.named_parameters():
+            file_name = ".".join(GPT2_NAMES.get(word, word) if gpt2 else word for word in name.split("."))
+            plan.setdefault(file_name, []).append(name)
+        if self.config.tied and "lm_head.weight" in held:
+            plan["lm_head.weight"] = ["model.embed_tokens.weight"]
+        prefix = "transformer." if gpt2 else "model."
+        bare = held and not any(name.startswith(prefix) for name in held)
+        return {name.removeprefix(prefix) if bare else name:
+                (params, gpt2 and ".c_" in name and name.endswith("weight")) for name, params in plan.items()}
+
+    def _stored(self, params: list, flip: bool) -> torch.Tensor:
+        """Parameters as the one tensor that a file holds of them (on the meta device: just its shape)."""
+        parts = [self.get_parameter(name).data for name in params]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]        # to cat a single one would copy it
+        return whole.T if flip else whole
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=None) -> "GPT":
-        """Open a HF-format folder. dtype None: fp32 on a CPU, the file's own on CUDA. Shapes are compared before
-        anything is allocated. Raises BadInput: folder, config or weights missing, damaged, or not supported."""
-        folder = Path(folder)
-        where = weight_files(folder)                                    # tensor name -> file
-        config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+        """Open a HF-format folder. dtype None: fp32 on a CPU, the file's own on CUDA. Shapes are compared
+        before anything is allocated. BadInput: folder, config or weights missing, damaged, not supported."""
+        where, path = weight_files(folder), Path(folder, "config.json")         # where: {tensor name: file}
+        config = GPTConfig.from_json(read_json(path), str(path))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if config.layers > len(where):                                  # before 10**6 layers are built in vain
-            raise BadInput(f"{folder}: config.json names {config.layers} layers, the weights hold only "
-                           f"{len(where)} tensors.")
-        with torch.device("meta"):
+        with about(folder), torch.device("meta"):
+            need(config.layers <= len(where), f"config.json names {config.layers} layers, the weights hold only "
+                 f"{len(where)} tensors")               # noticed before 10**6 layers are built in vain
             model = cls(config)
-        prefix = "transformer." if config.gpt2 else "model."
-        prefix = prefix if any(n.startswith(prefix) for n in where) else ""
-        plan = {(n if n.startswith("lm_head.") else prefix + n): (params, flip)
-                for n, params, flip in model.file_plan()}
-        buffers = r"\.attn\.(bias|masked_bias)$" if config.gpt2 else r"rotary_emb\.inv_freq$"
-        skip = {n for n in where if re.search(buffers, n) or (n == "lm_head.weight" and config.tied)}
-        _compare_names(folder, set(plan), set(where) - skip, config)
-        params = dict(model.named_parameters())
-        headers = {file: safetensors_header(file) for file in set(where.values())}
-        for name, (targets, flip) in plan.items():
-            kind, shape = headers[where[name]][name][:2]
-            want = [sum(params[t].shape[0] for t in targets), *params[targets[0]].shape[1:]]
-            want = want[::-1] if flip else want
-            if list(shape) != want or kind not in FLOATS:
-                raise BadInput(f"{where[name]}: tensor {name} is {kind} {list(shape)}, config.json asks for a "
-                               f"floating-point {want}; weights and config do not belong together.")
-            model.saved_as[name] = FLOATS[kind]
-        if "lm_head.weight" in skip:                                    # a tied head, stored a second time
-            kind, shape = headers[where["lm_head.weight"]]["lm_head.weight"][:2]
-            if list(shape) != [config.vocab_size, config.hidden_size] or kind not in FLOATS:
-                raise BadInput(f"{where['lm_head.weight']}: lm_head.weight is {kind} {list(shape)}, unlike the embedding that "
-                               "config.json ties it to.")
-            model.saved_as["lm_head.weight"] = FLOATS[kind]
-        embedding = next(n for n, (t, _) in plan.items() if t == ["model.embed_tokens.weight"])
-        dtype = dtype or (torch.float32 if device.type == "cpu" else model.saved_as[embedding])
+            plan = model.file_plan(where)
+            _compare_names({*plan}, {*where}, config)
+        headers = {file: safetensors_header(file) for file in {*where.values()}}
+        for name, entry in plan.items():
+            (kind, shape, *_), want = headers[where[name]][name], model._stored(*entry).shape
+            with about(where[name]):
+                need(shape == want and DTYPES[kind].is_floating_point, f"tensor {name} is {kind} {[*shape]}, "
+                     f"config.json asks for a floating-point {[*want]}: they do not belong together")
+            model.saved_as[name] = DTYPES[kind]
+        dtype = dtype or (torch.float32 if device.type == "cpu" else model.saved_as[next(iter(plan))])
         model = model.to(dtype).to_empty(device=device)
-        params = dict(model.named_parameters())
+        if config.tied:
+            plan.pop("lm_head.weight", None)            # a second copy is not read: the embedding counts
         for file in sorted(headers):
-            for name, tensor in read_safetensors(file, lambda n: n in plan)[0].items():
-                targets, flip = plan[name]
-                pieces = (tensor.T if flip else tensor).split([params[t].shape[0] for t in targets])
-                for target, piece in zip(targets, pieces):
-                    params[target].data.copy_(piece)
-        if (folder / "generation_config.json").exists():
-            model.generation = read_json(folder / "generation_config.json")
+            for name, tensor in read_safetensors(file, keep=plan.__contains__)[0].items():
+                params, flip = plan[name]
+                for param, piece in zip(params, (tensor.T if flip else tensor).chunk(len(params))):
+                    model.get_parameter(param).data.copy_(piece)        # (q, k, v of GPT-2 are equally large)
+        path = Path(folder, "generation_config.json")
+        model.generation = read_json(path) if path.exists() else {}
         return model
 
     def save_pretrained(self, folder) -> None:
-        """Write config.json, generation_config.json and model.safetensors so that other tools open them: the same
-        tensor names and dtypes as the folder the model came from (fp32 when it was made here)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        params = dict(self.named_parameters())
-        names = list(self.saved_as)
-        prefix = "transformer." if self.config.gpt2 else "model."
-        prefix = "" if names and not any(n.startswith(prefix) for n in names) else prefix
-        out = {}
-        for name, targets, flip in self.file_plan():
-            name = name if name.startswith("lm_head.") else prefix + name
-            whole = torch.cat([params[t].data for t in targets]) if len(targets) > 1 else params[targets[0]].data
-            whole = whole.T if flip else whole
-            out[name] = whole.to("cpu", self.saved_as.get(name, torch.float32)).contiguous()
-        if self.config.tied and "lm_head.weight" in self.saved_as:
-            out["lm_head.weight"] = self.model.embed_tokens.weight.data.to("cpu", self.saved_as["lm_head.weight"])
+        """Write config.json, generation_config.json and model.safetensors so that other tools open them: the
+        same tensor names and dtypes as the folder the model came from (fp32 when it was made here)."""
         for name, raw in (("config.json", self.config.raw), ("generation_config.json", self.generation)):
             if raw:
-                write_text(folder / name, json.dumps(raw, indent=2) + "\n")
-        write_safetensors(folder / "model.safetensors", out, {"format": "pt"})
+                write_text(Path(folder, name), json.dumps(raw, indent=2) + "\n")
+        tensors = {name: self._stored(*entry).to("cpu", self.saved_as.get(name, torch.float32))
+                   for name, entry in self.file_plan(self.saved_as).items()}
+        write_safetensors(Path(folder, "model.safetensors"), tensors, {"format": "pt"})
 
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _compare_names(folder, want, have, config):
-    """Every tensor is used or knowingly skipped; what is missing or left over is listed."""
-    missing, extra = sorted(want - have), sorted(have - want)
-    if missing == ["lm_head.weight"]:
-        raise BadInput(f"{folder}: lm_head.weight is missing and config.json does not tie the head to the embedding; "
-                       'if this model ties them, set "tie_word_embeddings": true.')
-    if missing or extra:
-        some = lambda names: f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-        raise BadInput(f"{folder}: the weights do not fit a {config.family} config.json: "
-                       f"missing {some(missing)}, left over {some(extra)}.")
+def _compare_names(want: set, have: set, config: GPTConfig) -> None:
+    """Every tensor is used or knowingly skipped; what is missing or left over is listed. ValueError."""
+    buffers = r"\.attn\.(bias|masked_bias)$" if config.gpt2 else r"rotary_emb\.inv_freq$"   # in old files
+    missing, extra = want - have, {name for name in have - want if not re.search(buffers, name)}
+    need(missing != {"lm_head.weight"}, "lm_head.weight is missing and config.json does not tie the head to the "
+         'embedding; if this model ties them, set "tie_word_embeddings": true')
+    some = lambda names: f"{len(names)} ({', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''})"
+    need(not missing and not extra, f"the weights do not fit a {config.family} config.json: missing "
+                                    f"{some(missing)}, left over {some(extra)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
