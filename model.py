@@ -1,12 +1,12 @@
 """The language model: open weights in, tokens out, and no token encoded twice.
 
-The textbook idea. A GPT reads tokens and predicts the next; a sampler draws from the prediction, appends, repeats.
-Everything above this file (trees, critics, training) only ever asks for: hidden states of tokens, log-probs of
-tokens, and continuations of many prefixes at once.
+The textbook idea. A GPT reads tokens and predicts the next; a sampler draws from the prediction, appends,
+repeats. All above this file (trees, critics, training) only ever ask for hidden states of tokens, log-probs
+of tokens, and continuations of many prefixes at once.
 
 What is different here
-  1. One class is GPT-2, Llama 2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM2 and DeepSeekMath, by their config.json; what
-     it does not know it refuses by name. Every tensor is saved back under the name and dtype it came with.
+  1. One class is GPT-2, Llama 2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM2 and DeepSeekMath, by their config.json;
+     what it does not know it refuses by name. Tensors are saved under the name and dtype they came with.
   2. safetensors are read and written here, every length checked. Pickled weights are refused.
   3. The sampler keeps keys and values of every token under an address; branches of a tree share their prefix.
   4. Random numbers belong to the row (run, question, node, sample), not to the batch.
@@ -28,9 +28,10 @@ import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
-# OpenMP threads that spin while they wait are 10-50 times slower beside any other process; torch reads this once
+# OpenMP threads that spin while they wait are 10-50x slower beside other processes; torch reads this once
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np  # noqa: E402
@@ -49,8 +50,8 @@ class BadInput(ValueError):
 # ----------------------------------------------------------------------------------------------------------
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, BOOL=torch.bool)
 LFS, IS_LFS = b"version https://git-lfs", "is a git-LFS pointer, not the file: fetch it with `git lfs pull`"
-PICKLED = ("pickled weights, and a pickle can run code (torch.load(weights_only=True) had holes: CVE-2025-"
-           "32434, CVE-2026-24747): convert them first, with save_pretrained(..., safe_serialization=True)")
+PICKLED = ("pickled weights, and a pickle can run code (weights_only=True had holes: CVE-2025-32434, "
+           "CVE-2026-24747): convert them first, with save_pretrained(..., safe_serialization=True)")
 
 
 @contextmanager
@@ -63,6 +64,7 @@ def about(path):
 
 
 def need(condition, message: str) -> None:
+    """ValueError unless the condition holds. (Not assert: `python -O` would leave the checks out.)"""
     if not condition:
         raise ValueError(message)
 
@@ -95,25 +97,25 @@ def read_json(path, raw: bytes | None = None) -> dict:
     return found
 
 
-def parse_header(path) -> tuple[dict, dict]:
-    """({name: (dtype, shape, begin, end)} in order of the data, metadata), all checked, nothing allocated.
-    dtype is a key of DTYPES; begin and end count bytes from the start of the file, which is
+def safetensors_header(path, metadata=None) -> dict[str, tuple]:
+    """{name: (dtype, shape, begin, end)} in order of the data, all checked, nothing allocated. dtype is a key
+    of DTYPES; begin and end count bytes from the start. A dict given as `metadata` gets the file's. The file:
         8 bytes: N, little-endian | N bytes of JSON, offsets from its own end | the tensors, without gaps"""
     with about(path), open(path, "rb") as file:
         size, start = os.fstat(file.fileno()).st_size, file.read(len(LFS))
         n = int.from_bytes(start[:8], "little")
         need(size >= 8 and n <= 100_000_000 and 8 + n <= size, IS_LFS if start == LFS else
-             "holds " + PICKLED if start.startswith((b"PK\3\4", b"\x80")) else     # zip or pickle: torch.save
+             "holds " + PICKLED if start.startswith((b"PK\3\4", b"\x80")) else     # zip or bare pickle
              f"is no safetensors file, or was cut short ({size} bytes, a header of {n})")
         file.seek(8)
-        raw, header, at = read_json(f"{path} (header)", file.read(n)), {}, 8 + n
-        metadata = field(raw, "__metadata__", dict, {})
-        need(all(isinstance(text, str) for text in metadata.values()), "__metadata__ must hold strings only")
+        raw, header, at = read_json("header", file.read(n)), {}, 8 + n
+        texts = field(raw, "__metadata__", dict, {})
+        need(all(isinstance(text, str) for text in texts.values()), "__metadata__ must hold strings only")
+        (metadata if metadata is not None else {}).update(texts)
         for name in raw.keys() - {"__metadata__"}:
-            with about(f"{path}: tensor {name!r:.120}"):
-                dtype, shape, span = (field(raw[name], key, kind) for key, kind in
-                                      (("dtype", str), ("shape", list), ("data_offsets", list)))
-                need(dtype in DTYPES, f"dtype {dtype!r:.40} is not supported, only {', '.join(DTYPES)}")
+            with about(f"tensor {name!r:.120}"):
+                dtype = one_of("dtype", field(raw[name], "dtype", str), DTYPES)
+                shape, span = field(raw[name], "shape", list), field(raw[name], "data_offsets", list)
                 need(len(raw[name]) == 3 and len(span) == 2 and len(shape) <= 8 and all(
                     type(i) is int and 0 <= i < 2 ** 48 for i in shape + span), "odd shape or data_offsets")
                 # note: (0, 2**40, 2**40) is empty, but its strides overflow: so a zero counts as a one here
@@ -126,18 +128,14 @@ def parse_header(path) -> tuple[dict, dict]:
             need(begin == at, f"tensor {name!r:.120} begins at byte {begin}, not {at}: a gap or an overlap")
             at = end
         need(at == size, f"is {size} bytes long, its header says {at}: cut short or damaged")
-    return header, metadata
-
-
-def safetensors_header(path) -> dict[str, tuple]:
-    """{name: (dtype, shape, begin, end)}: to compare shapes before anything is allocated."""
-    return parse_header(path)[0]
+    return header
 
 
 def read_safetensors(path, keep=None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """({name: CPU tensor}, metadata); what keep(name) denies is not read. Each tensor gets memory of its own.
     (No memory map: a file that is cut short while mapped kills the process instead of raising.)"""
-    (header, metadata), tensors = parse_header(path), {}
+    tensors, metadata = {}, {}
+    header = safetensors_header(path, metadata)
     with about(path), open(path, "rb") as file:
         for name, (dtype, shape, begin, end) in header.items():
             if keep is None or keep(name):
@@ -166,6 +164,7 @@ def write_atomically(path, chunks) -> None:
 
 
 def write_text(path, text: str) -> None:
+    """Write a text file (UTF-8) atomically."""
     write_atomically(path, [text.encode()])
 
 
@@ -174,18 +173,16 @@ def write_safetensors(path, tensors: dict, metadata=None) -> None:
     by name: the same tensors give the same bytes, each begins at a multiple of its width."""
     kinds, at = {dtype: name for name, dtype in DTYPES.items()}, 0
     header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    for name in order:
-        dtype, begin = tensors[name].dtype, at
+    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    for name, tensor in order:
         with about(path):
-            need(dtype in kinds, f"cannot store {name!r:.120} as {dtype}, only as {', '.join(DTYPES)}")
-        at += tensors[name].numel() * dtype.itemsize
-        header[name] = dict(dtype=kinds[dtype], shape=[*tensors[name].shape], data_offsets=[begin, at])
+            need(tensor.dtype in kinds, f"cannot store {name!r:.120} as {tensor.dtype}, only as {[*DTYPES]}")
+        begin, at = at, at + tensor.numel() * tensor.dtype.itemsize
+        header[name] = dict(dtype=kinds[tensor.dtype], shape=[*tensor.shape], data_offsets=[begin, at])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                     # the data begins at a multiple of 8
-    write_atomically(path, (len(text).to_bytes(8, "little") + text if name is None else     # None: the header
-                            tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                            for name in [None, *order]))
+    write_atomically(path, chain([len(text).to_bytes(8, "little"), text], (
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, tensor in order)))
 
 
 def weight_files(folder) -> dict[str, Path]:
@@ -275,7 +272,7 @@ def steps(part, members: str, known: str) -> list[dict]:
     kind = "null" if part is None else field(part, "type", str)
     if kind == "Sequence":
         return [step for inner in field(part, members, list) for step in steps(inner, members, known)]
-    need(kind in known.split(), f"{members}: type {kind!r:.60} is not supported, only {known}")
+    one_of(f"{members}: type", kind, known.split())
     return [] if part is None else [part]
 
 
@@ -296,7 +293,7 @@ class Tokenizer:
             need(model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
                  and not re.search(r"Metaspace|\\u2581", json.dumps(cutting)), "is of the SentencePiece "
                  "kind or no BPE: not supported yet, planned for later; byte-level BPE is: GPT-2, Llama 3")
-            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):      # other merges
                 need(not model.get(key), f"model.{key} {model.get(key)!r:.60} is not supported")
             self._read_cuts(spec)
             self._read_ids(field(spec, "added_tokens", list, []), field(model, "vocab", dict))
@@ -325,8 +322,7 @@ class Tokenizer:
             if part["type"] == "Digits":
                 self.cuts.append(r"\p{N}" if field(part, "individual_digits", bool, False) else r"\p{N}+")
             elif part["type"] == "Split":
-                rule, how = field(part, "pattern", dict), part.get("behavior")
-                need(how == "Isolated", f"Split with behavior {how!r:.60} is not supported")
+                rule, _ = field(part, "pattern", dict), one_of("behavior", part.get("behavior"), ["Isolated"])
                 plain = re.sub(r"([][\\.*+?^${}()|])", r"\\\1", field(rule, "String", str, ""))
                 self.cuts.append(field(rule, "Regex", str, plain))
             else:
@@ -415,10 +411,12 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self.begin + self.encode(text)           # a list of its own, never self.begin itself
+        """Ids of a text that begins here: `begin` (a BOS, if any) first. A new list, never self.begin itself."""
+        return self.begin + self.encode(text)
 
     def token_bytes(self, id: int) -> bytes:
-        return self.bytes.get(int(id), b"")             # a hole, or a row of padding, stands for nothing
+        """What an id stands for; a hole, or a row of padding, for nothing. Not always whole characters."""
+        return self.bytes.get(int(id), b"")
 
     def decode(self, ids) -> str:
         """Ids -> text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
@@ -426,13 +424,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder) -> "Tokenizer":
+        """Open a model folder. BadInput: no tokenizer.json, damaged, or of a kind that we would read wrongly."""
         with about(folder):
-            there = {name: Path(folder, name) for name in cls.FILES if Path(folder, name).exists()}
-            need(cls.FILES[0] in there, "has no tokenizer.json; get it from where the weights come from")
-            return cls({name: path.read_bytes() for name, path in there.items()}, folder)
+            files = {name: path.read_bytes() for name in cls.FILES if (path := Path(folder, name)).exists()}
+            need(cls.FILES[0] in files, "has no tokenizer.json; get it from where the weights come from")
+            return cls(files, folder)
 
     def save(self, folder) -> None:
-        for name, raw in self.files.items():            # the very bytes that were read: nothing gets lost
+        """Write the very bytes that were read: what we do not understand is not lost."""
+        for name, raw in self.files.items():
             write_atomically(Path(folder, name), [raw])
 
     @classmethod
@@ -497,11 +497,11 @@ class GPTConfig:
 
     @property
     def gpt2(self) -> bool:
-        """GPT-2 differs in kind: LayerNorm, learned positions, no gate in the MLP, files fused and transposed."""
+        """GPT-2 differs in kind: LayerNorm, learned positions, no gate in the MLP, fused and flipped files."""
         return self.family == "gpt2"
 
     @staticmethod
-    def tiny(vocab_size: int, hidden_size: int = 128, layers: int = 3, max_positions: int = 512) -> "GPTConfig":
+    def tiny(vocab_size: int, hidden_size=128, layers=3, max_positions=512) -> "GPTConfig":
         """A small llama for training from scratch: four query heads share one key/value head (sampling is
         2.7x faster than with four)."""
         return GPTConfig.from_json(dict(
@@ -524,13 +524,14 @@ class GPTConfig:
             get = lambda key, *default_and_range: number(raw, name(key), *default_and_range)
             rest = {} if gpt2 else raw                  # whatever GPT-2 has no word for has its default
             hidden, heads = get("hidden_size"), get("num_attention_heads")
-            layers, kv_heads = get("num_hidden_layers", None, 1, 4096), number(rest, "num_key_value_heads", heads)
+            layers = get("num_hidden_layers", None, 1, 4096)
             need(not gpt2 or hidden % heads == 0, f"n_embd = {hidden} is not a multiple of n_head = {heads}")
+            kv_heads = number(rest, "num_key_value_heads", heads)
             head_dim = number(rest, "head_dim", 128 if qwen3 else hidden // heads)
-            need(heads % kv_heads == 0, f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
+            need(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} key/value heads evenly")
             need(heads * head_dim <= 1 << 24, f"{heads} heads of {head_dim} is no possible attention")
             need(gpt2 or head_dim % 2 == 0, f"head_dim = {head_dim}; rotary positions need an even number")
-            act = raw.get(name("hidden_act"), "gelu_new" if gpt2 else "silu")       # null: refused, not absent
+            act = raw.get(name("hidden_act"), "gelu_new" if gpt2 else "silu")           # null is refused
             bias = field(rest, "attention_bias", bool, gpt2) and family in ("gpt2", "llama", "qwen3")
             theta, rope = _rope(rest)
             return GPTConfig(
@@ -548,8 +549,9 @@ def number(raw: dict, key: str, default=None, low=1, high=1 << 24):
     """raw[key] or, absent or null, the default; ValueError unless from low to high and of the type of low."""
     value = default if raw.get(key) is None else raw[key]
     kind = type(low)                                    # compared by `is`: to isinstance True is a number too
-    need(type(value) in (int, kind) and low <= value <= high, f"{key} must be a {'whole ' * (kind is int)}number "
-         f"from {low} to {high}, not {value!r:.40}; is the file damaged?")
+    need(type(value) in (int, kind) and low <= value <= high,
+         f"{key} must be a{' whole' * (kind is int)} number from {low} to {high}, not {value!r:.40}; is the "
+         "file damaged?")
     return kind(value)
 
 
@@ -589,8 +591,8 @@ def _windows(raw: dict, family: str, layers: int) -> tuple:
 #     B rows, T new tokens, S keys (cached + new), C width, H query heads, G key/value heads, D head width
 # ----------------------------------------------------------------------------------------------------------
 def rope_frequencies(config: GPTConfig) -> torch.Tensor:
-    """(D/2,) radians per position, fp32. `linear` divides all by `factor`; `llama3` only slow waves, keeps fast
-    ones, blends between."""
+    """(D/2,) radians per position, fp32. `linear` divides all by `factor`; `llama3` divides slow waves, keeps
+    fast ones, blends between."""
     rope, keep = config.rope, float(config.rope["rope_type"] == "default")          # 1: keep, 0: stretch
     inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     if rope["rope_type"] == "llama3":
@@ -601,17 +603,17 @@ def rope_frequencies(config: GPTConfig) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (RoFormer, 2104.09864), half-split layout as in HF files: dimension i pairs with i + D/2.
-    x (B, T, heads, D); cos, sin (B, T, 1, D/2). note: the interleaved layout gives gibberish with the same files."""
+    """Rotary positions (RoFormer, 2104.09864): x (B, T, heads, D); cos, sin (B, T, 1, D/2). Dimension i pairs
+    with i + D/2, as in HF files. note: the paper's layout, i with i + 1, gives gibberish with these files."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def attend(q, k, v, bias):
     """Softmax attention with grouped heads: q (B, H, T, D), k and v (B, G, S, D), bias (B or 1, 1, T, S) of 0
-    and -inf -> (B, H, T, D). On CUDA the fused kernel. On a CPU two plain batched products over the G key/value
-    heads: the H/G query heads of a group are extra rows of one product, so k and v are never repeated (one kv
-    head: 2-3x faster than SDPA there, whose CPU backward took half the training time)."""
+    and -inf -> (B, H, T, D). On CUDA the fused kernel. On a CPU two plain batched products over the G heads:
+    the H/G query heads of a group are extra rows of one product, so k and v are never repeated (one kv head:
+    2-3x faster than SDPA there, whose CPU backward took half the training time)."""
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=H != G)
@@ -634,7 +636,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x, turn, bias, layer, cache):
-        """x (B, T, C) -> (B, T, C). `cache.update` keeps the new keys and values and returns all S of them."""
+        """x (B, T, C) -> (B, T, C). `cache.update` keeps new keys and values, gives all S of them."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim))         # (B, T, heads, D)
                    for linear in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
@@ -697,7 +699,7 @@ class GPT(nn.Module):
         self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.inverse = None               # of RoPE; no buffer: model.to(bfloat16) must not round frequencies
         self.generation = {}              # generation_config.json, when there is one
-        self.saved_as = {}                # file name of a tensor -> its dtype in the file: saved back the same
+        self.saved_as = {}                # name of a tensor in the file: its dtype there, to save it the same
         self.stop_ids, self.no_ids, self.last_id = frozenset(), None, config.vocab_size - 1     # see `bind`
 
     def initialise(self, seed: int) -> "GPT":
@@ -730,8 +732,8 @@ class GPT(nn.Module):
         positions (B, T): depth of each token in its own text; default 0..T-1. mask (B, T, S) bool, True = may
         see; default causal. In a row that holds a whole tree a token sees its ancestors and itself. A sliding
         window counts depth, not columns: a key is seen while position(query) - position(key) < window.
-        cache: an object whose `update(layer, k, v)` stores new keys and values, (B, T, G, D) each, and returns
-        all of them as (B, G, S, D); with a cache, column = position."""
+        cache: its `update(layer, k, v)` stores new keys and values, (B, T, G, D) each, and returns all there
+        are as (B, G, S, D); with a cache, column = position."""
         B, T = ids.shape
         if positions is None:
             positions = torch.arange(T, device=ids.device).expand(B, T)
@@ -744,8 +746,8 @@ class GPT(nn.Module):
         else:
             if self.inverse is None or self.inverse.device != ids.device:
                 self.inverse = rope_frequencies(self.config).to(ids.device)
-            angle = positions[..., None].float() * self.inverse                     # (B, T, D/2), fp32:
-            turn = [wave[:, :, None].to(x.dtype) for wave in (angle.cos(), angle.sin())]    # bf16 loses positions
+            angle = positions[:, :, None, None].float() * self.inverse  # (B, T, 1, D/2); bf16 loses positions
+            turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for w in set(self.config.windows):
             seen = mask if w is None else mask & (positions[:, :, None] - keys[:, None, :] < w)
             bias[w] = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)[:, None]
@@ -755,7 +757,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C) -> (..., V); V counts all rows of the head, also those that are no token."""
-        return F.linear(hidden, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(hidden, (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
 
     def token_logits(self, hidden):
         """fp32 logits with -inf at ids the tokenizer does not have: what is sampled from and what log-probs
@@ -769,8 +771,8 @@ class GPT(nn.Module):
         V = self.config.vocab_size
         known = {*range(min(V, tokenizer.n_ids))}.difference(tokenizer.holes)
         if tokenizer.base_ids > V or not known:
-            raise BadInput(f"The tokenizer has {tokenizer.base_ids} ids and the model only {V} rows: they do not "
-                           "belong together; put the model's own tokenizer.json into its folder.")
+            raise BadInput(f"The tokenizer has {tokenizer.base_ids} ids and the model only {V} rows: they do "
+                           "not belong together; put the model's own tokenizer.json into its folder.")
         missing = torch.ones(V, dtype=torch.bool)
         missing[[*known]] = False
         self.no_ids, self.last_id = missing.to(self.device) if missing.any() else None, max(known)
@@ -785,8 +787,8 @@ class GPT(nn.Module):
     def file_plan(self, held=()) -> dict[str, tuple[list[str], bool]]:
         """{tensor name in the file: (names of the parameters it holds, transposed?)}, the embedding first.
 
-        Llama-like files have our own names. GPT-2's have q, k, v fused and, as "Conv1D", linear layers as
-        (in, out). held: the names in a file that is there; some lack the prefix, some hold a tied head too."""
+        Llama-like files have our own names. GPT-2's hold q, k, v in one and linear layers ("Conv1D") as (in,
+        out). held: names in a file that is there; some lack the prefix, some hold a tied head as well."""
         gpt2, plan = self.config.gpt2, {}
         for name, _ in self.named_parameters():
             file_name = ".".join(GPT2_NAMES.get(word, word) if gpt2 else word for word in name.split("."))
@@ -812,8 +814,8 @@ class GPT(nn.Module):
         config = GPTConfig.from_json(read_json(path), str(path))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with about(folder), torch.device("meta"):
-            need(config.layers <= len(where), f"config.json names {config.layers} layers, the weights hold only "
-                 f"{len(where)} tensors")               # noticed before 10**6 layers are built in vain
+            need(config.layers <= len(where),           # seen before thousands of layers are built in vain
+                 f"config.json names {config.layers} layers, the weights hold only {len(where)} tensors")
             model = cls(config)
             plan = model.file_plan(where)
             _compare_names({*plan}, {*where}, config)
@@ -852,8 +854,8 @@ def _compare_names(want: set, have: set, config: GPTConfig) -> None:
     """Every tensor is used or knowingly skipped; what is missing or left over is listed. ValueError."""
     buffers = r"\.attn\.(bias|masked_bias)$" if config.gpt2 else r"rotary_emb\.inv_freq$"   # in old files
     missing, extra = want - have, {name for name in have - want if not re.search(buffers, name)}
-    need(missing != {"lm_head.weight"}, "lm_head.weight is missing and config.json does not tie the head to the "
-         'embedding; if this model ties them, set "tie_word_embeddings": true')
+    need(missing != {"lm_head.weight"}, "lm_head.weight is missing and config.json does not tie the head to "
+         'the embedding; if this model ties them, set "tie_word_embeddings": true')
     some = lambda names: f"{len(names)} ({', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''})"
     need(not missing and not extra, f"the weights do not fit a {config.family} config.json: missing "
                                     f"{some(missing)}, left over {some(extra)}")
@@ -1157,50 +1159,49 @@ class _Row:
 # 6 · Program: continue a prompt
 # ----------------------------------------------------------------------------------------------------------
 def main(arguments: list) -> int:
-    """Continue a prompt with a model folder; without a folder show what the sampler shares. Exit code 2 and one
-    sentence for bad input."""
+    """Continue a prompt with a model folder; without a folder show what the sampler shares. Exit code 2 and
+    one sentence for bad input."""
     parser = argparse.ArgumentParser(prog="model.py", description="Continue a prompt.", allow_abbrev=False)
-    for name, default, text in (("model", "", "folder with config.json, weights and tokenizer.json"),
-                                ("prompt", "", "text to continue"), ("temperature", 1.0, "0 = greedy"),
-                                ("max-tokens", 128, "of one continuation"), ("samples", 1, "continuations"),
-                                ("seed", 0, "of the samples"), ("device", "", "empty: CUDA when there is one"),
-                                ("dtype", "", "float32 or bfloat16")):
-        parser.add_argument("--" + name, type=type(default), default=default, help=f"{text} (default {default!r})")
+    for name, start, text in (("model", "", "folder with config.json, weights and tokenizer.json"),
+                              ("prompt", "", "text to continue"), ("temperature", 1.0, "0 = greedy"),
+                              ("max-tokens", 128, "of one continuation"), ("samples", 1, "continuations"),
+                              ("seed", 0, "of the samples"), ("device", "", "empty: CUDA when there is one"),
+                              ("dtype", "", "float32 or bfloat16")):
+        parser.add_argument("--" + name, type=type(start), default=start, help=f"{text} (default {start!r})")
     a = parser.parse_args(arguments)
     try:
         if not a.model:
             return demo()
-        if a.temperature < 0 or a.max_tokens < 1 or a.samples < 1 or a.dtype not in ("", "float32", "bfloat16"):
-            raise BadInput("--temperature must be 0 or more, --max-tokens and --samples 1 or more, --dtype float32 or "
-                           "bfloat16.")
+        dtypes = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+        if a.temperature < 0 or min(a.max_tokens, a.samples) < 1 or a.dtype not in dtypes:
+            raise BadInput("--temperature must be 0 or more, --max-tokens and --samples 1 or more, --dtype "
+                           "float32 or bfloat16.")
         if not a.prompt:
-            raise BadInput('--prompt is missing: the text to continue, e.g. --prompt "Question: What is 2+2? Answer:"')
+            raise BadInput('--prompt is missing: the text to continue, e.g. --prompt "What is 2+2? Answer:"')
         tokenizer = Tokenizer.from_pretrained(a.model)
-        dtype = getattr(torch, a.dtype) if a.dtype else None
-        model = GPT.from_pretrained(a.model, a.device or None, dtype).bind(tokenizer)
-        sampler = Sampler(model, tokenizer, 4096, a.samples)
+        model = GPT.from_pretrained(a.model, a.device or None, dtypes[a.dtype]).bind(tokenizer)
+        sampler, start = Sampler(model, tokenizer, 4096, a.samples), time.time()
         path = sampler.prompt(tokenizer.encode_prompt(a.prompt.replace("\\n", "\n")))
-        start = time.time()
         requests = [Request(path, mix(a.seed, i), a.max_tokens) for i in range(a.samples)]
         for found in sampler.extend(requests, a.temperature):
-            text = tokenizer.decode([int(i) for i in found.ids if i not in model.stop_ids])
-            print(f"{a.prompt}{text}\n[{len(found.ids)} tokens, {found.why}, mean log-prob {found.logps.mean():.3f}]")
+            text = tokenizer.decode(i for i in found.ids if i not in model.stop_ids)
+            print(f"{a.prompt}{text}\n[{len(found.ids)} tokens, {found.why}, "
+                  f"mean log-prob {found.logps.mean():.3f}]")
         print(f"[{sampler.counts['sampled'] / (time.time() - start):,.0f} tokens/s]")
         return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:      # disk full, no permission, ...: what was finished is on the disk
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend it and run the same command again",
-              file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:      # disk full, no permission, ...: what was finished is on the disk
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend it and run the same "
+              "command again", file=sys.stderr)
+    return 2
 
 
 def demo() -> int:
-    """Eight samples of three questions that begin alike, from random weights: what was encoded, and what a program
-    without a shared store would have encoded."""
+    """Eight samples of three questions that begin alike, from random weights: what was encoded, and what a
+    program without a shared store would have encoded."""
     tokenizer = Tokenizer.bytes_only()
     model = GPT(GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)).initialise(seed=0).bind(tokenizer)
     sampler = Sampler(model, tokenizer, 4096)
@@ -1209,9 +1210,10 @@ def demo() -> int:
     sampler.extend([Request(path, mix(i, j), 30) for i, path in enumerate(paths) for j in range(8)])
     c, apart = sampler.counts, 8 * sum(map(len, paths))
     share = c["processed"] / (c["prompt"] + c["sampled"])
-    print(f"24 samples of 3 prompts: {c['prompt']} prompt tokens kept (apart: {apart}), {c['sampled']} sampled,\n"
-          f"{c['processed']} encoded = {share:.3f} of prompt + sampled. Continue a prompt of your own:\n"
-          'python model.py --model FOLDER --prompt "..." --temperature 0.7 --max-tokens 100')
+    print(f"24 samples of 3 prompts: {c['prompt']} prompt tokens kept (apart: {apart}), {c['sampled']} "
+          "sampled,")
+    print(f"{c['processed']} encoded = {share:.3f} of prompt + sampled. Continue a prompt of your own:")
+    print('python model.py --model FOLDER --prompt "..." --temperature 0.7 --max-tokens 100')
     return 0
 
 
