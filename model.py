@@ -59,7 +59,7 @@ def about(path):
     """Inside, what is wrong with a file (absent, disk full, failed `need`) becomes BadInput with its name."""
     try:
         yield
-    except (OSError, ValueError, OverflowError, RecursionError, re.error) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, re.error) as error:     # all damage raises
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -73,6 +73,7 @@ def field(obj, key: str, kind, default=None):
     """obj[key], sure to be of type `kind`. Absent or null gives `default`, ValueError where that is None."""
     value = obj.get(key) if isinstance(obj, dict) else None
     value = default if value is None else value
+    # `is`: to isinstance a bool is an int, and true would pass for an id or a size
     need(type(value) is kind, f"key {key!r} must be of type {kind.__name__}, not {value!r:.60}")
     return value
 
@@ -107,7 +108,7 @@ def safetensors_header(path, metadata=None) -> dict[str, tuple]:
         need(size >= 8 and n <= 100_000_000 and 8 + n <= size, IS_LFS if start == LFS else
              "holds " + PICKLED if start.startswith((b"PK\3\4", b"\x80")) else     # zip or bare pickle
              f"is no safetensors file, or was cut short ({size} bytes, a header of {n})")
-        file.seek(8)
+        file.seek(8)                                    # the test above read on, for the LFS mark
         raw, header, at = read_json("header", file.read(n)), {}, 8 + n
         texts = field(raw, "__metadata__", dict, {})
         need(all(isinstance(text, str) for text in texts.values()), "__metadata__ must hold strings only")
@@ -160,7 +161,7 @@ def write_atomically(path, chunks) -> None:
                 os.fsync(file.fileno())                 # or the rename may reach the disk before the bytes do
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)           # it is there only if something failed
 
 
 def write_text(path, text: str) -> None:
@@ -172,7 +173,7 @@ def write_safetensors(path, tensors: dict, metadata=None) -> None:
     """Write {name: tensor} atomically, one by one (never a second copy of the model). Widest type first, then
     by name: the same tensors give the same bytes, each begins at a multiple of its width."""
     kinds, at = {dtype: name for name, dtype in DTYPES.items()}, 0
-    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}       # sorted: same bytes
     order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     for name, tensor in order:
         with about(path):
@@ -191,7 +192,7 @@ def weight_files(folder) -> dict[str, Path]:
     single, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
     with about(folder):
         endings = {path.suffix for path in Path(folder).iterdir()}
-        if single.exists():
+        if single.exists():                             # it wins over shards, as in transformers
             return dict.fromkeys(safetensors_header(single), single)
         need(index.exists(), f"has only {PICKLED}" if endings & {".bin", ".pt", ".pth", ".ckpt"} else
              f"has no weights: neither {single.name} nor {index.name}")
@@ -322,7 +323,8 @@ class Tokenizer:
             if part["type"] == "Digits":
                 self.cuts.append(r"\p{N}" if field(part, "individual_digits", bool, False) else r"\p{N}+")
             elif part["type"] == "Split":
-                rule, _ = field(part, "pattern", dict), one_of("behavior", part.get("behavior"), ["Isolated"])
+                one_of("behavior of a Split", part.get("behavior"), ["Isolated"])       # others drop them
+                rule = field(part, "pattern", dict)
                 plain = re.sub(r"([][\\.*+?^${}()|])", r"\\\1", field(rule, "String", str, ""))
                 self.cuts.append(field(rule, "Regex", str, plain))
             else:
@@ -349,7 +351,7 @@ class Tokenizer:
         self.bytes = {id: bytes(map(LETTERS.get, name)) if LETTERS.keys() >= {*name} else
                       name.encode("utf-8", "replace") for id, name in names.items()}
         self.n_ids, self.base_ids = max(names, default=-1) + 1, max(vocab.values(), default=-1) + 1
-        self.holes = [id for id in range(self.n_ids) if id not in names]
+        self.holes = [id for id in range(self.n_ids) if id not in names]        # a list: hence the 2 ** 22
         self.newline_ids = [id for id in sorted(names) if b"\n" in self.bytes[id]]
         first = sorted(self.added, key=lambda name: (late[name], -len(name)))   # if two match: the longer one
         self.finder = re.compile("(" + ("|".join(map(re.escape, first)) or "(?!)") + ")")
@@ -377,7 +379,7 @@ class Tokenizer:
                 parts = live._encode_single_piece(raw)
                 need((*map(names.get, parts),) not in order, f"the merges to {name[:60]!r} are out of order")
                 if ignore:
-                    (self.whole if len(parts) == 2 else ranks)[raw] = vocab[name]
+                    (self.whole if len(parts) == 2 else ranks)[raw] = vocab[name]       # 2: one merge away
         self.bpe = BPE(pat_str=self.fast or r"[\s\S]+", mergeable_ranks=ranks)
 
     def _merge(self, text: str) -> list[int]:
@@ -411,7 +413,7 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that begins here: `begin` (a BOS, if any) first. A new list, never self.begin itself."""
+        """Ids of a text that begins here: those of `begin` first. A new list, never self.begin itself."""
         return self.begin + self.encode(text)
 
     def token_bytes(self, id: int) -> bytes:
@@ -424,7 +426,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder) -> "Tokenizer":
-        """Open a model folder. BadInput: no tokenizer.json, damaged, or of a kind that we would read wrongly."""
+        """Open a model folder. BadInput: no tokenizer.json, or one that is damaged or not supported."""
         with about(folder):
             files = {name: path.read_bytes() for name in cls.FILES if (path := Path(folder, name)).exists()}
             need(cls.FILES[0] in files, "has no tokenizer.json; get it from where the weights come from")
@@ -455,7 +457,7 @@ class Tokenizer:
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu} | dict.fromkeys(
     ("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))
-# the same fields in GPT-2's words
+# GPT-2's words for the same fields
 GPT2_FIELDS = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
                    intermediate_size="n_inner", max_position_embeddings="n_positions",
                    rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function")
@@ -497,7 +499,7 @@ class GPTConfig:
 
     @property
     def gpt2(self) -> bool:
-        """GPT-2 differs in kind: LayerNorm, learned positions, no gate in the MLP, fused and flipped files."""
+        """GPT-2 differs in kind: LayerNorm, learned positions, no gate, fused and transposed files."""
         return self.family == "gpt2"
 
     @staticmethod
@@ -524,11 +526,12 @@ class GPTConfig:
             get = lambda key, *default_and_range: number(raw, name(key), *default_and_range)
             rest = {} if gpt2 else raw                  # whatever GPT-2 has no word for has its default
             hidden, heads = get("hidden_size"), get("num_attention_heads")
-            layers = get("num_hidden_layers", None, 1, 4096)
+            layers = get("num_hidden_layers", None, 1, 4096)        # `windows` has an entry for each
             need(not gpt2 or hidden % heads == 0, f"n_embd = {hidden} is not a multiple of n_head = {heads}")
-            kv_heads = number(rest, "num_key_value_heads", heads)
-            head_dim = number(rest, "head_dim", 128 if qwen3 else hidden // heads)
+            kv_heads = number(rest, "num_key_value_heads", heads)   # without the key: no grouping
+            head_dim = number(rest, "head_dim", 128 if qwen3 else hidden // heads)  # transformers' defaults
             need(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} key/value heads evenly")
+            # or the sizes of tensors leave 64 bits, and torch raises what is no BadInput
             need(heads * head_dim <= 1 << 24, f"{heads} heads of {head_dim} is no possible attention")
             need(gpt2 or head_dim % 2 == 0, f"head_dim = {head_dim}; rotary positions need an even number")
             act = raw.get(name("hidden_act"), "gelu_new" if gpt2 else "silu")           # null is refused
@@ -548,7 +551,7 @@ class GPTConfig:
 def number(raw: dict, key: str, default=None, low=1, high=1 << 24):
     """raw[key] or, absent or null, the default; ValueError unless from low to high and of the type of low."""
     value = default if raw.get(key) is None else raw[key]
-    kind = type(low)                                    # compared by `is`: to isinstance True is a number too
+    kind = type(low)                                    # types, not isinstance: True is an instance of int
     need(type(value) in (int, kind) and low <= value <= high,
          f"{key} must be a{' whole' * (kind is int)} number from {low} to {high}, not {value!r:.40}; is the "
          "file damaged?")
@@ -562,7 +565,7 @@ def _rope(raw: dict) -> tuple[float, dict]:
          f"rope_parameters / rope_scaling must be one flat object, not {rope!r:.40}")
     kind = one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ROPE)
     both = raw | {key: value for key, value in rope.items() if value is not None}
-    number(both, "partial_rotary_factor", 1.0, 1.0, 1.0)
+    number(both, "partial_rotary_factor", 1.0, 1.0, 1.0)                # rotating a part of a head: not here
     clean = {key: number(both, key, None, 1e-6, 1e12) for key in ROPE[kind]}
     need(kind != "llama3" or clean["low_freq_factor"] < clean["high_freq_factor"],
          "rope high_freq_factor must exceed low_freq_factor")
@@ -575,12 +578,10 @@ def _windows(raw: dict, family: str, layers: int) -> tuple:
     kinds, known = raw.get("layer_types"), ("full_attention", "sliding_attention")
     need(kinds is None or isinstance(kinds, list) and len(kinds) == layers and all(k in known for k in kinds),
          f"layer_types must name full_attention or sliding_attention for each of the {layers} layers")
-    if family == "mistral":
-        first = 0                                       # slides from this layer on, unless layer_types says
-    elif family in ("qwen2", "qwen3") and field(raw, "use_sliding_window", bool, False):
-        first = number(raw, "max_window_layers", 28, 0)
-    else:
+    mistral = family == "mistral"
+    if not mistral and not (family.startswith("qwen") and field(raw, "use_sliding_window", bool, False)):
         return (None,) * layers
+    first = 0 if mistral else number(raw, "max_window_layers", 28, 0)   # layer_types comes first
     size = None if raw.get("sliding_window", 4096) is None else number(raw, "sliding_window", 4096)
     slides = [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(layers)]
     return tuple(size if slide else None for slide in slides)
@@ -639,7 +640,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). `cache.update` keeps new keys and values, gives all S of them."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim))         # (B, T, heads, D)
                    for linear in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm:
+        if self.qk_norm:                                # before the rotation, or Qwen3 writes nonsense
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
@@ -716,15 +717,8 @@ class GPT(nn.Module):
             nn.init.normal_(p, 0.0, std, generator=rng)
         return self
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return self.model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights are."""
-        return self.model.embed_tokens.weight.dtype
+    device = property(lambda self: self.model.embed_tokens.weight.device, doc="Where the weights lie.")
+    dtype = property(lambda self: self.model.embed_tokens.weight.dtype, doc="What the weights are.")
 
     def forward(self, ids, positions=None, mask=None, cache=None):
         """Hidden states after the last norm: ids (B, T) -> (B, T, C).
@@ -748,7 +742,7 @@ class GPT(nn.Module):
                 self.inverse = rope_frequencies(self.config).to(ids.device)
             angle = positions[:, :, None, None].float() * self.inverse  # (B, T, 1, D/2); bf16 loses positions
             turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        for w in set(self.config.windows):
+        for w in set(self.config.windows):              # one bias for all layers that have this window
             seen = mask if w is None else mask & (positions[:, :, None] - keys[:, None, :] < w)
             bias[w] = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)[:, None]
         for i, block in enumerate(self.model.layers):
@@ -774,13 +768,13 @@ class GPT(nn.Module):
             raise BadInput(f"The tokenizer has {tokenizer.base_ids} ids and the model only {V} rows: they do "
                            "not belong together; put the model's own tokenizer.json into its folder.")
         missing = torch.ones(V, dtype=torch.bool)
-        missing[[*known]] = False
+        missing[[*known]] = False                       # True: padding rows and holes
         self.no_ids, self.last_id = missing.to(self.device) if missing.any() else None, max(known)
         ends = [*tokenizer.eos_ids]
         for source in (self.config.raw, self.generation):
             eos = source.get("eos_token_id")
-            ends += eos if isinstance(eos, list) else [eos]
-        self.stop_ids = frozenset(end for end in ends if type(end) is int and end in known)
+            ends += eos if isinstance(eos, list) else [eos]             # or null, or damaged
+        self.stop_ids = frozenset(end for end in ends if type(end) is int and end in known) 
         return self
 
     # -- files ---------------------------------------------------------------------------------------------
@@ -792,7 +786,7 @@ class GPT(nn.Module):
         gpt2, plan = self.config.gpt2, {}
         for name, _ in self.named_parameters():
             file_name = ".".join(GPT2_NAMES.get(word, word) if gpt2 else word for word in name.split("."))
-            plan.setdefault(file_name, []).append(name)
+            plan.setdefault(file_name, []).append(name)                 # (q, k, v follow one another)
         if self.config.tied and "lm_head.weight" in held:
             plan["lm_head.weight"] = ["model.embed_tokens.weight"]
         prefix = "transformer." if gpt2 else "model."
@@ -826,11 +820,12 @@ class GPT(nn.Module):
                 need(shape == want and DTYPES[kind].is_floating_point, f"tensor {name} is {kind} {[*shape]}, "
                      f"config.json asks for a floating-point {[*want]}: they do not belong together")
             model.saved_as[name] = DTYPES[kind]
+        # the embedding's dtype stands for the file's; half precision is slow on a CPU
         dtype = dtype or (torch.float32 if device.type == "cpu" else model.saved_as[next(iter(plan))])
         model = model.to(dtype).to_empty(device=device)
         if config.tied:
             plan.pop("lm_head.weight", None)            # a second copy is not read: the embedding counts
-        for file in sorted(headers):
+        for file in headers:                            # a shard at a time: never two copies in memory
             for name, tensor in read_safetensors(file, keep=plan.__contains__)[0].items():
                 params, flip = plan[name]
                 for param, piece in zip(params, (tensor.T if flip else tensor).chunk(len(params))):
@@ -854,11 +849,10 @@ def _compare_names(want: set, have: set, config: GPTConfig) -> None:
     """Every tensor is used or knowingly skipped; what is missing or left over is listed. ValueError."""
     buffers = r"\.attn\.(bias|masked_bias)$" if config.gpt2 else r"rotary_emb\.inv_freq$"   # in old files
     missing, extra = want - have, {name for name in have - want if not re.search(buffers, name)}
-    need(missing != {"lm_head.weight"}, "lm_head.weight is missing and config.json does not tie the head to "
-         'the embedding; if this model ties them, set "tie_word_embeddings": true')
     some = lambda names: f"{len(names)} ({', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''})"
+    hint = '; if this model ties its head to the embedding, set "tie_word_embeddings": true in config.json'
     need(not missing and not extra, f"the weights do not fit a {config.family} config.json: missing "
-                                    f"{some(missing)}, left over {some(extra)}")
+         f"{some(missing)}, left over {some(extra)}{hint if missing == {'lm_head.weight'} else ''}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1181,7 +1175,7 @@ def main(arguments: list) -> int:
         tokenizer = Tokenizer.from_pretrained(a.model)
         model = GPT.from_pretrained(a.model, a.device or None, dtypes[a.dtype]).bind(tokenizer)
         sampler, start = Sampler(model, tokenizer, 4096, a.samples), time.time()
-        path = sampler.prompt(tokenizer.encode_prompt(a.prompt.replace("\\n", "\n")))
+        path = sampler.prompt(tokenizer.encode_prompt(a.prompt.replace("\\n", "\n")))     # typed in a shell
         requests = [Request(path, mix(a.seed, i), a.max_tokens) for i in range(a.samples)]
         for found in sampler.extend(requests, a.temperature):
             text = tokenizer.decode(i for i in found.ids if i not in model.stop_ids)
@@ -1190,7 +1184,7 @@ def main(arguments: list) -> int:
         print(f"[{sampler.counts['sampled'] / (time.time() - start):,.0f} tokens/s]")
         return 0
     except KeyboardInterrupt:
-        return 130
+        return 130                # what a shell expects after Ctrl-C
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:      # disk full, no permission, ...: what was finished is on the disk
