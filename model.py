@@ -50,7 +50,7 @@ class BadInput(ValueError):
 # ----------------------------------------------------------------------------------------------------------
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, BOOL=torch.bool)
 LFS, IS_LFS = b"version https://git-lfs", "is a git-LFS pointer, not the file: fetch it with `git lfs pull`"
-PICKLED = ("pickled weights, and a pickle can run code (weights_only=True had holes: CVE-2025-32434, "
+PICKLED = ("pickled weights, and a pickle can run code (weights_only=True has had holes: CVE-2025-32434, "
            "CVE-2026-24747): convert them first, with save_pretrained(..., safe_serialization=True)")
 
 
