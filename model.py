@@ -1,12 +1,12 @@
 """The language model: open weights in, tokens out, and no token encoded twice.
 
-The textbook idea. A GPT reads tokens and predicts the next; a sampler draws from the prediction, appends, repeats.
-Everything above this file (trees, critics, training) only ever asks for: hidden states of tokens, log-probs of
-tokens, and continuations of many prefixes at once.
+The textbook idea. A GPT reads tokens and predicts the next; a sampler draws from the prediction, appends,
+repeats. All above this file (trees, critics, training) only ever ask for hidden states of tokens, log-probs
+of tokens, and continuations of many prefixes at once.
 
 What is different here
-  1. One class is GPT-2, Llama 2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM2 and DeepSeekMath, by their config.json; what
-     it does not know it refuses by name. Every tensor is saved back under the name and dtype it came with.
+  1. One class is GPT-2, Llama 2/3, Mistral, Qwen2/2.5, Qwen3, SmolLM2 and DeepSeekMath, by their config.json;
+     what it does not know it refuses by name. Tensors are saved under the name and dtype they came with.
   2. safetensors are read and written here, every length checked. Pickled weights are refused.
   3. The sampler keeps keys and values of every token under an address; branches of a tree share their prefix.
   4. Random numbers belong to the row (run, question, node, sample), not to the batch.
@@ -29,9 +29,10 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
-# OpenMP threads that spin while they wait are 10-50 times slower beside any other process; torch reads this once
+# OpenMP threads that spin while they wait are 10-50x slower beside other processes; torch reads this once
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np  # noqa: E402
@@ -50,8 +51,8 @@ class BadInput(ValueError):
 # ----------------------------------------------------------------------------------------------------------
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64, BOOL=torch.bool)
 LFS, IS_LFS = b"version https://git-lfs", "is a git-LFS pointer, not the file: fetch it with `git lfs pull`"
-PICKLED = ("pickled weights, and a pickle can run code (torch.load(weights_only=True) had holes: CVE-2025-"
-           "32434, CVE-2026-24747): convert them first, with save_pretrained(..., safe_serialization=True)")
+PICKLED = ("pickled weights, and a pickle can run code (weights_only=True has had holes: CVE-2025-32434, "
+           "CVE-2026-24747): convert them first, with save_pretrained(..., safe_serialization=True)")
 
 
 @contextmanager
@@ -59,11 +60,12 @@ def about(path):
     """Inside, what is wrong with a file (absent, disk full, failed `need`) becomes BadInput with its name."""
     try:
         yield
-    except (OSError, ValueError, OverflowError, RecursionError, re.error) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, re.error) as error:     # all damage raises
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def need(condition, message: str) -> None:
+    """ValueError unless the condition holds. (Not assert: `python -O` would leave the checks out.)"""
     if not condition:
         raise ValueError(message)
 
@@ -72,7 +74,14 @@ def field(obj, key: str, kind, default=None):
     """obj[key], sure to be of type `kind`. Absent or null gives `default`, ValueError where that is None."""
     value = obj.get(key) if isinstance(obj, dict) else None
     value = default if value is None else value
+    # `is`: to isinstance a bool is an int, and true would pass for an id or a size
     need(type(value) is kind, f"key {key!r} must be of type {kind.__name__}, not {value!r:.60}")
+    return value
+
+
+def one_of(name: str, value, known):
+    """The value, sure to be one of those that we know."""
+    need(value in [*known], f"{name} {value!r:.60} is not supported, only {', '.join(known)}")
     return value
 
 
@@ -90,25 +99,25 @@ def read_json(path, raw: bytes | None = None) -> dict:
     return found
 
 
-def parse_header(path) -> tuple[dict, dict]:
-    """({name: (dtype, shape, begin, end)} in order of the data, metadata), all checked, nothing allocated.
-    dtype is a key of DTYPES; begin and end count bytes from the start of the file, which is
+def safetensors_header(path, metadata=None) -> dict[str, tuple]:
+    """{name: (dtype, shape, begin, end)} in order of the data, all checked, nothing allocated. dtype is a key
+    of DTYPES; begin and end count bytes from the start. A dict given as `metadata` gets the file's. The file:
         8 bytes: N, little-endian | N bytes of JSON, offsets from its own end | the tensors, without gaps"""
     with about(path), open(path, "rb") as file:
         size, start = os.fstat(file.fileno()).st_size, file.read(len(LFS))
         n = int.from_bytes(start[:8], "little")
         need(size >= 8 and n <= 100_000_000 and 8 + n <= size, IS_LFS if start == LFS else
-             "holds " + PICKLED if start.startswith((b"PK\3\4", b"\x80")) else     # zip or pickle: torch.save
+             "holds " + PICKLED if start.startswith((b"PK\3\4", b"\x80")) else     # zip or bare pickle
              f"is no safetensors file, or was cut short ({size} bytes, a header of {n})")
-        file.seek(8)
-        raw, header, at = read_json(f"{path} (header)", file.read(n)), {}, 8 + n
-        metadata = field(raw, "__metadata__", dict, {})
-        need(all(isinstance(text, str) for text in metadata.values()), "__metadata__ must hold strings only")
+        file.seek(8)                                    # the test above read on, for the LFS mark
+        raw, header, at = read_json("header", file.read(n)), {}, 8 + n
+        texts = field(raw, "__metadata__", dict, {})
+        need(all(isinstance(text, str) for text in texts.values()), "__metadata__ must hold strings only")
+        (metadata if metadata is not None else {}).update(texts)
         for name in raw.keys() - {"__metadata__"}:
-            with about(f"{path}: tensor {name!r:.120}"):
-                dtype, shape, span = (field(raw[name], key, kind) for key, kind in
-                                      (("dtype", str), ("shape", list), ("data_offsets", list)))
-                need(dtype in DTYPES, f"dtype {dtype!r:.40} is not supported, only {', '.join(DTYPES)}")
+            with about(f"tensor {name!r:.120}"):
+                dtype = one_of("dtype", field(raw[name], "dtype", str), DTYPES)
+                shape, span = field(raw[name], "shape", list), field(raw[name], "data_offsets", list)
                 need(len(raw[name]) == 3 and len(span) == 2 and len(shape) <= 8 and all(
                     type(i) is int and 0 <= i < 2 ** 48 for i in shape + span), "odd shape or data_offsets")
                 # note: (0, 2**40, 2**40) is empty, but its strides overflow: so a zero counts as a one here
@@ -121,18 +130,14 @@ def parse_header(path) -> tuple[dict, dict]:
             need(begin == at, f"tensor {name!r:.120} begins at byte {begin}, not {at}: a gap or an overlap")
             at = end
         need(at == size, f"is {size} bytes long, its header says {at}: cut short or damaged")
-    return header, metadata
-
-
-def safetensors_header(path) -> dict[str, tuple]:
-    """{name: (dtype, shape, begin, end)}: to compare shapes before anything is allocated."""
-    return parse_header(path)[0]
+    return header
 
 
 def read_safetensors(path, keep=None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """({name: CPU tensor}, metadata); what keep(name) denies is not read. Each tensor gets memory of its own.
     (No memory map: a file that is cut short while mapped kills the process instead of raising.)"""
-    (header, metadata), tensors = parse_header(path), {}
+    tensors, metadata = {}, {}
+    header = safetensors_header(path, metadata)
     with about(path), open(path, "rb") as file:
         for name, (dtype, shape, begin, end) in header.items():
             if keep is None or keep(name):
@@ -157,10 +162,11 @@ def write_atomically(path, chunks) -> None:
                 os.fsync(file.fileno())                 # or the rename may reach the disk before the bytes do
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)           # it is there only if something failed
 
 
 def write_text(path, text: str) -> None:
+    """Write a text file (UTF-8) atomically."""
     write_atomically(path, [text.encode()])
 
 
@@ -168,19 +174,17 @@ def write_safetensors(path, tensors: dict, metadata=None) -> None:
     """Write {name: tensor} atomically, one by one (never a second copy of the model). Widest type first, then
     by name: the same tensors give the same bytes, each begins at a multiple of its width."""
     kinds, at = {dtype: name for name, dtype in DTYPES.items()}, 0
-    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    for name in order:
-        dtype, begin = tensors[name].dtype, at
+    header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}       # sorted: same bytes
+    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    for name, tensor in order:
         with about(path):
-            need(dtype in kinds, f"cannot store {name!r:.120} as {dtype}, only as {', '.join(DTYPES)}")
-        at += tensors[name].numel() * dtype.itemsize
-        header[name] = dict(dtype=kinds[dtype], shape=[*tensors[name].shape], data_offsets=[begin, at])
+            need(tensor.dtype in kinds, f"cannot store {name!r:.120} as {tensor.dtype}, only as {[*DTYPES]}")
+        begin, at = at, at + tensor.numel() * tensor.dtype.itemsize
+        header[name] = dict(dtype=kinds[tensor.dtype], shape=[*tensor.shape], data_offsets=[begin, at])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                     # the data begins at a multiple of 8
-    write_atomically(path, (len(text).to_bytes(8, "little") + text if name is None else     # None: the header
-                            tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                            for name in [None, *order]))
+    write_atomically(path, chain([len(text).to_bytes(8, "little"), text], (
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, tensor in order)))
 
 
 def weight_files(folder) -> dict[str, Path]:
@@ -189,7 +193,7 @@ def weight_files(folder) -> dict[str, Path]:
     single, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
     with about(folder):
         endings = {path.suffix for path in Path(folder).iterdir()}
-        if single.exists():
+        if single.exists():                             # it wins over shards, as in transformers
             return dict.fromkeys(safetensors_header(single), single)
         need(index.exists(), f"has only {PICKLED}" if endings & {".bin", ".pt", ".pth", ".ckpt"} else
              f"has no weights: neither {single.name} nor {index.name}")
@@ -270,7 +274,7 @@ def steps(part, members: str, known: str) -> list[dict]:
     kind = "null" if part is None else field(part, "type", str)
     if kind == "Sequence":
         return [step for inner in field(part, members, list) for step in steps(inner, members, known)]
-    need(kind in known.split(), f"{members}: type {kind!r:.60} is not supported, only {known}")
+    one_of(f"{members}: type", kind, known.split())
     return [] if part is None else [part]
 
 
@@ -291,7 +295,7 @@ class Tokenizer:
             need(model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
                  and not re.search(r"Metaspace|\\u2581", json.dumps(cutting)), "is of the SentencePiece "
                  "kind or no BPE: not supported yet, planned for later; byte-level BPE is: GPT-2, Llama 3")
-            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):      # other merges
                 need(not model.get(key), f"model.{key} {model.get(key)!r:.60} is not supported")
             self._read_cuts(spec)
             self._read_ids(field(spec, "added_tokens", list, []), field(model, "vocab", dict))
@@ -320,8 +324,8 @@ class Tokenizer:
             if part["type"] == "Digits":
                 self.cuts.append(r"\p{N}" if field(part, "individual_digits", bool, False) else r"\p{N}+")
             elif part["type"] == "Split":
-                rule, how = field(part, "pattern", dict), part.get("behavior")
-                need(how == "Isolated", f"Split with behavior {how!r:.60} is not supported")
+                one_of("behavior of a Split", part.get("behavior"), ["Isolated"])       # others drop them
+                rule = field(part, "pattern", dict)
                 plain = re.sub(r"([][\\.*+?^${}()|])", r"\\\1", field(rule, "String", str, ""))
                 self.cuts.append(field(rule, "Regex", str, plain))
             else:
@@ -348,7 +352,7 @@ class Tokenizer:
         self.bytes = {id: bytes(map(LETTERS.get, name)) if LETTERS.keys() >= {*name} else
                       name.encode("utf-8", "replace") for id, name in names.items()}
         self.n_ids, self.base_ids = max(names, default=-1) + 1, max(vocab.values(), default=-1) + 1
-        self.holes = [id for id in range(self.n_ids) if id not in names]
+        self.holes = [id for id in range(self.n_ids) if id not in names]        # a list: hence the 2 ** 22
         self.newline_ids = [id for id in sorted(names) if b"\n" in self.bytes[id]]
         first = sorted(self.added, key=lambda name: (late[name], -len(name)))   # if two match: the longer one
         self.finder = re.compile("(" + ("|".join(map(re.escape, first)) or "(?!)") + ")")
@@ -376,7 +380,7 @@ class Tokenizer:
                 parts = live._encode_single_piece(raw)
                 need((*map(names.get, parts),) not in order, f"the merges to {name[:60]!r} are out of order")
                 if ignore:
-                    (self.whole if len(parts) == 2 else ranks)[raw] = vocab[name]
+                    (self.whole if len(parts) == 2 else ranks)[raw] = vocab[name]       # 2: one merge away
         self.bpe = BPE(pat_str=self.fast or r"[\s\S]+", mergeable_ranks=ranks)
 
     def _merge(self, text: str) -> list[int]:
@@ -410,10 +414,12 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self.begin + self.encode(text)           # a list of its own, never self.begin itself
+        """Ids of a text that begins here: those of `begin` first. A new list, never self.begin itself."""
+        return self.begin + self.encode(text)
 
     def token_bytes(self, id: int) -> bytes:
-        return self.bytes.get(int(id), b"")             # a hole, or a row of padding, stands for nothing
+        """What an id stands for; a hole, or a row of padding, for nothing. Not always whole characters."""
+        return self.bytes.get(int(id), b"")
 
     def decode(self, ids) -> str:
         """Ids -> text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
@@ -421,13 +427,15 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder) -> "Tokenizer":
+        """Open a model folder. BadInput: no tokenizer.json, or one that is damaged or not supported."""
         with about(folder):
-            there = {name: Path(folder, name) for name in cls.FILES if Path(folder, name).exists()}
-            need(cls.FILES[0] in there, "has no tokenizer.json; get it from where the weights come from")
-            return cls({name: path.read_bytes() for name, path in there.items()}, folder)
+            files = {name: path.read_bytes() for name in cls.FILES if (path := Path(folder, name)).exists()}
+            need(cls.FILES[0] in files, "has no tokenizer.json; get it from where the weights come from")
+            return cls(files, folder)
 
     def save(self, folder) -> None:
-        for name, raw in self.files.items():            # the very bytes that were read: nothing gets lost
+        """Write the very bytes that were read: what we do not understand is not lost."""
+        for name, raw in self.files.items():
             write_atomically(Path(folder, name), [raw])
 
     @classmethod
@@ -448,14 +456,19 @@ class Tokenizer:
 # 3 · Config: what a config.json means
 # ----------------------------------------------------------------------------------------------------------
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu,
-               "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-               "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-# Fields that change the mathematics in ways this file does not implement: a value other than the harmless ones
-# listed here is refused, because running on would give fluent nonsense.
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu} | dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))
+# GPT-2's words for the same fields
+GPT2_FIELDS = dict(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
+                   intermediate_size="n_inner", max_position_embeddings="n_positions",
+                   rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function")
+ROPE = {"default": (), "linear": ("factor",),                           # rope type: its parameters
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+# Fields that change the mathematics in ways this file does not have. Any value but the harmless ones here is
+# refused: the model would run on and write fluent nonsense.
 REFUSED = {"quantization_config": (None,), "auto_map": (None,), "num_local_experts": (None, 0, 1),
            "num_experts": (None, 0), "n_routed_experts": (None, 0), "attn_logit_softcapping": (None,),
-           "final_logit_softcapping": (None,), "partial_rotary_factor": (None, 1, 1.0), "logit_scale": (None, 1),
+           "final_logit_softcapping": (None,), "partial_rotary_factor": (None, 1), "logit_scale": (None, 1),
            "add_cross_attention": (None, False), "scale_attn_by_inverse_layer_idx": (None, False),
            "scale_attn_weights": (None, True), "is_encoder_decoder": (None, False),
            "query_pre_attn_scalar": (None,), "use_qk_norm": (None, False)}
@@ -487,137 +500,92 @@ class GPTConfig:
 
     @property
     def gpt2(self) -> bool:
-        """GPT-2 differs in kind: LayerNorm, learned positions, an MLP without gate, fused and transposed files."""
+        """GPT-2 differs in kind: LayerNorm, learned positions, no gate, fused and transposed files."""
         return self.family == "gpt2"
 
     @staticmethod
-    def tiny(vocab_size: int, hidden_size: int = 128, layers: int = 3, max_positions: int = 512) -> "GPTConfig":
-        """A small llama for training from scratch: four query heads share one key/value head (sampling is 2.7x
-        faster than with four)."""
+    def tiny(vocab_size: int, hidden_size=128, layers=3, max_positions=512) -> "GPTConfig":
+        """A small llama for training from scratch: four query heads share one key/value head (sampling is
+        2.7x faster than with four)."""
         return GPTConfig.from_json(dict(
-            architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size, hidden_size=hidden_size,
-            intermediate_size=hidden_size * 5 // 2, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=hidden_size // 4, max_position_embeddings=max_positions, rms_norm_eps=1e-5,
-            rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=False, eos_token_id=vocab_size - 1,
-            torch_dtype="float32"))
+            architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size,
+            hidden_size=hidden_size, intermediate_size=hidden_size * 5 // 2, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=1, head_dim=hidden_size // 4,
+            max_position_embeddings=max_positions, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
+            tie_word_embeddings=False, eos_token_id=vocab_size - 1, torch_dtype="float32"))
 
     @staticmethod
     def from_json(raw: dict, where: str = "config.json") -> "GPTConfig":
         """Read a config.json in the old or the new spelling. Raises BadInput naming the field."""
-        family = raw.get("model_type")
-        if family not in FAMILIES:
-            raise BadInput(f"{where}: model_type {family!r} is not supported; this project runs "
-                           f"{', '.join(FAMILIES)}.")
-        for field, harmless in REFUSED.items():
-            if not any(raw.get(field) is x or raw.get(field) == x for x in harmless):
-                raise BadInput(f"{where}: {field} = {str(raw[field])[:60]} is not supported; use a plain, "
-                               f"unquantised {family} checkpoint without it.")
-        if family == "gpt2":
-            return _gpt2_config(raw, where)
-        get = functools.partial(_number, raw, where)
-        hidden, heads = get("hidden_size"), get("num_attention_heads")
-        layers = get("num_hidden_layers", high=4096)
-        head_dim = get("head_dim", 128 if family == "qwen3" else hidden // heads)
-        bias = _flag(raw, where, "attention_bias", False) and family in ("llama", "qwen3")
-        theta, rope = _rope(raw, where)
-        return _checked(where, GPTConfig(
-            family, get("vocab_size"), hidden, get("intermediate_size"), layers, heads,
-            get("num_key_value_heads", heads), head_dim, get("max_position_embeddings", 2048),
-            get("rms_norm_eps", 1e-6, low=0.0, high=1.0), _activation(raw, where, "hidden_act", "silu"), theta, rope,
-            _windows(raw, where, family, layers), bias or family == "qwen2", bias,
-            _flag(raw, where, "mlp_bias", False) and family == "llama", family == "qwen3",
-            _flag(raw, where, "tie_word_embeddings", False), raw))
+        with about(where):
+            family = one_of("model_type", raw.get("model_type"), FAMILIES)
+            for key, harmless in REFUSED.items():
+                need(raw.get(key) in harmless, f"{key} = {raw.get(key)!r:.60} is not supported; use a plain, "
+                                               f"unquantised {family} checkpoint without it")
+            gpt2, qwen3 = family == "gpt2", family == "qwen3"
+            name = lambda key: GPT2_FIELDS[key] if gpt2 else key
+            get = lambda key, *default_and_range: number(raw, name(key), *default_and_range)
+            rest = {} if gpt2 else raw                  # whatever GPT-2 has no word for has its default
+            hidden, heads = get("hidden_size"), get("num_attention_heads")
+            layers = get("num_hidden_layers", None, 1, 4096)        # `windows` has an entry for each
+            need(not gpt2 or hidden % heads == 0, f"n_embd = {hidden} is not a multiple of n_head = {heads}")
+            kv_heads = number(rest, "num_key_value_heads", heads)   # without the key: no grouping
+            head_dim = number(rest, "head_dim", 128 if qwen3 else hidden // heads)  # transformers' defaults
+            need(heads % kv_heads == 0, f"{heads} heads cannot share {kv_heads} key/value heads evenly")
+            # or the sizes of tensors leave 64 bits, and torch raises what is no BadInput
+            need(heads * head_dim <= 1 << 24, f"{heads} heads of {head_dim} is no possible attention")
+            need(gpt2 or head_dim % 2 == 0, f"head_dim = {head_dim}; rotary positions need an even number")
+            act = raw.get(name("hidden_act"), "gelu_new" if gpt2 else "silu")           # null is refused
+            bias = field(rest, "attention_bias", bool, gpt2) and family in ("gpt2", "llama", "qwen3")
+            theta, rope = _rope(rest)
+            return GPTConfig(
+                family, number(raw, "vocab_size"), hidden,
+                get("intermediate_size", 4 * hidden if gpt2 else None), layers, heads, kv_heads, head_dim,
+                max_positions=get("max_position_embeddings", 1024 if gpt2 else 2048),
+                norm_eps=get("rms_norm_eps", 1e-5 if gpt2 else 1e-6, 0.0, 1.0),
+                activation=one_of(name("hidden_act"), act, ACTIVATIONS), rope_theta=theta, rope=rope,
+                windows=_windows(rest, family, layers), qkv_bias=bias or family == "qwen2", out_bias=bias,
+                mlp_bias=field(rest, "mlp_bias", bool, gpt2) and family in ("gpt2", "llama"), qk_norm=qwen3,
+                tied=field(raw, "tie_word_embeddings", bool, gpt2), raw=raw)
 
 
-def _number(raw, where, key, default=None, low=1, high=1 << 24):
-    """A number of the config, of the default's kind (a whole number when there is no default); null = absent."""
+def number(raw: dict, key: str, default=None, low=1, high=1 << 24):
+    """raw[key] or, absent or null, the default; ValueError unless from low to high and of the type of low."""
     value = default if raw.get(key) is None else raw[key]
-    kind = float if isinstance(low, float) else int
-    good = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    if not good or not low <= value <= high:
-        what = "is missing" if value is None else f"= {str(value)[:40]!r} is out of range"
-        raise BadInput(f"{where}: {key} {what}; expected {'a' if kind is float else 'a whole'} number "
-                       f"from {low} to {high}. Is the file damaged?")
+    kind = type(low)                                    # types, not isinstance: True is an instance of int
+    need(type(value) in (int, kind) and low <= value <= high,
+         f"{key} must be a{' whole' * (kind is int)} number from {low} to {high}, not {value!r:.40}; is the "
+         "file damaged?")
     return kind(value)
 
 
-def _flag(raw, where, key, default):
-    value = default if raw.get(key) is None else raw[key]
-    if not isinstance(value, bool):
-        raise BadInput(f"{where}: {key} = {str(value)[:40]!r}; expected true or false.")
-    return value
-
-
-def _activation(raw, where, key, default):
-    name = raw.get(key, default)
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise BadInput(f"{where}: {key} = {str(name)[:40]!r} is not supported; this project has "
-                       f"{', '.join(ACTIVATIONS)}.")
-    return name
-
-
-def _gpt2_config(raw, where):
-    get = functools.partial(_number, raw, where)
-    hidden, layers, heads = get("n_embd"), get("n_layer", high=4096), get("n_head")
-    return _checked(where, GPTConfig(
-        "gpt2", get("vocab_size"), hidden, get("n_inner", 4 * hidden), layers, heads, heads, hidden // heads,
-        get("n_positions", 1024), get("layer_norm_epsilon", 1e-5, low=0.0, high=1.0),
-        _activation(raw, where, "activation_function", "gelu_new"), 0.0, {"rope_type": "default"}, (None,) * layers,
-        True, True, True, False, _flag(raw, where, "tie_word_embeddings", True), raw))
-
-
-def _checked(where, c):
-    if c.heads % c.kv_heads:
-        raise BadInput(f"{where}: {c.heads} attention heads cannot share {c.kv_heads} key/value heads evenly.")
-    if c.gpt2 and c.head_dim * c.heads != c.hidden_size:
-        raise BadInput(f"{where}: n_embd = {c.hidden_size} is not a multiple of n_head = {c.heads}.")
-    if max(c.heads, c.kv_heads) * c.head_dim > 1 << 24 or c.head_dim < 1:
-        raise BadInput(f"{where}: {c.heads} heads of {c.head_dim} is no possible attention. Is the file damaged?")
-    if not c.gpt2 and c.head_dim % 2:
-        raise BadInput(f"{where}: head_dim = {c.head_dim}; rotary positions need an even number.")
-    return c
-
-
-def _rope(raw, where):
+def _rope(raw: dict) -> tuple[float, dict]:
     """(theta, parameters) from `rope_parameters` (new files) or rope_theta + `rope_scaling` (old ones)."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-        raise BadInput(f"{where}: rope_parameters / rope_scaling must be one flat object, not {str(rope)[:40]!r}.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise BadInput(f"{where}: rope type {str(kind)[:40]!r} is not supported; this project has default, linear "
-                       "and llama3.")
-    both = {**raw, **{k: v for k, v in rope.items() if v is not None}}
-    get = functools.partial(_number, both, where, low=1e-6, high=1e12)
-    get("partial_rotary_factor", 1.0, low=1.0, high=1.0)
-    clean = {"rope_type": kind}
-    if kind in ("linear", "llama3"):
-        clean["factor"] = get("factor")
-    if kind == "llama3":
-        clean |= {k: get(k) for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        if clean["high_freq_factor"] <= clean["low_freq_factor"]:
-            raise BadInput(f"{where}: rope high_freq_factor must exceed low_freq_factor.")
-    return get("rope_theta", 1e4), clean
+    need(isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()),
+         f"rope_parameters / rope_scaling must be one flat object, not {rope!r:.40}")
+    kind = one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ROPE)
+    both = raw | {key: value for key, value in rope.items() if value is not None}
+    number(both, "partial_rotary_factor", 1.0, 1.0, 1.0)                # rotating a part of a head: not here
+    clean = {key: number(both, key, None, 1e-6, 1e12) for key in ROPE[kind]}
+    need(kind != "llama3" or clean["low_freq_factor"] < clean["high_freq_factor"],
+         "rope high_freq_factor must exceed low_freq_factor")
+    return number(both, "rope_theta", 1e4, 1e-6, 1e12), {"rope_type": kind} | clean
 
 
-def _windows(raw, where, family, layers):
+def _windows(raw: dict, family: str, layers: int) -> tuple:
     """Sliding window of each layer. Mistral: absent means 4096, null means none (absent is not null).
     Qwen: only with use_sliding_window, on the layers named by layer_types, else from max_window_layers on."""
-    kinds = raw.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers or not
-                              all(k in ("full_attention", "sliding_attention") for k in kinds)):
-        raise BadInput(f"{where}: layer_types must name full_attention or sliding_attention for each of the "
-                       f"{layers} layers.")
-    if family == "mistral":
-        size = None if raw.get("sliding_window", 4096) is None else _number(raw, where, "sliding_window", 4096)
-        first = 0
-    elif family in ("qwen2", "qwen3") and _flag(raw, where, "use_sliding_window", False):
-        size = None if raw.get("sliding_window", 4096) is None else _number(raw, where, "sliding_window", 4096)
-        first = _number(raw, where, "max_window_layers", 28, low=0)
-    else:
+    kinds, known = raw.get("layer_types"), ("full_attention", "sliding_attention")
+    need(kinds is None or isinstance(kinds, list) and len(kinds) == layers and all(k in known for k in kinds),
+         f"layer_types must name full_attention or sliding_attention for each of the {layers} layers")
+    mistral = family == "mistral"
+    if not mistral and not (family.startswith("qwen") and field(raw, "use_sliding_window", bool, False)):
         return (None,) * layers
-    kinds = kinds or ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
-    return tuple(size if k == "sliding_attention" else None for k in kinds)
+    first = 0 if mistral else number(raw, "max_window_layers", 28, 0)   # layer_types comes first
+    size = None if raw.get("sliding_window", 4096) is None else number(raw, "sliding_window", 4096)
+    slides = [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(layers)]
+    return tuple(size if slide else None for slide in slides)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -625,33 +593,30 @@ def _windows(raw, where, family, layers):
 #     B rows, T new tokens, S keys (cached + new), C width, H query heads, G key/value heads, D head width
 # ----------------------------------------------------------------------------------------------------------
 def rope_frequencies(config: GPTConfig) -> torch.Tensor:
-    """(D/2,) radians per position, fp32. `llama3` stretches slow waves by `factor`, keeps fast ones, blends between."""
+    """(D/2,) radians per position, fp32. `linear` divides all by `factor`; `llama3` divides slow waves, keeps
+    fast ones, blends between."""
+    rope, keep = config.rope, float(config.rope["rope_type"] == "default")          # 1: keep, 0: stretch
     inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    rope = config.rope
-    if rope["rope_type"] == "linear":
-        return inverse / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)   # turns over the old context
+        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)  # in the old context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)                           # 1: keep, 0: stretch
-        return keep * inverse + (1 - keep) * inverse / rope["factor"]
-    return inverse
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * inverse + (1 - keep) * inverse / rope.get("factor", 1.0)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (RoFormer, 2104.09864), half-split layout as in HF files: dimension i pairs with i + D/2.
-    x (B, T, heads, D); cos, sin (B, T, 1, D/2). note: the interleaved layout gives gibberish with the same files."""
+    """Rotary positions (RoFormer, 2104.09864): x (B, T, heads, D); cos, sin (B, T, 1, D/2). Dimension i pairs
+    with i + D/2, as in HF files. note: the paper's layout, i with i + 1, gives gibberish with these files."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def attend(q, k, v, bias):
     """Softmax attention with grouped heads: q (B, H, T, D), k and v (B, G, S, D), bias (B or 1, 1, T, S) of 0
-    and -inf -> (B, H, T, D). On CUDA the fused kernel. On a CPU two plain batched products over the G key/value
-    heads: the H/G query heads of a group are extra rows of one product, so k and v are never repeated (one kv
-    head: 2-3x faster than SDPA there, whose CPU backward took half the training time)."""
-    B, H, T, D = q.shape
-    G, S = k.shape[1], k.shape[2]
+    and -inf -> (B, H, T, D). On CUDA the fused kernel. On a CPU two plain batched products over the G heads:
+    the H/G query heads of a group are extra rows of one product, so k and v are never repeated (one kv head:
+    2-3x faster than SDPA there, whose CPU backward took half the training time)."""
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=H != G)
     grouped = q.reshape(B, G, H // G * T, D) * D ** -0.5                # (B, G, H/G*T, D)
@@ -665,27 +630,23 @@ class Attention(nn.Module):
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        self.c = c
-        self.q_proj = nn.Linear(c.hidden_size, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.head_dim, self.qk_norm = c.head_dim, c.qk_norm
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.hidden_size, n * c.head_dim, bias=c.qkv_bias)
+                                                 for n in (c.heads, c.kv_heads, c.kv_heads))
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden_size, bias=c.out_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x, turn, bias, layer, cache):
-        """x (B, T, C) -> (B, T, C). `cache.update` keeps the new keys and values and returns all S of them."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.c.heads, self.c.head_dim)
-        k = self.k_proj(x).view(B, T, self.c.kv_heads, self.c.head_dim)
-        v = self.v_proj(x).view(B, T, self.c.kv_heads, self.c.head_dim)
-        if self.c.qk_norm:
+        """x (B, T, C) -> (B, T, C). `cache.update` keeps new keys and values, gives all S of them."""
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim))         # (B, T, heads, D)
+                   for linear in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:                                # before the rotation, or Qwen3 writes nonsense
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         k, v = (k.transpose(1, 2), v.transpose(1, 2)) if cache is None else cache.update(layer, k, v)
-        out = attend(q.transpose(1, 2), k, v, bias)                     # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q.transpose(1, 2), k, v, bias).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -693,17 +654,15 @@ class MLP(nn.Module):
 
     def __init__(self, c: GPTConfig):
         super().__init__()
-        if not c.gpt2:
-            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.gate_proj = None if c.gpt2 else nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
         self.act = ACTIVATIONS[c.activation]
-        self.gated = not c.gpt2
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
         up = self.up_proj(x)
-        return self.down_proj(self.act(self.gate_proj(x)) * up if self.gated else self.act(up))
+        return self.down_proj(self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up)
 
 
 class Block(nn.Module):
@@ -721,6 +680,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+# our words (those of HF's llama files) for parts of the network: what GPT-2's files call them
+GPT2_NAMES = dict(model="transformer", embed_tokens="wte", embed_positions="wpe", layers="h", norm="ln_f",
+                  self_attn="attn", input_layernorm="ln_1", post_attention_layernorm="ln_2", q_proj="c_attn",
+                  k_proj="c_attn", v_proj="c_attn", o_proj="c_proj", up_proj="c_fc", down_proj="c_proj")
+
+
 class GPT(nn.Module):
     """A decoder-only language model; `config` says which. Parameters carry the names of HF llama files."""
 
@@ -734,8 +699,9 @@ class GPT(nn.Module):
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.model.norm = (nn.LayerNorm if c.gpt2 else nn.RMSNorm)(c.hidden_size, c.norm_eps)
         self.lm_head = None if c.tied else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.inverse = None               # of RoPE; no buffer: model.to(bfloat16) must not round frequencies
         self.generation = {}              # generation_config.json, when there is one
-        self.saved_as = {}                # file name of a tensor -> its dtype in the file: saved back the same
+        self.saved_as = {}                # name of a tensor in the file: its dtype there, to save it the same
         self.stop_ids, self.no_ids, self.last_id = frozenset(), None, config.vocab_size - 1     # see `bind`
 
     def initialise(self, seed: int) -> "GPT":
@@ -743,7 +709,7 @@ class GPT(nn.Module):
         stream start smaller, so that its variance does not grow with depth (GPT-2)."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() < 2:
+            if p.dim() < 2:                             # norms are 1, biases 0
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
                 continue
             std = 0.05 if "embed" in name else p.shape[1] ** -0.5
@@ -752,15 +718,8 @@ class GPT(nn.Module):
             nn.init.normal_(p, 0.0, std, generator=rng)
         return self
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return self.model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights are."""
-        return self.model.embed_tokens.weight.dtype
+    device = property(lambda self: self.model.embed_tokens.weight.device, doc="Where the weights lie.")
+    dtype = property(lambda self: self.model.embed_tokens.weight.dtype, doc="What the weights are.")
 
     def forward(self, ids, positions=None, mask=None, cache=None):
         """Hidden states after the last norm: ids (B, T) -> (B, T, C).
@@ -768,38 +727,32 @@ class GPT(nn.Module):
         positions (B, T): depth of each token in its own text; default 0..T-1. mask (B, T, S) bool, True = may
         see; default causal. In a row that holds a whole tree a token sees its ancestors and itself. A sliding
         window counts depth, not columns: a key is seen while position(query) - position(key) < window.
-        cache: an object whose `update(layer, k, v)` stores new keys and values, (B, T, G, D) each, and returns
-        all of them as (B, G, S, D); with a cache, column = position."""
+        cache: its `update(layer, k, v)` stores new keys and values, (B, T, G, D) each, and returns all there
+        are as (B, G, S, D); with a cache, column = position."""
         B, T = ids.shape
         if positions is None:
             positions = torch.arange(T, device=ids.device).expand(B, T)
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()[None]
         keys = positions if cache is None else torch.arange(mask.shape[-1], device=ids.device)[None]
-        x = self.model.embed_tokens(ids)
-        turn = None
+        x, turn, bias = self.model.embed_tokens(ids), None, {}
         if self.config.gpt2:
             x = x + self.model.embed_positions(positions)
         else:
-            angle = positions[..., None].float() * self._frequencies(ids.device)     # (B, T, D/2), fp32: bf16
-            turn = (angle.cos()[:, :, None].to(x.dtype), angle.sin()[:, :, None].to(x.dtype))   # loses positions
-        bias = {}
-        for w in set(self.config.windows):
+            if self.inverse is None or self.inverse.device != ids.device:
+                self.inverse = rope_frequencies(self.config).to(ids.device)
+            angle = positions[:, :, None, None].float() * self.inverse  # (B, T, 1, D/2); bf16 loses positions
+            turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for w in set(self.config.windows):              # one bias for all layers that have this window
             seen = mask if w is None else mask & (positions[:, :, None] - keys[:, None, :] < w)
             bias[w] = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -math.inf)[:, None]
         for i, block in enumerate(self.model.layers):
             x = block(x, turn, bias[self.config.windows[i]], i, cache)
         return self.model.norm(x)
 
-    def _frequencies(self, device):
-        # a plain attribute, not a buffer: model.to(bfloat16) must not round the frequencies
-        if getattr(self, "_inverse", None) is None or self._inverse.device != device:
-            self._inverse = rope_frequencies(self.config).to(device)
-        return self._inverse
-
     def logits(self, hidden):
         """hidden (..., C) -> (..., V); V counts all rows of the head, also those that are no token."""
-        return F.linear(hidden, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(hidden, (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight)
 
     def token_logits(self, hidden):
         """fp32 logits with -inf at ids the tokenizer does not have: what is sampled from and what log-probs
@@ -811,127 +764,96 @@ class GPT(nn.Module):
         """Learn from the tokenizer which ids exist, and the ids at which text ends: the union of what config,
         generation_config and tokenizer call end-of-text (each of the three is incomplete in some release)."""
         V = self.config.vocab_size
-        if tokenizer.base_ids > V:
-            raise BadInput(f"The tokenizer has {tokenizer.base_ids} ids and the model only {V} rows: they do not "
-                           "belong together; put the model's own tokenizer.json into its folder.")
+        known = {*range(min(V, tokenizer.n_ids))}.difference(tokenizer.holes)
+        if tokenizer.base_ids > V or not known:
+            raise BadInput(f"The tokenizer has {tokenizer.base_ids} ids and the model only {V} rows: they do "
+                           "not belong together; put the model's own tokenizer.json into its folder.")
         missing = torch.ones(V, dtype=torch.bool)
-        missing[:tokenizer.n_ids] = False
-        missing[[i for i in tokenizer.holes if i < V]] = True
-        self.no_ids = missing.to(self.device) if missing.any() else None
-        self.last_id = int((~missing).nonzero()[-1])
-        ends = set(tokenizer.eos_ids)
+        missing[[*known]] = False                       # True: padding rows and holes
+        self.no_ids, self.last_id = missing.to(self.device) if missing.any() else None, max(known)
+        ends = [*tokenizer.eos_ids]
         for source in (self.config.raw, self.generation):
             eos = source.get("eos_token_id")
-            ends.update(e for e in (eos if isinstance(eos, list) else [eos]) if type(e) is int)
-        self.stop_ids = frozenset(e for e in ends if 0 <= e < V and not missing[e])
+            ends += eos if isinstance(eos, list) else [eos]             # or null, or damaged
+        self.stop_ids = frozenset(end for end in ends if type(end) is int and end in known) 
         return self
 
     # -- files ---------------------------------------------------------------------------------------------
-    def file_plan(self) -> list:
-        """[(tensor name in the file without prefix, [parameter names it holds], transposed?)].
+    def file_plan(self, held=()) -> dict[str, tuple[list[str], bool]]:
+        """{tensor name in the file: (names of the parameters it holds, transposed?)}, the embedding first.
 
-        llama-like files: every parameter under its own name. GPT-2 files keep linear layers as (in, out)
-        ("Conv1D": transpose) and q, k, v fused in `c_attn`."""
-        names = [n for n, _ in self.named_parameters()]
-        if not self.config.gpt2:
-            return [(n.removeprefix("model."), [n], False) for n in names]
-        plan = [("wte.weight", ["model.embed_tokens.weight"], False),
-                ("wpe.weight", ["model.embed_positions.weight"], False)]
-        parts = [("ln_1", ["input_layernorm"]), ("attn.c_attn", [f"self_attn.{x}_proj" for x in "qkv"]),
-                 ("attn.c_proj", ["self_attn.o_proj"]), ("ln_2", ["post_attention_layernorm"]),
-                 ("mlp.c_fc", ["mlp.up_proj"]), ("mlp.c_proj", ["mlp.down_proj"])]
-        for i in range(self.config.layers):
-            plan += [(f"h.{i}.{old}.{kind}", [f"model.layers.{i}.{new}.{kind}" for new in news],
-                      kind == "weight" and ".c_" in old) for old, news in parts for kind in ("weight", "bias")]
-        plan += [(f"ln_f.{kind}", [f"model.norm.{kind}"], False) for kind in ("weight", "bias")]
-        return plan + [("lm_head.weight", ["lm_head.weight"], False)] * (self.lm_head is not None)
+        Llama-like files have our own names. GPT-2's hold q, k, v in one and linear layers ("Conv1D") as (in,
+        out). held: names in a file that is there; some lack the prefix, some hold a tied head as well."""
+        gpt2, plan = self.config.gpt2, {}
+        for name, _ in self.named_parameters():
+            file_name = ".".join(GPT2_NAMES.get(word, word) if gpt2 else word for word in name.split("."))
+            plan.setdefault(file_name, []).append(name)                 # (q, k, v follow one another)
+        if self.config.tied and "lm_head.weight" in held:
+            plan["lm_head.weight"] = ["model.embed_tokens.weight"]
+        prefix = "transformer." if gpt2 else "model."
+        bare = held and not any(name.startswith(prefix) for name in held)
+        return {name.removeprefix(prefix) if bare else name:
+                (params, gpt2 and ".c_" in name and name.endswith("weight")) for name, params in plan.items()}
+
+    def _stored(self, params: list, flip: bool) -> torch.Tensor:
+        """Parameters as the one tensor that a file holds of them (on the meta device: just its shape)."""
+        parts = [self.get_parameter(name).data for name in params]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]        # to cat a single one would copy it
+        return whole.T if flip else whole
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=None) -> "GPT":
-        """Open a HF-format folder. dtype None: fp32 on a CPU, the file's own on CUDA. Shapes are compared before
-        anything is allocated. Raises BadInput: folder, config or weights missing, damaged, or not supported."""
-        folder = Path(folder)
-        where = weight_files(folder)                                    # tensor name -> file
-        config = GPTConfig.from_json(read_json(folder / "config.json"), str(folder / "config.json"))
+        """Open a HF-format folder. dtype None: fp32 on a CPU, the file's own on CUDA. Shapes are compared
+        before anything is allocated. BadInput: folder, config or weights missing, damaged, not supported."""
+        where, path = weight_files(folder), Path(folder, "config.json")         # where: {tensor name: file}
+        config = GPTConfig.from_json(read_json(path), str(path))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if config.layers > len(where):                                  # before 10**6 layers are built in vain
-            raise BadInput(f"{folder}: config.json names {config.layers} layers, the weights hold only "
-                           f"{len(where)} tensors.")
-        with torch.device("meta"):
+        with about(folder), torch.device("meta"):
+            need(config.layers <= len(where),           # seen before thousands of layers are built in vain
+                 f"config.json names {config.layers} layers, the weights hold only {len(where)} tensors")
             model = cls(config)
-        prefix = "transformer." if config.gpt2 else "model."
-        prefix = prefix if any(n.startswith(prefix) for n in where) else ""
-        plan = {(n if n.startswith("lm_head.") else prefix + n): (params, flip)
-                for n, params, flip in model.file_plan()}
-        buffers = r"\.attn\.(bias|masked_bias)$" if config.gpt2 else r"rotary_emb\.inv_freq$"
-        skip = {n for n in where if re.search(buffers, n) or (n == "lm_head.weight" and config.tied)}
-        _compare_names(folder, set(plan), set(where) - skip, config)
-        params = dict(model.named_parameters())
-        headers = {file: safetensors_header(file) for file in set(where.values())}
-        for name, (targets, flip) in plan.items():
-            kind, shape = headers[where[name]][name][:2]
-            want = [sum(params[t].shape[0] for t in targets), *params[targets[0]].shape[1:]]
-            want = want[::-1] if flip else want
-            if list(shape) != want or kind not in FLOATS:
-                raise BadInput(f"{where[name]}: tensor {name} is {kind} {list(shape)}, config.json asks for a "
-                               f"floating-point {want}; weights and config do not belong together.")
-            model.saved_as[name] = FLOATS[kind]
-        if "lm_head.weight" in skip:                                    # a tied head, stored a second time
-            kind, shape = headers[where["lm_head.weight"]]["lm_head.weight"][:2]
-            if list(shape) != [config.vocab_size, config.hidden_size] or kind not in FLOATS:
-                raise BadInput(f"{where['lm_head.weight']}: lm_head.weight is {kind} {list(shape)}, unlike the embedding that "
-                               "config.json ties it to.")
-            model.saved_as["lm_head.weight"] = FLOATS[kind]
-        embedding = next(n for n, (t, _) in plan.items() if t == ["model.embed_tokens.weight"])
-        dtype = dtype or (torch.float32 if device.type == "cpu" else model.saved_as[embedding])
+            plan = model.file_plan(where)
+            _compare_names({*plan}, {*where}, config)
+        headers = {file: safetensors_header(file) for file in {*where.values()}}
+        for name, entry in plan.items():
+            (kind, shape, *_), want = headers[where[name]][name], model._stored(*entry).shape
+            with about(where[name]):
+                need(shape == want and DTYPES[kind].is_floating_point, f"tensor {name} is {kind} {[*shape]}, "
+                     f"config.json asks for a floating-point {[*want]}: they do not belong together")
+            model.saved_as[name] = DTYPES[kind]
+        # the embedding's dtype stands for the file's; half precision is slow on a CPU
+        dtype = dtype or (torch.float32 if device.type == "cpu" else model.saved_as[next(iter(plan))])
         model = model.to(dtype).to_empty(device=device)
-        params = dict(model.named_parameters())
-        for file in sorted(headers):
-            for name, tensor in read_safetensors(file, lambda n: n in plan)[0].items():
-                targets, flip = plan[name]
-                pieces = (tensor.T if flip else tensor).split([params[t].shape[0] for t in targets])
-                for target, piece in zip(targets, pieces):
-                    params[target].data.copy_(piece)
-        if (folder / "generation_config.json").exists():
-            model.generation = read_json(folder / "generation_config.json")
+        if config.tied:
+            plan.pop("lm_head.weight", None)            # a second copy is not read: the embedding counts
+        for file in headers:                            # a shard at a time: never two copies in memory
+            for name, tensor in read_safetensors(file, keep=plan.__contains__)[0].items():
+                params, flip = plan[name]
+                for param, piece in zip(params, (tensor.T if flip else tensor).chunk(len(params))):
+                    model.get_parameter(param).data.copy_(piece)        # (q, k, v of GPT-2 are equally large)
+        path = Path(folder, "generation_config.json")
+        model.generation = read_json(path) if path.exists() else {}
         return model
 
     def save_pretrained(self, folder) -> None:
-        """Write config.json, generation_config.json and model.safetensors so that other tools open them: the same
-        tensor names and dtypes as the folder the model came from (fp32 when it was made here)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        params = dict(self.named_parameters())
-        names = list(self.saved_as)
-        prefix = "transformer." if self.config.gpt2 else "model."
-        prefix = "" if names and not any(n.startswith(prefix) for n in names) else prefix
-        out = {}
-        for name, targets, flip in self.file_plan():
-            name = name if name.startswith("lm_head.") else prefix + name
-            whole = torch.cat([params[t].data for t in targets]) if len(targets) > 1 else params[targets[0]].data
-            whole = whole.T if flip else whole
-            out[name] = whole.to("cpu", self.saved_as.get(name, torch.float32)).contiguous()
-        if self.config.tied and "lm_head.weight" in self.saved_as:
-            out["lm_head.weight"] = self.model.embed_tokens.weight.data.to("cpu", self.saved_as["lm_head.weight"])
+        """Write config.json, generation_config.json and model.safetensors so that other tools open them: the
+        same tensor names and dtypes as the folder the model came from (fp32 when it was made here)."""
         for name, raw in (("config.json", self.config.raw), ("generation_config.json", self.generation)):
             if raw:
-                write_text(folder / name, json.dumps(raw, indent=2) + "\n")
-        write_safetensors(folder / "model.safetensors", out, {"format": "pt"})
+                write_text(Path(folder, name), json.dumps(raw, indent=2) + "\n")
+        tensors = {name: self._stored(*entry).to("cpu", self.saved_as.get(name, torch.float32))
+                   for name, entry in self.file_plan(self.saved_as).items()}
+        write_safetensors(Path(folder, "model.safetensors"), tensors, {"format": "pt"})
 
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _compare_names(folder, want, have, config):
-    """Every tensor is used or knowingly skipped; what is missing or left over is listed."""
-    missing, extra = sorted(want - have), sorted(have - want)
-    if missing == ["lm_head.weight"]:
-        raise BadInput(f"{folder}: lm_head.weight is missing and config.json does not tie the head to the embedding; "
-                       'if this model ties them, set "tie_word_embeddings": true.')
-    if missing or extra:
-        some = lambda names: f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-        raise BadInput(f"{folder}: the weights do not fit a {config.family} config.json: "
-                       f"missing {some(missing)}, left over {some(extra)}.")
+def _compare_names(want: set, have: set, config: GPTConfig) -> None:
+    """Every tensor is used or knowingly skipped; what is missing or left over is listed. ValueError."""
+    buffers = r"\.attn\.(bias|masked_bias)$" if config.gpt2 else r"rotary_emb\.inv_freq$"   # in old files
+    missing, extra = want - have, {name for name in have - want if not re.search(buffers, name)}
+    some = lambda names: f"{len(names)} ({', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''})"
+    hint = '; if this model ties its head to the embedding, set "tie_word_embeddings": true in config.json'
+    need(not missing and not extra, f"the weights do not fit a {config.family} config.json: missing "
+         f"{some(missing)}, left over {some(extra)}{hint if missing == {'lm_head.weight'} else ''}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1266,50 +1188,49 @@ class _Row:
 # 6 · Program: continue a prompt
 # ----------------------------------------------------------------------------------------------------------
 def main(arguments: list) -> int:
-    """Continue a prompt with a model folder; without a folder show what the sampler shares. Exit code 2 and one
-    sentence for bad input."""
+    """Continue a prompt with a model folder; without a folder show what the sampler shares. Exit code 2 and
+    one sentence for bad input."""
     parser = argparse.ArgumentParser(prog="model.py", description="Continue a prompt.", allow_abbrev=False)
-    for name, default, text in (("model", "", "folder with config.json, weights and tokenizer.json"),
-                                ("prompt", "", "text to continue"), ("temperature", 1.0, "0 = greedy"),
-                                ("max-tokens", 128, "of one continuation"), ("samples", 1, "continuations"),
-                                ("seed", 0, "of the samples"), ("device", "", "empty: CUDA when there is one"),
-                                ("dtype", "", "float32 or bfloat16")):
-        parser.add_argument("--" + name, type=type(default), default=default, help=f"{text} (default {default!r})")
+    for name, start, text in (("model", "", "folder with config.json, weights and tokenizer.json"),
+                              ("prompt", "", "text to continue"), ("temperature", 1.0, "0 = greedy"),
+                              ("max-tokens", 128, "of one continuation"), ("samples", 1, "continuations"),
+                              ("seed", 0, "of the samples"), ("device", "", "empty: CUDA when there is one"),
+                              ("dtype", "", "float32 or bfloat16")):
+        parser.add_argument("--" + name, type=type(start), default=start, help=f"{text} (default {start!r})")
     a = parser.parse_args(arguments)
     try:
         if not a.model:
             return demo()
-        if a.temperature < 0 or a.max_tokens < 1 or a.samples < 1 or a.dtype not in ("", "float32", "bfloat16"):
-            raise BadInput("--temperature must be 0 or more, --max-tokens and --samples 1 or more, --dtype float32 or "
-                           "bfloat16.")
+        dtypes = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+        if a.temperature < 0 or min(a.max_tokens, a.samples) < 1 or a.dtype not in dtypes:
+            raise BadInput("--temperature must be 0 or more, --max-tokens and --samples 1 or more, --dtype "
+                           "float32 or bfloat16.")
         if not a.prompt:
-            raise BadInput('--prompt is missing: the text to continue, e.g. --prompt "Question: What is 2+2? Answer:"')
+            raise BadInput('--prompt is missing: the text to continue, e.g. --prompt "What is 2+2? Answer:"')
         tokenizer = Tokenizer.from_pretrained(a.model)
-        dtype = getattr(torch, a.dtype) if a.dtype else None
-        model = GPT.from_pretrained(a.model, a.device or None, dtype).bind(tokenizer)
-        sampler = Sampler(model, tokenizer, 4096, a.samples)
-        path = sampler.prompt(tokenizer.encode_prompt(a.prompt.replace("\\n", "\n")))
-        start = time.time()
+        model = GPT.from_pretrained(a.model, a.device or None, dtypes[a.dtype]).bind(tokenizer)
+        sampler, start = Sampler(model, tokenizer, 4096, a.samples), time.time()
+        path = sampler.prompt(tokenizer.encode_prompt(a.prompt.replace("\\n", "\n")))     # typed in a shell
         requests = [Request(path, mix(a.seed, i), a.max_tokens) for i in range(a.samples)]
         for found in sampler.extend(requests, a.temperature):
-            text = tokenizer.decode([int(i) for i in found.ids if i not in model.stop_ids])
-            print(f"{a.prompt}{text}\n[{len(found.ids)} tokens, {found.why}, mean log-prob {found.logps.mean():.3f}]")
+            text = tokenizer.decode(i for i in found.ids if i not in model.stop_ids)
+            print(f"{a.prompt}{text}\n[{len(found.ids)} tokens, {found.why}, "
+                  f"mean log-prob {found.logps.mean():.3f}]")
         print(f"[{sampler.counts['sampled'] / (time.time() - start):,.0f} tokens/s]")
         return 0
+    except KeyboardInterrupt:
+        return 130                # what a shell expects after Ctrl-C
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:      # disk full, no permission, ...: what was finished is on the disk
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend it and run the same command again",
-              file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend it and run the same "
+              "command again", file=sys.stderr)
+    return 2
 
 
 def demo() -> int:
-    """Eight samples of three questions that begin alike, from random weights: what was encoded, and what a program
-    without a shared store would have encoded."""
+    """Eight samples of three questions that begin alike, from random weights: what was encoded, and what a
+    program without a shared store would have encoded."""
     tokenizer = Tokenizer.bytes_only()
     model = GPT(GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)).initialise(seed=0).bind(tokenizer)
     sampler = Sampler(model, tokenizer, 4096)
@@ -1318,9 +1239,10 @@ def demo() -> int:
     sampler.extend([Request(path, mix(i, j), 30) for i, path in enumerate(paths) for j in range(8)])
     c, apart = sampler.counts, 8 * sum(map(len, paths))
     share = c["processed"] / (c["prompt"] + c["sampled"])
-    print(f"24 samples of 3 prompts: {c['prompt']} prompt tokens kept (apart: {apart}), {c['sampled']} sampled,\n"
-          f"{c['processed']} encoded = {share:.3f} of prompt + sampled. Continue a prompt of your own:\n"
-          'python model.py --model FOLDER --prompt "..." --temperature 0.7 --max-tokens 100')
+    print(f"24 samples of 3 prompts: {c['prompt']} prompt tokens kept (apart: {apart}), {c['sampled']} "
+          "sampled,")
+    print(f"{c['processed']} encoded = {share:.3f} of prompt + sampled. Continue a prompt of your own:")
+    print('python model.py --model FOLDER --prompt "..." --temperature 0.7 --max-tokens 100')
     return 0
 
 
