@@ -72,10 +72,11 @@ class Config:
     chunk: int = 64               # questions worked together; results are saved after each chunk
     rows: int = 256               # solutions (steps, in a search) decoded at once
     # -- search (mcts_dpo)
-    simulations: int = 32         # K: of a tree; with --commit 1 before each commitment (paper: 5)
+    simulations: int = 1000       # K, at most: of a tree; with --commit 1 before each commitment (paper: 5)
     commit: int = 0               # 1: after K simulations the best child becomes the root, until an end; 0: all from the root
     root_width: int = 5           # b1: steps sampled at the root (paper: 5)
     width_below: int = 3          # b2: below it (paper: 3)
+    widen: int = 8                # draw b1 or b2 more steps at a node after each so many visits; 0: never (the paper)
     c_puct: float = 1.0           # exploration
     greedy_child: int = 0         # 1: the first step of each expansion is the argmax
     self_eval: str = "off"        # C(s) at the ends: off, logp (the sampler's own confidence) or judge (asks the model)
@@ -83,6 +84,7 @@ class Config:
     pair_nodes: str = "all"       # path: pairs along the committed path (the paper); all: at every node
     min_visits: int = 1           # of both sides of a pair
     gap: float = 0.25             # least difference of their Q
+    imitate: float = 0.75         # share of a round's steps that imitate the solutions found before DPO begins
     reference: str = "round"      # of mcts_dpo: the model the round started from, or the base
     save_seconds: float = 20.0    # how often an unfinished training is saved
     # -- learning
@@ -120,8 +122,8 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
               sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
               base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), numbers=(2, 5), simulations=(1, 10**6),
-              commit=(0, 1), root_width=(1, 256), width_below=(1, 256), c_puct=(0.0, 1000.0), greedy_child=(0, 1),
-              judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
+              commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6), c_puct=(0.0, 1000.0), greedy_child=(0, 1),
+              judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0), imitate=(0.0, 0.99),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
 CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
                recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo"), loss=("sigmoid", "ipo"),
@@ -769,7 +771,7 @@ def search_trees(run: Run, questions: list, forest: Forest, seeds: list, progres
         return [2.0 * forest.right[e] - 1.0 + x for e, x in zip(ends, extra)]
     proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
     return [], search(forest, proposer, evaluate, c.simulations, c=c.c_puct, to_terminal=True, commit=bool(c.commit),
-                      width=fixed_width(c.root_width, c.width_below), budget=c.budget)
+                      width=fixed_width(c.root_width, c.width_below, c.widen), budget=c.budget)
 
 
 def self_evaluate(run: Run, questions: list, forest: Forest, ends: list) -> list:
@@ -1005,7 +1007,8 @@ def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int, foun
                                                           if i not in run.model.stop_ids])
     write_lines(run.dir / f"pairs_{round_:02d}.jsonl", [
         dict(prompt=run.task.prompt(t.question) + t.forest.text(t.b, int(t.forest.parent[t.b, p.chosen[0]]), run.tokenizer),
-             chosen=text(t.forest, t.b, p.chosen), rejected=text(t.forest, t.b, p.rejected))
+             chosen=text(t.forest, t.b, p.chosen), rejected=text(t.forest, t.b, p.rejected),
+             tree=t.b, chosen_nodes=p.chosen, rejected_nodes=p.rejected)
         for t, pairs in zip(trees, made) for p in pairs])
     (reference or partial(store_reference, run.model))(rows)
     loss = preference_loss(run.c.beta, run.c.nll, run.c.loss, on_solutions=any(found))
@@ -1056,15 +1059,23 @@ def self_explore(run: Run, round_: int, trees: list) -> tuple:
 
 def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
     """MCTS-DPO (2405.00451): DPO on siblings of different Q, with NLL on the solutions found. On-policy: the trees were
-    grown with the latest weights, which are the reference, too (or the base: --reference base)."""
+    grown with the latest weights. --imitate of the steps are spent on the NLL alone, first and at its own learning
+    rate: at one rate for both, either DPO ruins the tiny model or it learns nothing from its solutions (README).
+    Reference: the model DPO starts from, or the base (--reference base)."""
     def against_base(rows):
-        """The base's log-probs as reference; then back to the model of the last round."""
+        """The base's log-probs as reference; then back to the weights of now."""
+        now = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         run.load(0)
         store_reference(run.model, rows)
-        run.load(round_ - 1)
+        load_weights(run.model, now)
+    found, first = [solutions(run, t) for t in trees], int(run.c.steps * run.c.imitate)
+    rows = [tree_row(t.forest, t.b, paths=leaves) for t, leaves in zip(trees, found) if leaves]
+    report = learn(run, round_, "imitate", rows, sft_loss, "sft", first)[0] if first else {}
     pairs = [sibling_pairs(run.c, t.forest, t.b, t.path) for t in trees]
-    return learn_pairs(run, round_, trees, pairs, run.c.steps, [solutions(run, t) for t in trees],
-                       against_base if run.c.reference == "base" else None)
+    second, state = learn_pairs(run, round_, trees, pairs, run.c.steps - first, found,
+                                against_base if run.c.reference == "base" else None)
+    second["tokens"] = second.get("tokens", 0) + report.get("tokens", 0)
+    return second, state
 
 
 RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo)   # HACK HERE: add your own

@@ -12,17 +12,21 @@ What is different here from the published systems
   1. A node holds token ids, never text that is encoded again: joint and piecewise encoding differ.
   2. Equal steps below one node are one node with a count, not siblings.
   3. Growing never encodes a token twice: the sampler keeps the keys and values of every node (model.py).
-  4. A whole pruned tree is trained on as one row (`Forest.pack`), not as a chosen and a rejected row per pair.
+  4. Search runs on all trees at once; none waits for another, and one mean backup serves all methods.
+  5. A whole pruned tree is trained on as one row (`pack`), not as a chosen and a rejected row per pair.
 
-Chapters: 1 Forest   2 Growing   3 Packing   4 Drawing   5 Demo
-Try:  python mcts.py        (a tree of five solutions, drawn, and one pair of its branches packed; 1 second)
+Chapters: 1 Forest   2 Growing   3 Search   4 Packing   5 Drawing   6 Program
+Try:  python mcts.py                                          (searches a toy game and draws the tree; 2 seconds)
+      python mcts.py --show RUN/trees_01.jsonl --question 3 --html tree.html      (any saved tree)
 """
 import argparse
 import json
 import math
 import sys
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from string import Template
 
 import numpy as np
 
@@ -228,9 +232,11 @@ def count_prior(forest: Forest, b: int, kids: list) -> list:
     return (counts / counts.sum()).tolist()
 
 
-def fixed_width(root: int, below: int):
-    """How many steps to sample at a node: MCTS-DPO's b1 = 5 at the root, b2 = 3 below."""
-    return lambda forest, b, n: root if n == 0 else below
+def fixed_width(root: int, below: int, every: int = 0):
+    """How many steps a node should have drawn by now: MCTS-DPO's b1 = 5 at the root, b2 = 3 below. every > 0: as many
+    again after each so many visits (progressive widening). Without it a sure-footed policy's tree is soon exhausted:
+    simulations go round and round in ends that are known already, and the token budget is not spent."""
+    return lambda forest, b, n: (below if n else root) * (1 + (int(forest.visits[b, n]) // every if every else 0))
 
 
 def select(forest: Forest, trees, nodes, score, c: float):
@@ -250,10 +256,11 @@ def select(forest: Forest, trees, nodes, score, c: float):
     return kids[np.arange(len(kids)), scores.argmax(1)]
 
 
-def descend(forest: Forest, trees, nodes, score, c: float):
-    """Follow `select` to a node without children: an end, or one that is not expanded yet. (R,) -> (R,)."""
+def descend(forest: Forest, trees, nodes, score, c: float, width):
+    """Follow `select` to an end, or to a node that has drawn fewer steps than its width. (R,) -> (R,)."""
     nodes = nodes.copy()
-    inner = lambda: np.array([bool(forest.children[b][n]) for b, n in zip(trees, nodes)])
+    inner = lambda: np.array([bool(forest.children[b][n]) and forest.drawn[b, n] >= width(forest, b, n)
+                              for b, n in zip(trees, nodes)])
     while (go := inner()).any():
         nodes[go] = select(forest, trees[go], nodes[go], score, c)
     return nodes
@@ -297,8 +304,10 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
     [(tree, node)]) -> returns, asked once per node. A simulation ends at a terminal, or (to_terminal False) at a node
     it visits for the first time; to_terminal True expands on and on: growing the tree is the simulation (MCTS-DPO).
     commit: after `simulations` at the root its best child becomes the root and keeps its subtree, until a terminal
-    (AlphaZero style); else all are done from the first root. budget: sampled tokens of a tree; no simulation begins
-    after it is spent. A tree never waits for another, and its result does not depend on the others.
+    (AlphaZero style); else all are done from the first root. width(forest, tree, node): steps a node should have drawn
+    by now; a simulation that comes by asks for what is missing. budget: sampled tokens of a tree; no simulation begins
+    that would, at twice the mean cost so far, exceed it. A tree never waits for another, and its result does not
+    depend on the others.
 
     Four simulations by hand, evaluated at birth, c = 1; root r, children a (P .6) and b (P .4):
         1  r expanded; a (P): returns 1           N r1 a1      Q r 1    a 1
@@ -311,12 +320,13 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
     def finished(b):
         """Count a simulation of tree b; commit when it is time. True: the tree is done."""
         done[b] += 1
-        if done[b] < simulations and spent[b] < budget:
+        rich = spent[b] * (1 + 2 / forest.visits[b, 0]) <= budget       # costs vary: reserve twice the mean
+        if done[b] < simulations and rich:
             return False
         while (kid := best_child(forest, b, roots[b])) is not None:
             paths[b].append(kid)
             roots[b], done[b] = kid, 0
-            if commit and spent[b] < budget and not forest.terminal[b, kid]:
+            if commit and rich and not forest.terminal[b, kid]:
                 return False
         return True
 
@@ -327,9 +337,10 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
                 spent[b] += sum(len(found.ids) for found in candidates)
                 ready[b], asked = n, asked - 1
         trees, nodes = np.array([*ready]), np.array([*ready.values()])
-        nodes = descend(forest, trees, nodes, select, c)                # 2) go down
+        nodes = descend(forest, trees, nodes, select, c, width)         # 2) go down
         ends = forest.terminal[trees, nodes] | ((nodes > 0) & (forest.visits[trees, nodes] == 0) & (not to_terminal))
-        wants = [(b, n, width(forest, b, n)) for b, n in zip(trees[~ends].tolist(), nodes[~ends].tolist())]
+        wants = [(b, n, width(forest, b, n) - int(forest.drawn[b, n]))
+                 for b, n in zip(trees[~ends].tolist(), nodes[~ends].tolist())]
         proposer.submit(wants)                                          # 3) ask for steps, or
         asked, trees, nodes = asked + len(wants), trees[ends], nodes[ends]
         new = [(b, n) for b, n in zip(trees.tolist(), nodes.tolist()) if np.isnan(forest.score[b, n])]
@@ -349,6 +360,8 @@ class Direct:
     def submit(self, wants: list) -> None:
         """Take note of [(tree, node, how many)]."""
         self.asked += wants
+        for b, n, count in wants:
+            self.forest.drawn[b, n] += count
 
     def poll(self) -> list:
         """Answer all that was asked."""
@@ -430,7 +443,7 @@ def pack(forest: Forest, b: int, nodes) -> Packed:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5 · Drawing: one tree in the terminal
+# 5 · Drawing: one tree in the terminal, or as a page for the browser
 # ----------------------------------------------------------------------------------------------------------
 def step_text(forest: Forest, b: int, n: int, tokenizer: Tokenizer, stop_ids=()) -> str:
     """The text of one node's step on one line."""
@@ -475,6 +488,63 @@ def draw(forest: Forest, b: int, tokenizer: Tokenizer, pits=(), stop_ids=(), wid
         todo += [(c, stem, "`- " if c == kids[-1] else "+- ") for c in kids][::-1]
     hidden = int(forest.size[b]) - len(shown)
     return "\n".join(lines + [f"... and {hidden} more nodes"] * (hidden > 0))
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>$title</title>
+<style>
+  :root { color-scheme: light dark } body { font: 14px/1.5 system-ui, sans-serif; margin: 2em }
+  .step { font-family: ui-monospace, monospace; white-space: pre; padding: 0 .4em; border-radius: 4px }
+  details, .end { margin-left: 1.6em; border-left: 1px solid #8884; padding-left: .3em }
+  details.root { margin-left: 0; border: 0 } .end { padding-left: 1.4em } summary { cursor: pointer }
+  small { color: #888; margin-left: .6em } .chosen > summary .step, .chosen > .step { font-weight: 700 }
+  .mark { border: 1px solid #8888; border-radius: 4px; padding: 0 .3em; margin-left: .4em; font-size: 12px }
+  .RIGHT { color: #06c } .wrong, .pit { color: #c50 } button { margin-right: .5em }
+</style>
+<h1>$title</h1>
+<p><button onclick="fold(() => true)">unfold all</button><button onclick="fold(d => d.matches('.root'))">fold all</button>
+<button onclick="fold(d => d.matches('.chosen'))">chosen path</button>
+<span class="step" style="background: rgba(230, 110, 0, .6)">Q -1</span>
+<span class="step" style="background: rgba(0, 110, 230, .6)">Q +1</span>
+N simulations, Q mean return, P prior, x samples; bold: the path the search chose; +1 / -1: sides of preference pair 1.
+Hover over a step for the whole path.</p>
+$tree
+<script>
+  const fold = open => document.querySelectorAll('details').forEach(d => d.open = open(d));
+</script>
+</html>
+""")
+
+
+def page(forest: Forest, b: int, tokenizer: Tokenizer, title: str, pits=(), pairs=(), stop_ids=(), chosen=()) -> str:
+    """The tree as one HTML file that needs nothing else: a branch folds at a click, the colour is Q (blue good, orange
+    bad; and written out), hovering shows the whole path. pairs: [(chosen nodes, rejected nodes)]. Folded at first:
+    what lies off the chosen path, when the tree is large. All text is escaped: a model may write anything."""
+    right, out, todo = forest.below(b), [], [0]
+    sides = [(n, f"{sign}{i}") for i, pair in enumerate(pairs, 1) for sign, side in zip("+-", pair) for n in side]
+    while todo:                                         # not recursive: a path may have 1,000 steps
+        n = todo.pop()
+        if n < 0:
+            out.append("</details>")
+            continue
+        said = note(forest, b, n, right[n]).split("  ")
+        marks = said[1:] + [mark for m, mark in sides if m == n] + ["first pit"] * (n in pits)
+        q = forest.value_sum[b, n] / max(1, forest.visits[b, n])
+        colour = f"rgba({'0, 110, 230' if q > 0 else '230, 110, 0'}, {min(1, abs(q)) * .6:.2f})"
+        whole = forest.text(b, n, tokenizer, stop_ids) if n else ""
+        text = escape(step_text(forest, b, n, tokenizer, stop_ids))
+        line = (f'<span class="step" style="background: {colour}" title="{escape(whole)}">{text}</span>'
+                f"<small>{escape(said[0])}</small>" + "".join(
+                    f'<span class="mark {escape(m.split()[-1])}">{escape(m)}</span>' for m in marks))
+        kind = "root" * (n == 0) + " chosen" * (n in chosen)
+        kids = sorted(forest.children[b][n], key=lambda k: (-forest.visits[b, k], -forest.count[b, k], k))
+        if kids:
+            shown = " open" if n == 0 or n in chosen or forest.size[b] <= 200 else ""
+            out.append(f'<details class="{kind}"{shown}><summary>{line}</summary>')
+            todo += [-1] + kids[::-1]
+        else:
+            out.append(f'<div class="end {kind}">{line}</div>')
+    return PAGE.substitute(title=escape(title), tree="\n".join(out))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -538,7 +608,11 @@ def show(file: Path, question: int, html: str, limit: int) -> None:
     stop_ids = {*tokenizer.eos_ids, *(stop_ids if isinstance(stop_ids, list) else [stop_ids])}
     pits, path = {p["node"] for p in row.get("pits", []) if p["node"]}, row.get("path", [])
     if html:
-        write_text(html, page(forest, tokenizer, stop_ids, row, pits, path))
+        made = file.with_name(file.name.replace("trees", "pairs"))
+        pairs = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()] if made.exists() else []
+        pairs = [(p["chosen_nodes"], p["rejected_nodes"]) for p in pairs if p["tree"] == question]
+        title = f"{row['question']}  (answer {row.get('answer')})"
+        write_text(html, page(forest, 0, tokenizer, title, pits, pairs, stop_ids, path))
         print(f"written: {html}")
     else:
         print(draw(forest, 0, tokenizer, pits, stop_ids, limit=limit, chosen=path))

@@ -1,4 +1,4 @@
-"""The first pit: tables, every short list, and label_pits on games whose truth is known by brute force.
+"""The first pit and self-evaluation: tables, every short list, and label_pits on games whose truth is known by brute force.
 
 Oracles: successes written by hand, all monotone (and all) lists up to length 9, and games so small that
 "does any right end lie below this prefix" is answered by visiting every end. The grader has its own tests
@@ -9,11 +9,15 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from critic import Pit, first_pit, label_pits, next_probe  # noqa: E402
-from mcts import Forest  # noqa: E402
+from critic import JUDGE, REFERENCE, Pit, auc, confidence, first_pit, label_pits, next_probe  # noqa: E402
+from critic import self_evaluation  # noqa: E402
+from mcts import Forest, grow, plant  # noqa: E402
+from model import GPT, GPTConfig, Request, Sampler, Tokenizer  # noqa: E402
 
 SEARCHES = ("linear", "bisect")
 
@@ -301,3 +305,66 @@ def test_rates_along_a_solution():
         for step, rate in enumerate(rates):
             count = sum(pit.step == step for pit in pits)
             assert abs(count - N * rate) <= 4 * math.sqrt(N * rate * (1 - rate)), (search, step)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Self-evaluation
+# ----------------------------------------------------------------------------------------------------------
+def test_auc():
+    """Equals the share of won pairs (ties half) on 300 random lists; one kind alone has none."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scores, labels = rng.integers(0, 5, 12) / 4, rng.integers(0, 2, 12)
+        pairs = [(s > t) + (s == t) / 2 for s, a in zip(scores, labels) for t, b in zip(scores, labels) if a > b]
+        want = float(np.mean(pairs)) if pairs else None
+        assert auc(scores, labels) == (want if want is None else pytest.approx(want))
+    assert auc([.9, .4, .4, .1], [1, 1, 0, 0]) == .875 and auc([1, 2], [1, 1]) is None and auc([], []) is None
+
+
+@pytest.mark.parametrize("shown", (None, ["7+1=8", "the answer"]))
+def test_self_evaluation_is_a_plain_forward(shown):
+    """C(s) equals the softmax over the two letters of a plain forward of question + solution + judging question, mean
+    over both orders of the options; the prefix is not encoded again; rows that are being decoded go on unharmed; a
+    question that does not fit any more gives .5."""
+    tokenizer = Tokenizer.bytes_only()
+    model = GPT(GPTConfig.tiny(tokenizer.n_ids, 32, 2)).initialise(3).bind(tokenizer)
+    for p in model.parameters():
+        p.data *= 1.5                                                   # else every judgement is .5
+    sampler, forest = Sampler(model, tokenizer, 64, rows=4), Forest(2)
+    for b, text in enumerate(("7+1?", "9*2?")):
+        plant(forest, b, sampler, tokenizer.encode(text))
+    leaves = grow(forest, sampler, [(0, 0, 2), (1, 0, 1)], [1, 2], 12)
+    tickets = sampler.submit([Request(forest.path_of(0, 0, "slots"), 5, 20)] * 4)
+    for _ in range(3):
+        sampler.step()
+    wants = [(0, leaves[0][0]), (0, leaves[0][1]), (1, leaves[1][0]), (1, 0)]
+    found = self_evaluation(forest, wants, sampler, shown)
+    for (b, n), c in zip(wants, found):
+        ids = [int(i) for i in forest.path_of(b, n, "ids")]
+        ids, both = ids[:-1] if ids[-1] in model.stop_ids else ids, []
+        for options in (("incorrect", "correct"), ("correct", "incorrect")):
+            text = (REFERENCE.format(shown[b]) if shown else "") + JUDGE.format(*options)
+            with torch.no_grad():
+                logits = model.token_logits(model(torch.tensor([ids + tokenizer.encode(text)]))[0, -1])
+            share = torch.softmax(logits[[65, 66]], 0)
+            both.append(share[options.index("correct")].item())
+        assert c == pytest.approx(sum(both) / 2, abs=1e-5) and 0 < c < 1
+    assert len({round(c, 4) for c in found}) > 1
+    counts = sampler.counts
+    assert counts["processed"] <= counts["prompt"] + counts["sampled"]
+    rest = {}
+    while len(rest) < 4:
+        rest |= sampler.step()
+    alone = Sampler(model, tokenizer, 64)
+    want, = alone.extend([Request(alone.prompt(tokenizer.encode("7+1?")), 5, 20)])
+    assert all(rest[t].ids.tolist() == want.ids.tolist() for t in tickets)
+    object.__setattr__(model.config, "max_positions", 40)
+    assert self_evaluation(forest, wants[:1], sampler) == [.5]
+
+
+def test_confidence():
+    """exp of the mean log-prob along a solution; a root has nothing to doubt."""
+    forest = Forest(1)
+    forest.add(0, -1, [1])
+    n = forest.add(0, forest.add(0, 0, [2, 3], [-1.0, -2.0]), [4], [-3.0])
+    assert confidence(forest, [(0, n), (0, 0)]) == pytest.approx([math.exp(-2), 1.0])

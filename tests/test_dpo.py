@@ -214,8 +214,25 @@ def test_preference_loss_is_that_of_plain_rows(kind):
     assert weight == 12 and total.item() == pytest.approx(want.item(), rel=1e-5)
     assert_near(packed, gradients(model, want), 1e-5)
     assert list(stats) == ["dpo", "margin", "preference_accuracy", "chosen_shift", "chosen_length",
-                           "rejected_shift", "rejected_length"]
+                           "rejected_shift", "rejected_length", "pairs"] and stats.pop("pairs") == 12
     assert list(stats.values()) == pytest.approx(np.sum(seen, 0).tolist(), rel=1e-5)
+
+
+def test_loss_on_solutions_is_that_of_plain_rows():
+    """With on_solutions: DPO of the pairs + nll * mean NLL per token of each imitated solution, whatever its length;
+    rows without pairs count too; statistics are those of the pairs alone."""
+    model, nll, leaves = tiny(), 0.7, (3, 5, 7)
+    forest, rows = rows_of(range(3))
+    mixed = [tree_row(forest, b, row.pairs if b else (), leaves, each=True) for b, row in enumerate(rows)]
+    total, weight, stats = preference_loss(0.3, nll, on_solutions=True)(model, collate(mixed, "cpu"))
+    pairs = sum(len(r.pairs) for r in rows[1:])
+    alone, number, same = preference_loss(0.3, 0.0)(model, collate(rows[1:], "cpu"))
+    sides = [side(model, forest, b, forest.path(b, n)[1:]) for b in range(3) for n in leaves]
+    want = alone - nll * sum(x / size for x, size in sides)
+    assert weight == pairs + 9 and number == pairs and total.item() == pytest.approx(want.item(), rel=1e-5)
+    assert {k: v for k, v in stats.items()} == pytest.approx(same, rel=1e-4, abs=1e-5)
+    packed = gradients(model, total)
+    assert_near(packed, gradients(model, want), 1e-5)
 
 
 def test_sft_loss_is_that_of_plain_rows():

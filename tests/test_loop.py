@@ -81,8 +81,8 @@ def test_truth_of_students():
     ruined = 0
     for _ in range(500):
         q = next(stream)
-        assert careful.first_false_step(q, careful.solve_carelessly(parse(q.text), rng)) is None
-        text = careless.solve_carelessly(parse(q.text), rng)
+        assert careful.first_false_step(q, careful.solve(q, rng)) is None
+        text = careless.solve(q, rng)
         found = careless.first_false_step(q, text)
         rests = [parse(line.split(" : ")[1]) for line in text.split("\n")[:-1]]
         wrong = [i for i, rest in enumerate(rests) if value(rest, bounded=False) != int(q.answer)]
@@ -156,6 +156,72 @@ def test_pit_and_outcome_pairs():
     assert len(loop.outcome_pairs(f, 0)) == 2
 
 
+def test_sibling_pairs():
+    """The pairs of a tree by hand: best against worst visited child, gap and least visits honoured, smoothing
+    N_l / (N_w + N_l), none at .5 and beyond, along the path or at every node."""
+    f, a, b, c, d, good, bad, worse, long_ = hand_forest()
+    for n, visits, q in ((0, 10, .2), (a, 7, .5), (d, 3, -1), (b, 5, 1), (c, 2, -.75), (good, 4, 1), (long_, 1, 1), (bad, 2, -.75),
+                         (worse, 3, -1)):
+        f.visits[0, n], f.value_sum[0, n] = visits, visits * q
+    made = lambda **k: [(p.chosen, p.rejected, p.smoothing) for p in
+                        loop.sibling_pairs(Config(**{"gap": 0.25} | k), f, 0, [0, d, worse])]
+    assert made() == [([a], [d], .3), ([b], [c], 2 / 7)]
+    assert made(pair_nodes="path") == [([a], [d], .3)]
+    assert made(gap=1.6) == [([b], [c], 2 / 7)] and made(min_visits=3) == [([a], [d], .3)]
+    f.visits[0, c] = 5
+    f.value_sum[0, c] = -5
+    assert made() == [([a], [d], .3)]                                   # smoothing .5: no direction
+
+
+def test_countdown():
+    """Rewards and first false steps against brute force written again: 300 random plays and 300 damaged ones; a bare
+    answer earns nothing; held-out questions are not trained on in any order of their numbers."""
+    task, rng = loop.Countdown(Config(task="countdown", questions=300, eval_questions=200)), random.Random(2)
+
+    def legal(numbers, target, text):
+        """Replay a solution with a multiset."""
+        pool, lines = sorted(numbers), text.split("\n")
+        for line in lines[:-1]:
+            m = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+) : (\d+(?: \d+)*)", line)
+            if not m or not 0 <= calculate(int(m[1]), m[2], int(m[3])) == int(m[4]) <= 99:
+                return False
+            for used in (int(m[1]), int(m[3])):
+                if used not in pool:
+                    return False
+                pool.remove(used)
+            pool = sorted(pool + [int(m[4])])
+            if pool != sorted(map(int, m[5].split())):
+                return False
+        return lines[-1] == f"#### {target}" and pool == [target]
+    solved = 0
+    for i in range(600):
+        q = task.draw(rng)
+        text = task.solve(q, rng)
+        if i % 2:
+            k = rng.randrange(len(text))
+            text = text[:k] + rng.choice("0123456789 +") + text[k + 1:]
+        want = legal(task.numbers(q.text), int(q.answer), text)
+        # one spelling of what is left is asked for: so a reward is a legal solution, and an untouched one is both
+        assert task.reward(q.text, text, q.answer) <= want and (i % 2 or task.reward(q.text, text, q.answer) == want)
+        assert (task.first_false_step(q, text) is None) == task.reward(q.text, text, q.answer)
+        solved += want
+        assert task.reaches(task.numbers(q.text), int(q.answer))        # every question can be solved
+    assert 5 < solved < 200
+    q = Question("10 12 9 -> 7", "7", 2)
+    assert task.reward(q.text, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7", "7") and not task.reward(q.text, "#### 7", "7")
+    assert task.first_false_step(q, "12-10=2 : 9 2\n9*2=18 : 18\n#### 18") == 1
+    assert task.first_false_step(q, "10+12=22 : 9 22\n22-9=13 : 13\n#### 13") == 0
+    assert not task.reaches((9, 22), 7) and task.reaches((2, 9), 7)
+    held = {task.key(q) for q in task.eval_questions()}
+    assert len(held) > 100 and not held & {task.key(q) for q in task.train_questions(1)}
+
+
+def test_too_few_questions():
+    """A task that has not so many different questions says so instead of searching for ever."""
+    with pytest.raises(loop.BadInput, match="different questions"):
+        loop.Countdown(Config(task="countdown", numbers=2, eval_questions=5000)).eval_questions()
+
+
 def test_calculations_make_distinct():
     """Other words with the same calculations are the same solution; other calculations are another."""
     same = loop.calculations("She has 3 + 4 = 7 apples.\n#### 7"), loop.calculations("So 3+4=7 in all.\n#### 7")
@@ -189,7 +255,7 @@ def test_run_leaves_what_it_says(smoke):
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert all((run / f"round_{k}" / name).exists() for k in range(3))
     pairs = [json.loads(line) for line in (run / "pairs_01.jsonl").read_text().splitlines()]
-    assert all(set(p) == {"prompt", "chosen", "rejected"} for p in pairs)
+    assert all(set(p) == {"prompt", "chosen", "rejected", "tree", "chosen_nodes", "rejected_nodes"} for p in pairs)
     assert "round 2   accuracy" in out and "Ask it:" in out
 
 
@@ -233,19 +299,26 @@ def test_interrupt_says_how_to_go_on(tmp_path):
 
 
 def test_compare_and_other_recipes(smoke):
-    """--compare runs sft, rft and outcome_dpo on the cached base and prints one row each; called again it prints
-    the same table. rft and outcome_dpo spend the budget on samples, sft samples none."""
+    """--compare runs sft, rft, outcome_dpo and mcts_dpo on the cached base and prints one row each; called again it
+    prints the same table. All but sft, which samples none, spend the budget; the trees of mcts_dpo can be shown."""
     folder, _ = smoke
-    command = ("loop.py", *SMOKE, "--compare", "sft,rft,outcome_dpo", "--seeds", 1, "--out", "runs/c",
+    names = ["sft", "rft", "outcome_dpo", "mcts_dpo"]
+    command = ("loop.py", *SMOKE, "--compare", ",".join(names), "--seeds", 1, "--out", "runs/c",
                "--base", next((folder / "runs").glob("base_*")))
     first, second = (program(*command, cwd=folder) for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr[-2000:]
-    first, second = ([line for line in done.stdout.splitlines() if re.match(r"\| (sft|rft|outcome_dpo) \|", line)]
+    first, second = ([line for line in done.stdout.splitlines() if re.match(r"\| (sft|rft|outcome_dpo|mcts_dpo) \|", line)]
                      for done in (first, second))
-    assert [row.split(" | ")[0][2:] for row in first] == ["sft", "rft", "outcome_dpo"] and first == second
-    rows = {n: json.loads((folder / f"runs/c/{n}_seed0/log.jsonl").read_text().splitlines()[-1]) for n in ("sft", "rft", "outcome_dpo")}
+    assert [row.split(" | ")[0][2:] for row in first] == names and first == second
+    rows = {n: json.loads((folder / f"runs/c/{n}_seed0/log.jsonl").read_text().splitlines()[-1]) for n in names}
     assert rows["sft"]["sampled_tokens"] == 0 and rows["rft"]["sampled_tokens"] == rows["outcome_dpo"]["sampled_tokens"]
-    assert 0.7 * 16 * 300 < rows["rft"]["sampled_tokens"] < 1.3 * 16 * 300
+    for name in names[1:]:
+        assert 0.7 * 16 * 300 < rows[name]["sampled_tokens"] < 1.3 * 16 * 300
+        assert rows[name]["processed_tokens"] <= rows[name]["prompt_tokens"] + rows[name]["sampled_tokens"]
+    assert rows["mcts_dpo"]["simulations"] > 1 and rows["mcts_dpo"]["committed_right"] is not None
+    trees = [json.loads(line) for line in (folder / "runs/c/mcts_dpo_seed0/trees_01.jsonl").read_text().splitlines()]
+    assert all(sum(t["tree"]["visits"][n] for n, p in enumerate(t["tree"]["parent"]) if p == 0) == t["tree"]["visits"][0]
+               and t["path"][0] == 0 and t["tree"]["terminal"][t["path"][-1]] for t in trees)
 
 
 def questions_file(path: Path, count: int = 16) -> Path:
@@ -273,7 +346,7 @@ def test_open_weights_and_real_questions(smoke, tmp_path):
 
 def test_every_file_shows_its_idea(tmp_path):
     """Each file runs by itself in seconds and prints what its docstring promises."""
-    for name, words in (("model.py", "encoded"), ("mcts.py", "FIRST PIT"), ("critic.py", "first pit: step 1"), ("dpo.py", "margin")):
+    for name, words in (("model.py", "encoded"), ("mcts.py", "after 64 simulations"), ("critic.py", "first pit: step 1"), ("dpo.py", "margin")):
         done = program(name, cwd=tmp_path)
         assert done.returncode == 0 and words in done.stdout, done.stderr[-1000:]
 

@@ -9,6 +9,7 @@ import math
 import random
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mcts  # noqa: E402
 from mcts import Direct, Forest, Steps, backup, best_child, count_prior, draw, fixed_width, grow, length_prior  # noqa: E402
-from mcts import plant, puct, search, select, uct  # noqa: E402
+from mcts import page, plant, puct, search, select, uct  # noqa: E402
 from model import BadInput, Continuation, Sampler, Tokenizer, mix, write_text  # noqa: E402
 from test_mcts import LETTERS, PROMPTS, Plain, assert_sound  # noqa: E402
 from test_model import language_model  # noqa: E402
@@ -203,18 +204,18 @@ def test_batch_equals_alone():
 
 
 def test_budget():
-    """No simulation begins once a tree's sampled tokens reach the budget; the rest of the path is committed as it is."""
-    free, _ = play([Game(3)], 50)
-    for budget in (1, 20, 60):
-        forest, paths = play([Game(3)], 50, budget=budget)
-        tokens = sum(len(forest.ids[0][n]) * forest.count[0, n] for n in range(1, int(forest.size[0])))
-        before = forest.visits[0, 0]
-        assert before < 50 and tokens >= budget
-        if before > 1:
-            shorter, _ = play([Game(3)], int(before) - 1)
-            assert sum(len(shorter.ids[0][n]) * shorter.count[0, n] for n in range(1, int(shorter.size[0]))) < budget
+    """A simulation begins only while what was sampled plus twice the mean cost so far fits the budget; then the rest
+    of the path is committed as it is. More budget never means fewer simulations."""
+    tokens = lambda f: sum(len(f.ids[0][n]) * int(f.count[0, n]) for n in range(1, int(f.size[0])))
+    done = []
+    for budget in (1, 8, 14, 20, 10 ** 6):
+        forest, paths = play([Game(3)], 50, budget=budget, width=fixed_width(2, 2))
+        n = int(forest.visits[0, 0])
+        fits = lambda k: tokens(play([Game(3)], k, width=fixed_width(2, 2))[0]) * (1 + 2 / k) <= budget
+        assert n == next((k for k in range(1, 50) if not fits(k)), 50)
         assert len(paths[0]) >= 2 and best_child(forest, 0, paths[0][-1]) is None
-    assert free.visits[0, 0] == 50
+        done.append(n)
+    assert done == sorted(done) and done[0] == 1 and done[-1] == 50 and len({*done}) >= 4
 
 
 def test_choice_by_hand():
@@ -274,6 +275,21 @@ def test_known_values():
         assert path_in(forest, 0, paths[0][-1]) in wins and forest.value_sum[0, 0] / forest.visits[0, 0] > 0.5
         visits = forest.visits[0, forest.children[0][0]]
         assert visits[lost] < 40 and visits.argmax() != lost
+
+
+def test_widening():
+    """With `every`, a node has drawn b1 or b2 steps for each begun `every` visits; without, once for all. Numbers of
+    samples go on where they stopped, so repeats merge into the children that are there."""
+    forest, _ = play([Game(s, depth=3) for s in range(10)], 60, to_terminal=True, width=fixed_width(4, 2, every=8))
+    narrow, _ = play([Game(s, depth=3) for s in range(10)], 60, to_terminal=True, width=fixed_width(4, 2))
+    for b in range(10):
+        for f, every in ((forest, 8), (narrow, 10 ** 9)):
+            for n in range(int(f.size[b])):
+                kids, N = f.children[b][n], int(f.visits[b, n])
+                if kids:
+                    # a visit that is under way when the last one was counted may have widened the node already
+                    assert f.drawn[b, n] == f.count[b, kids].sum() == (4 if n == 0 else 2) * (1 + (N - 1) // every)
+    assert forest.drawn.sum() > 2 * narrow.drawn.sum()
 
 
 def test_no_candidate_is_an_error():
@@ -347,11 +363,63 @@ def test_saved_trees_can_be_shown(tmp_path):
     shown = run("--question", "1")
     assert shown.returncode == 0 and shown.stdout == draw(again, 1, tokenizer, chosen=[0, 1]) + "\n"
     assert " N 20 Q " in shown.stdout and " P " in shown.stdout and "<- chosen" in shown.stdout
+    write_text(tmp_path / "pairs_01.jsonl", "".join(json.dumps(dict(tree=t, chosen_nodes=[1], rejected_nodes=[2])) + "\n"
+                                                    for t in (2, 2, 0)))
     page = run("--question", "2", "--html", str(tmp_path / "tree.html"))
     assert page.returncode == 0 and "<html" in (tmp_path / "tree.html").read_text(encoding="utf-8")
+    assert (tmp_path / "tree.html").read_text(encoding="utf-8").count(">+2</span>") == 1        # two pairs of this tree
     assert run("--question", "9").returncode == 2 and "0 to 2" in run("--question", "9").stderr
     write_text(tmp_path / "trees_01.jsonl", "{\n")
     assert run().returncode == 2 and "Traceback" not in run().stderr
+
+
+class Outline(HTMLParser):
+    """What a browser would make of a page: texts of the steps, titles, nesting, scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.steps, self.titles, self.stack, self.scripts, self.deepest = [], [], [], 0, 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.scripts += tag == "script"
+        assert not {"src", "href"} & attributes.keys()
+        if tag not in ("meta",):
+            self.stack.append((tag, attributes.get("class", "")))
+        self.deepest = max(self.deepest, sum(t == "details" for t, _ in self.stack))
+        if attributes.get("class") == "step" and "title" in attributes:
+            self.titles.append(attributes["title"])
+            self.steps.append("")
+
+    def handle_endtag(self, tag):
+        while self.stack and self.stack.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] == ("span", "step") and self.steps:
+            self.steps[-1] += data
+
+
+def test_page_is_safe_and_whole():
+    """Every node is on the page, nested as in the tree, with its path's text; texts that try to be HTML stay text;
+    nothing is loaded from anywhere."""
+    forest, evil = Forest(1), ["</script><script>alert(1)</script>", "<img src=x onerror=y>", "&lt;\"'", "a\tb\n"]
+    write = lambda text: [ord(c) for c in text]
+    n = forest.add(0, -1, write("<b>?"))
+    for text in evil:
+        n = forest.add(0, n, write(text), end="eos" if text == evil[-1] else "")
+        forest.add(0, 0, write(text + "2"))
+    forest.visits[0, 0] = 3
+    text = page(forest, 0, Plain(), "<title> & co", pits={1}, pairs=[([1], [2])], chosen=[0, 1])
+    seen = Outline(text)
+    assert sorted(seen.steps) == sorted(mcts.step_text(forest, 0, k, Plain()) for k in range(int(forest.size[0])))
+    assert "".join(evil) in seen.titles and seen.scripts == 1 and seen.deepest == 4 and "http" not in text
+    assert "&lt;title&gt; &amp; co" in text and text.count(">+1</span>") == text.count(">-1</span>") == 1
+    long = Forest(1)
+    for _ in range(1500):
+        n = long.add(0, int(long.size[0]) - 1, [65])
+    assert len(Outline(page(long, 0, Plain(), "long")).steps) == 1500 and draw(long, 0, Plain())
 
 
 def test_damaged_search_arrays():
