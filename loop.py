@@ -84,7 +84,7 @@ class Config:
     pair_nodes: str = "all"       # path: pairs along the committed path (the paper); all: at every node
     min_visits: int = 1           # of both sides of a pair
     gap: float = 0.25             # least difference of their Q
-    imitate: float = 0.75         # share of a round's steps that imitate the solutions found before DPO begins
+    imitate: float = 0.75         # share of round 1's steps that imitate the solutions found before DPO begins
     reference: str = "round"      # of mcts_dpo: the model the round started from, or the base
     save_seconds: float = 20.0    # how often an unfinished training is saved
     # -- learning
@@ -378,21 +378,6 @@ class Countdown(Builtin):
             if numbers is None:
                 return False
         return len(numbers) == 1 and lines[-1] == f"#### {answer}" and str(numbers[0]) == answer
-
-    def reaches(self, numbers: tuple, target: int) -> bool:
-        """Brute force: can the target still be made? The exact value of a state, for tests and pit labels."""
-        if len(numbers) == 1:
-            return numbers[0] == target
-        return any(self.reaches(left, target) for left in {tuple(sorted(left)) for _, left in self.moves(numbers)})
-
-    def first_false_step(self, question: Question, text: str) -> int | None:
-        """Index of the first line that is illegal or after which the target is out of reach; None: all are good."""
-        numbers, lines = self.numbers(question.text), text.split("\n")
-        for i, line in enumerate(lines[:-1]):
-            numbers = dict(self.moves(numbers)).get(line + "\n")
-            if numbers is None or not self.reaches(numbers, int(question.answer)):
-                return i
-        return None if self.reward(question.text, text, question.answer) else len(lines) - 1
 
 
 TASKS = dict(homework=Homework, countdown=Countdown)
@@ -829,7 +814,7 @@ def sampling_report(run: Run, trees: list) -> dict:
     right, wrong = (sum(int(t.forest.below(t.b, r)[0]) for t in trees) for r in (1, 0))
     answers = [len({extract_answer(text(t, n)) for n in t.forest.leaves(t.b)}) for t in trees]
     true = [run.task.first_false_step(t.question, text(t, p["leaf"])) == p["step"] for t, p in found] \
-        if isinstance(run.task, Builtin) else []
+        if isinstance(run.task, Homework) else []
     forest = trees[0].forest
     ends = [(t.b, n) for t in trees for n in forest.leaves(t.b) if forest.visits[t.b, n]]
     scores = [forest.score[e] - (2.0 * forest.right[e] - 1.0) for e in ends]            # C alone
@@ -1059,8 +1044,8 @@ def self_explore(run: Run, round_: int, trees: list) -> tuple:
 
 def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
     """MCTS-DPO (2405.00451): DPO on siblings of different Q, with NLL on the solutions found. On-policy: the trees were
-    grown with the latest weights. --imitate of the steps are spent on the NLL alone, first and at its own learning
-    rate: at one rate for both, either DPO ruins the tiny model or it learns nothing from its solutions (README).
+    grown with the latest weights. In round 1 --imitate of the steps are spent on the NLL alone, first and at its own
+    learning rate: at one rate for both, either DPO ruins the tiny model or it learns nothing from its solutions.
     Reference: the model DPO starts from, or the base (--reference base)."""
     def against_base(rows):
         """The base's log-probs as reference; then back to the weights of now."""
@@ -1068,7 +1053,7 @@ def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
         run.load(0)
         store_reference(run.model, rows)
         load_weights(run.model, now)
-    found, first = [solutions(run, t) for t in trees], int(run.c.steps * run.c.imitate)
+    found, first = [solutions(run, t) for t in trees], int(run.c.steps * run.c.imitate) * (round_ == 1)
     rows = [tree_row(t.forest, t.b, paths=leaves) for t, leaves in zip(trees, found) if leaves]
     report = learn(run, round_, "imitate", rows, sft_loss, "sft", first)[0] if first else {}
     pairs = [sibling_pairs(run.c, t.forest, t.b, t.path) for t in trees]

@@ -1,8 +1,10 @@
 """Speeds, each beside what it is compared with, measured in one run on one thread; the last line is one JSON object.
 
-    python tests/bench.py            about a minute
+    python tests/bench.py            about two minutes
 
 sampling: continuing pit prefixes from the sampler's store, against encoding every prefix again for every branch.
+search: trees by MCTS with a briefly trained base, against the same search with prefixes encoded again at each expansion,
+and against one tree at a time; how time grows with simulations and trees; share of time outside the sampler.
 training: whole trees packed in one row, against a chosen row and a rejected row per pair.
 limit: what one thread does in plain fp32 matrix products of the model's shape."""
 import json
@@ -15,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from dpo import Pair, collate, preference_loss, sft_loss, store_reference, tree_row  # noqa: E402
-from loop import Config, Homework, parse  # noqa: E402
-from mcts import Forest, plant  # noqa: E402
+from dpo import Pair, collate, preference_loss, sft_loss, store_reference, train, tree_row  # noqa: E402
+from loop import Config, Corpus, Homework, solution_over  # noqa: E402
+from mcts import Forest, Steps, fixed_width, plant, search  # noqa: E402
 from model import GPT, GPTConfig, Request, Sampler, mix  # noqa: E402
 
 
@@ -32,6 +34,72 @@ def seconds(work, repeats=3):
     return sorted(times)[repeats // 2]
 
 
+class Again(Steps):
+    """As `Steps`, but every expansion encodes its whole prefix anew: what a program without a shared store does."""
+
+    def submit(self, wants):
+        """Lay the ids of each path down once more, then ask as usual."""
+        for b, n, count in wants:
+            kept = self.forest.slots[b]
+            fresh = self.sampler._take(self.forest.path_of(b, n, "ids").astype(int))
+            path, self.forest.slots[b] = self.forest.path(b, n), list(kept)
+            for m in path:
+                self.forest.slots[b][m], fresh = fresh[:len(kept[m])], fresh[len(kept[m]):]
+            super().submit([(b, n, count)])
+            self.forest.slots[b] = kept
+
+
+def searches(task, questions, model, simulations, proposer=Steps, rows=256):
+    """One search of these questions: {seconds, share outside the sampler, tokens, simulations, occupancy}."""
+    sampler, forest, inside = Sampler(model, task.tokenizer, 100_000, rows, solution_over), Forest(len(questions)), [0.0]
+    for b, q in enumerate(questions):
+        plant(forest, b, sampler, task.tokenizer.encode(task.prompt(q)))
+    step = sampler.step
+
+    def timed(progress=None):
+        """The sampler's step, with a stopwatch."""
+        start = time.perf_counter()
+        found = step(progress)
+        inside[0] += time.perf_counter() - start
+        return found
+    sampler.step = timed
+
+    def evaluate(forest, ends):
+        """Right or wrong."""
+        texts = [forest.text(b, n, task.tokenizer, model.stop_ids) for b, n in ends]
+        return [2.0 * task.reward(questions[b].text, t, questions[b].answer) - 1 for (b, n), t in zip(ends, texts)]
+    start = time.perf_counter()
+    search(forest, proposer(forest, sampler, [mix(7, b) for b in range(len(questions))], 128), evaluate, simulations,
+           width=fixed_width(5, 3, 8), to_terminal=True)
+    took, c = time.perf_counter() - start, sampler.counts
+    return dict(seconds=took, outside=1 - inside[0] / took, tokens=c["sampled"], simulations=int(forest.visits[:, 0].sum()),
+                occupancy=c["live"] / c["room"])
+
+
+def search_report():
+    """The search part of the object."""
+    task = Homework(Config(questions=256, base_steps=150))
+    model = GPT(GPTConfig.tiny(task.tokenizer.n_ids)).initialise(0).bind(task.tokenizer)
+    train(model, Corpus(task, task.c), sft_loss, task.c.base_lr, muon=True, warmup=20, label="a base for the search")
+    questions = task.train_questions(1)
+    rate = lambda r: round(r["tokens"] / r["seconds"])
+    searches(task, questions[:16], model, 4)                            # not counted
+    plain, again = searches(task, questions[:64], model, 32), searches(task, questions[:64], model, 32, Again)
+    alone = [searches(task, [q], model, 32) for q in questions[:6]]
+    alone = dict(seconds=sum(r["seconds"] for r in alone), tokens=sum(r["tokens"] for r in alone))
+    deeper, wider = searches(task, questions[:64], model, 64), searches(task, questions[:128], model, 32)
+    many = searches(task, questions, model, 32)
+    per = lambda r: r["seconds"] / r["tokens"]
+    return {"search_tokens_per_second": rate(plain), "search_prefixes_encoded_again": rate(again),
+            "search_one_tree_at_a_time": rate(alone), "search_ratio_encoded_again": round(per(again) / per(plain), 2),
+            "search_ratio_one_tree": round(per(alone) / per(plain), 2),
+            "simulations_per_second": round(plain["simulations"] / plain["seconds"]),
+            "seconds_a_simulation_twice_the_simulations": round(deeper["seconds"] / 2 / plain["seconds"], 2),
+            "seconds_a_tree_twice_the_trees": round(wider["seconds"] / 2 / plain["seconds"], 2),
+            "search_share_outside_the_sampler": round(plain["outside"], 3),
+            "occupancy_64_trees": round(plain["occupancy"], 3), "occupancy_256_trees": round(many["occupancy"], 3)}
+
+
 def student_forest(task, sampler, questions, branches=4):
     """Trees of several students' solutions per question, in the sampler's store."""
 
@@ -40,7 +108,7 @@ def student_forest(task, sampler, questions, branches=4):
     for b, q in enumerate(questions):
         plant(forest, b, sampler, task.tokenizer.encode(task.prompt(q)))
         for _ in range(branches):
-            n, lines = 0, task.solve_carelessly(parse(q.text), rng).split("\n")
+            n, lines = 0, task.solve(q, rng).split("\n")
             for i, text in enumerate(lines):
                 last = i == len(lines) - 1
                 ids = task.tokenizer.encode(text + "\n" * (not last)) + [end] * last
@@ -103,7 +171,7 @@ def main():
         "sampling_ratio": round(slow / fast, 2), "sampling_share_of_matmul": round(tokens / fast * flops / limit, 3),
         "training_pairs_per_second_packed": round(pairs / one, 1), "training_pairs_per_second_two_rows": round(pairs / two, 1),
         "training_ratio": round(two / one, 2), "training_share_of_matmul": round(3 * trained / one * flops / limit, 3),
-        "pairs_per_tree": round(pairs / len(packed), 2), "peer": None}))
+        "pairs_per_tree": round(pairs / len(packed), 2), "peer": None} | search_report()))
 
 
 if __name__ == "__main__":
