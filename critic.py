@@ -10,20 +10,24 @@ What is different here
      what one label finds (a right end below a shared prefix) is used by all others.
   3. The last step of a wrong solution is a failure without sampling; bisection may replace the linear scan.
 
-Chapters: 1 Grading   2 The first pit   3 Self-evaluation   4 Demo
+Chapters: 1 Grading   2 The first pit   3 Self-evaluation and statistics   4 Tasks   5 Demo
 Try:  python critic.py        (labels the pit of one wrong solution; 1 second)
 """
+import hashlib
+import json
 import math
 import random
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from mcts import Forest, draw
-from model import BadInput, Sampler, Tokenizer
+from model import BadInput, Sampler, Tokenizer, mix
 
 # ----------------------------------------------------------------------------------------------------------
 # 1 · Grading
@@ -190,7 +194,8 @@ class Pit:
     probes: int                   # prefixes that were completed by sampling for it
 
 
-def label_pits(forest: Forest, wrong: list, complete, k: int, search: str = "linear", budget: float = math.inf) -> list:
+def label_pits(forest: Forest, wrong: list, complete, k: int, search: str = "linear",
+               budget: float = math.inf) -> list:
     """First pits of many wrong solutions of many trees together: in every wave each unsettled one asks for one
     prefix, all completions of a wave are sampled in one call, and solutions that share a prefix share its k.
 
@@ -285,8 +290,312 @@ def auc(scores, labels) -> float | None:
     return float((rank[labels].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
 
 
+def wilson(right: int, n: int) -> tuple:
+    """Wilson's 95% interval of a rate."""
+    z, p = 1.959964, right / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def mcnemar(ours: list, theirs: list) -> float:
+    """Exact two-sided McNemar test on the same questions: the chance of so lopsided a split of the questions that
+    only one of the two got right, were both equally good."""
+    only = [sum(a and not b for a, b in zip(ours, theirs)), sum(b and not a for a, b in zip(ours, theirs))]
+    n, k = sum(only), min(only)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n) if n else 1.0
+
+
 # ----------------------------------------------------------------------------------------------------------
-# 4 · Demo
+# 4 · Tasks: where questions come from and what a right answer is
+# ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Question:
+    """One question; `answer` is read by the grader only (and by the sft control on real data)."""
+    text: str
+    answer: str
+    steps: int                    # difficulty for the report: operators, or lines of the reference
+
+
+def calculate(a: int, op: str, b: int) -> int:
+    """One operation."""
+    return a + b if op == "+" else a - b if op == "-" else a * b
+
+
+def reduce_at(x: list, i: int) -> list:
+    """The expression with the operation at x[i] worked off: [17, '+', 1, '*', 4], 3 -> [17, '+', 4]."""
+    return x[:i - 1] + [calculate(*x[i - 1:i + 2])] + x[i + 2:]
+
+
+def due(x: list) -> int:
+    """Index of the operation that precedence asks for: the first `*`, else the first."""
+    return x.index("*") if "*" in x else 1
+
+
+def value(x: list, bounded: bool = True) -> int | None:
+    """Value by precedence; bounded: None when some value on the way leaves 0..99."""
+    while len(x) > 1:
+        i = due(x)
+        x = reduce_at(x, i)
+        if bounded and not 0 <= x[i - 1] <= 99:
+            return None
+    return x[0]
+
+
+def parse(text: str) -> list | None:
+    """'17+1*4' -> [17, '+', 1, '*', 4]; None when it is no expression."""
+    if not re.fullmatch(r"[0-9]{1,4}([-+*][0-9]{1,4})*", text):
+        return None
+    return [t if t in "+-*" else int(t) for t in re.findall(r"[0-9]+|[-+*]", text)]
+
+
+class Builtin:
+    """What the built-in tasks share: an endless stream of questions, split by hash, and a corpus for the base."""
+
+    def __init__(self, c):
+        self.c = c                    # settings, loop.Config
+        self.tokenizer = Tokenizer.bytes_only()
+
+    def prompt(self, question: Question) -> str:
+        """What the model reads."""
+        return question.text + "?"
+
+    def stream(self, seed: int, held_out: bool):
+        """Endless questions of one side of the split: one question in eight, by hash, is never trained on."""
+        rng = random.Random(seed)
+        while True:
+            question = self.draw(rng)
+            if (hashlib.sha256(self.key(question).encode()).digest()[0] < 32) == held_out:
+                yield question
+
+    def key(self, question: Question) -> str:
+        """What makes two questions the same for the split."""
+        return question.text
+
+    def distinct(self, seed: int, held_out: bool, count: int) -> list:
+        """The first `count` different questions of a stream; BadInput when there are not so many."""
+        found, stale = {}, 0
+        for q in self.stream(seed, held_out):
+            stale = stale + 1 if q.text in found else 0
+            found.setdefault(q.text, q)
+            if len(found) == count:
+                return list(found.values())
+            if stale > 1000 + len(found):               # hardly anything new any more: do not search for ever
+                raise BadInput(f"{self.name} with these settings has only about {len(found)} different questions "
+                               f"of this kind, not {count}: lower --questions or --eval-questions.")
+
+    def train_questions(self, round_: int) -> list:
+        """Fresh questions of a round, the same for every recipe of a seed."""
+        return self.distinct(mix(self.c.seed, round_, 1), False, self.c.questions)
+
+    def eval_questions(self) -> list:
+        """The same held-out questions for every run, whatever its seed."""
+        return self.distinct(99, True, self.c.eval_questions)
+
+    def example(self, question: Question, rng: random.Random) -> tuple:
+        """What the base is trained on: ids of the question, ids of a careless solution with end-of-text."""
+        ids = self.tokenizer.encode(self.solve(question, rng))
+        return self.tokenizer.encode(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids)
+
+    def reward(self, question: str, text: str, answer: str) -> bool:
+        """Is the solution right? By its final answer alone."""
+        return grade(text, answer)
+
+
+class Homework(Builtin):
+    """The built-in task: expressions like 7+1*4-2, worked off one operation a line.
+
+        7+1*4-2?1*4=4 : 7+4-2        A student of the corpus does, with probability `careless`, the leftmost
+                7+4=11 : 11-2        operation instead of the one precedence asks for. So the base *can* do every
+                11-2=9 : 9           step and *chooses* wrongly: the first pit is plain to the eye, only the final
+                #### 9               answer is ever graded, and more SFT on the corpus cannot help."""
+
+    name = "homework"
+
+    def draw(self, rng: random.Random) -> Question:
+        """A random expression; every value of its right evaluation lies in 0..99. The first operator is + or -, the
+        second often *: else the leftmost were too often the right one, and the base as good as its teacher."""
+        while True:
+            x = [rng.randint(1, 9)]
+            for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
+                op = rng.choice(("+-", "+-**", "+-*")[min(i, 2)])
+                x += [op, rng.randint(2 if op == "*" else 1, 9)]
+            if value(x) is not None:
+                return Question("".join(map(str, x)), str(value(x)), len(x) // 2)
+
+    def solve(self, question: Question, rng: random.Random) -> str:
+        """A student's solution. One whose values leave 0..99 starts over, after 20 times with care."""
+        for attempt in range(21):
+            y, lines = parse(question.text), []
+            while len(y) > 1 and all(0 <= v <= 99 for v in y[::2]):
+                i = 1 if attempt < 20 and rng.random() < self.c.careless else due(y)
+                a, op, b = y[i - 1:i + 2]
+                y = reduce_at(y, i)
+                lines.append(f"{a}{op}{b}={y[i - 1]} : {''.join(map(str, y))}\n")
+            if len(y) == 1 and 0 <= y[0] <= 99:
+                break
+        return "".join(lines) + f"#### {y[0]}"
+
+    def first_false_step(self, question: Question, text: str) -> int | None:
+        """The truth a pit label is compared with: index of the first line whose arithmetic or copying is false, or
+        that leaves an expression whose value by precedence is no longer the answer; None when all are good."""
+        x, lines = parse(question.text), text.split("\n")
+        for i, line in enumerate(lines):
+            if len(x) == 1:
+                good = line == f"#### {x[0]}" and x[0] == int(question.answer)
+                return None if good and i == len(lines) - 1 else i
+            left, _, rest = line.partition(" : ")
+            operation, _, result = left.partition("=")
+            done = [reduce_at(x, j) for j in range(1, len(x), 2) if "".join(map(str, x[j - 1:j + 2])) == operation]
+            match = [y for y in done if "".join(map(str, y)) == rest and result.isdigit()]
+            match = [y for y in match if str(calculate(*parse(operation))) == result]
+            if not match or value(match[0], bounded=False) != int(question.answer):
+                return i
+            x = match[0]
+        return len(lines) - 1
+
+
+class Countdown(Builtin):
+    """The second built-in task: combine all numbers into the target.
+
+        10 12 9 -> 7?12-9=3 : 10 3       The corpus is random legal play, whatever it ends in: the base knows the
+                     10-3=7 : 7          rules and no strategy, as in AlphaZero. The legality of every line is
+                     #### 7              checked, so a bare right-looking answer earns nothing."""
+
+    name = "countdown"
+
+    def moves(self, numbers: tuple) -> list:
+        """All legal moves: (line, numbers left). + - * of two numbers, results in 0..99; the result goes last."""
+        found = []
+        for i, j in permutations(range(len(numbers)), 2):
+            a, b, rest = numbers[i], numbers[j], tuple(x for k, x in enumerate(numbers) if k not in (i, j))
+            for op in "+-*":
+                c = calculate(a, op, b)
+                if 0 <= c <= 99:
+                    found.append((f"{a}{op}{b}={c} : {' '.join(map(str, rest + (c,)))}\n", rest + (c,)))
+        return found
+
+    def play(self, numbers: tuple, rng: random.Random) -> tuple:
+        """Random legal play to the end: (lines, the number left). 2 numbers always have a sum or a difference."""
+        lines = ""
+        while len(numbers) > 1:
+            line, numbers = rng.choice(self.moves(numbers))
+            lines += line
+        return lines, numbers[0]
+
+    def draw(self, rng: random.Random) -> Question:
+        """Numbers from 1 to 12 and a target that some play reaches."""
+        numbers = tuple(rng.randint(1, 12) for _ in range(self.c.numbers))
+        target = self.play(numbers, rng)[1]
+        return Question(f"{' '.join(map(str, numbers))} -> {target}", str(target), self.c.numbers - 1)
+
+    def key(self, question: Question) -> str:
+        """The numbers in any order are the same question: else a held-out one could be trained on, turned round."""
+        numbers, _, target = question.text.partition(" -> ")
+        return " ".join(sorted(numbers.split())) + " -> " + target
+
+    def solve(self, question: Question, rng: random.Random) -> str:
+        """A play that does not look at the target."""
+        lines, last = self.play(self.numbers(question.text), rng)
+        return lines + f"#### {last}"
+
+    @staticmethod
+    def numbers(text: str) -> tuple:
+        """The numbers of a question."""
+        return tuple(map(int, text.partition(" -> ")[0].split()))
+
+    def reward(self, question: str, text: str, answer: str) -> bool:
+        """Every line a legal move, all numbers used, the last line the target."""
+        numbers, lines = self.numbers(question), text.split("\n")
+        for line in lines[:-1]:
+            numbers = dict(self.moves(numbers)).get(line + "\n")
+            if numbers is None:
+                return False
+        return len(numbers) == 1 and lines[-1] == f"#### {answer}" and str(numbers[0]) == answer
+
+
+TASKS = dict(homework=Homework, countdown=Countdown)
+
+
+class Exercises:
+    """Questions from JSON lines with `question` and `answer` (GSM8K), for open weights."""
+
+    def __init__(self, c, tokenizer: Tokenizer, context: int):
+        self.c, self.tokenizer, self.context = c, tokenizer, context
+        self.name = Path(c.data or c.eval_data).stem
+        self.train = self.read(c.data) if c.data else []
+        self.test = self.read(c.eval_data)
+
+    def prompt(self, question: Question) -> str:
+        """What the model reads."""
+        return f"Question: {question.text}\nAnswer:"
+
+    def read(self, file: str) -> list:
+        """All questions of a file. Raises BadInput with the line number for anything that is not one."""
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"{file} cannot be read ({error}); --data and --eval-data take files of JSON lines.") \
+                from error
+        found = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput(f"{where}: not JSON ({error}).") from error
+            good = isinstance(item, dict) and all(isinstance(item.get(k), str) and item[k].strip()
+                                                  for k in ("question", "answer"))
+            if not good:
+                raise BadInput(f'{where}: expected an object with the texts "question" and "answer".')
+            if extract_answer(item["answer"]) is None:
+                raise BadInput(f"{where}: the answer holds no number to grade by.")
+            q = Question(item["question"].strip(), strip_calculator_marks(item["answer"]).strip(),
+                         len(item["answer"].strip().split("\n")) - ("####" in item["answer"]))
+            size = len(self.tokenizer.encode_prompt(self.prompt(q)))
+            if size >= self.context:
+                raise BadInput(f"{where}: the question takes {size} tokens, the model's context is {self.context}; "
+                               "shorten or remove it.")
+            found.append(q)
+        if not found:
+            raise BadInput(f"{file} holds no question.")
+        return found
+
+    def train_questions(self, round_: int) -> list:
+        """The next `questions` of a shuffled file; every question once before any comes again."""
+        order, start = [], (round_ - 1) * self.c.questions
+        for epoch in range(start // len(self.train), (start + self.c.questions - 1) // len(self.train) + 1):
+            order += random.Random(mix(self.c.seed, epoch, 1)).sample(self.train, len(self.train))
+        return order[start % len(self.train):][:self.c.questions]
+
+    def eval_questions(self) -> list:
+        """The first eval_questions of the held-out file."""
+        return self.test[:self.c.eval_questions]
+
+    def example(self, question: Question, rng: random.Random) -> tuple:
+        """Ids of the question and of the reference solution, for the sft control."""
+        ids = self.tokenizer.encode(" " + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
+        return self.tokenizer.encode_prompt(self.prompt(question)), ids
+
+    def reward(self, question: str, text: str, answer: str) -> bool:
+        """Is the solution right? By its final answer."""
+        return grade(text, answer)
+
+
+def calculations(text: str) -> str:
+    """What makes two solutions distinct: their calculations, not their words (Self-Explore sec. 3.1)."""
+    found = re.findall(r"[0-9.]+ *[-+*/x] *[0-9.]+ *=? *[0-9.]*", text)
+    return " ".join(found).replace(" ", "") or " ".join(text.split())
+
+
+def solution_over(line: str) -> bool:
+    """The line that ends a solution: the answer, or a base model going on to invent the next question."""
+    return "####" in line or line.startswith("Question:")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5 · Demo
 # ----------------------------------------------------------------------------------------------------------
 def main() -> None:
     """Label 8+1*4-2 solved in the wrong order. A scripted student stands in for the model: it goes on faultlessly
@@ -298,6 +607,7 @@ def main() -> None:
     forest.add(0, -1, tokenizer.encode("8+1*4-2?"))
 
     def finish(node, first, rng):
+        """Go on to the end from a node, `first` step given or drawn; -> the leaf, graded."""
         here = tokenizer.decode(forest.ids[0][node].tolist()).strip().rstrip("?").split(" : ")[-1]
         while here in lines:
             step = first or rng.choice(lines[here])
@@ -307,6 +617,7 @@ def main() -> None:
         return leaf
 
     def complete(wants):
+        """What `label_pits` asks for."""
         rng, before = random.Random(1), forest.count[0].sum()
         for _, node, k in wants:
             for _ in range(k):

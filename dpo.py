@@ -57,8 +57,9 @@ class Row:
 
 def tree_row(forest: Forest, b: int, pairs=(), paths=(), each: bool = False) -> Row:
     """The row of tree b that holds these pairs and solutions to imitate (leaves; steps that several share count
-    several times, as in separate rows). each: a solution weighs 1 however long it is, else each token does. Pairs with smoothing .5 carry no direction and are dropped; an empty or
-    shared side raises ValueError, because its loss would be about nothing."""
+    several times, as in separate rows). each: a solution weighs 1 however long it is, else each token does. Pairs
+    with smoothing .5 carry no direction and are dropped; an empty or shared side raises ValueError, because its loss
+    would be about nothing."""
     pairs = [p for p in pairs if p.smoothing < 0.5]
     for p in pairs:
         if not p.chosen or not p.rejected or p.chosen[0] == p.rejected[0] \
@@ -136,6 +137,7 @@ def token_log_probs(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> 
     """log p(target) over the tokenizer's ids: hidden (M, C), targets (M,) -> (M,) fp32. The (M, V) logits are
     made slice by slice and recomputed in the backward pass when they would not fit in one slice."""
     def one(h, t):
+        """One slice: (m, C), (m,) -> (m,)."""
         logits = model.token_logits(h)
         return logits.gather(-1, t[:, None]).squeeze(-1) - logits.logsumexp(-1)
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
@@ -150,8 +152,8 @@ def tree_log_probs(model: GPT, batch: Batch) -> torch.Tensor:
     from its parent's last token (`before`), not from the column on its left."""
     hidden = model(batch.ids, batch.position, batch.mask)               # (B, T, C)
     b, t = batch.wanted.nonzero(as_tuple=True)                          # (M,)
-    # subtle: index_select, not hidden[b, before]: branches share a parent's last token, and on a CPU the backward of the
-    # latter adds such duplicates from several threads in any order: other bytes at every run
+    # subtle: index_select, not hidden[b, before]: branches share a parent's last token, and on a CPU the backward
+    # of the latter adds such duplicates from several threads in any order: other bytes at every run
     parents = hidden.flatten(0, 1).index_select(0, b * batch.ids.shape[1] + batch.before[b, t])      # (M, C)
     logps = token_log_probs(model, parents, batch.ids[b, t])
     return torch.zeros(batch.ids.shape, device=logps.device).index_put((b, t), logps)
@@ -227,7 +229,8 @@ def preference_loss(beta: float = 0.1, nll: float = 1.0, kind: str = "sigmoid", 
         stats = {k: v.sum().item() for k, v in stats.items()} | {"pairs": len(pairs)}
         if not on_solutions:
             return (losses - nll * chosen / lengths[0]).sum(), len(pairs), stats
-        return losses.sum() - nll * (logps * batch.imitate).sum(), len(pairs) + sum(r.solutions for r in batch.rows), stats
+        total = losses.sum() - nll * (logps * batch.imitate).sum()
+        return total, len(pairs) + sum(r.solutions for r in batch.rows), stats
     return loss_fn
 
 
@@ -308,7 +311,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: i
     step, history = _load_state(state, masters, params, optimizers)
     started = saved = time.time()
     bar = tqdm(total=len(batches), initial=step, desc=label, unit="step", leave=False)
-    skipped, seen, model_tokens = 0, 0, 0
+    skipped, model_tokens = 0, 0
     while step < len(batches):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * schedule(step, len(batches), warmup)
@@ -330,7 +333,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: i
         model_tokens += stats["tokens"]
         history.append(stats | {"grad_norm": norm, "skipped": float(skipped > 0)})
         bar.update()
-        bar.set_postfix_str(f"loss {stats['loss']:.4f}, {model_tokens / (time.time() - started):,.0f} tokens/s", refresh=False)
+        rate = model_tokens / (time.time() - started)
+        bar.set_postfix_str(f"loss {stats['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
         if state is not None and (time.time() - saved > save_seconds) and step < len(batches):
             save_state(state, masters, optimizers, step, history)
             saved = time.time()
@@ -410,7 +414,8 @@ def _load_state(file, masters, params, optimizers):
     for n, p in masters.items():
         p.data.copy_(tensors[f"weight.{n}"])
         params[n].data.copy_(p.data)
-    owner = {n: o for o in optimizers for g in o.param_groups for n, p in masters.items() if any(p is q for q in g["params"])}
+    owner = {n: o for o in optimizers for g in o.param_groups for n, p in masters.items()
+             if any(p is q for q in g["params"])}
     for name, tensor in tensors.items():
         key, _, n = name.partition("/")
         if n:
@@ -425,7 +430,8 @@ def _summary(history):
     last = history[-max(1, len(history) // 4):]
     keys = {k: None for h in last for k in h}           # a dict: in order; a batch without pairs has fewer
     out = {k: round(float(np.mean([h[k] for h in last if k in h])), 6) for k in keys}
-    out |= {"tokens": sum(h["tokens"] for h in history), "skipped": int(sum(h["skipped"] for h in history)), "steps": len(history)}
+    out |= {"tokens": sum(h["tokens"] for h in history), "steps": len(history),
+            "skipped": int(sum(h["skipped"] for h in history))}
     if out.get("chosen_shift", 0.0) < -0.05:
         out["alarm"] = (f"chosen log-prob fell by {-out['chosen_shift']:.3f} nats a token below the reference: "
                         "lower --lr or raise --nll")
@@ -454,8 +460,9 @@ def main() -> None:
         with torch.no_grad():
             batch = collate(rows, model.device)
             chosen, rejected = side_sums(batch, tree_log_probs(model, batch))
-        print(f"{steps:3d} more steps of DPO: log p(chosen) {chosen.item():8.2f}   log p(rejected) {rejected.item():8.2f}   "
-              f"margin {0.1 * (chosen - rejected - rows[0].pairs[0].ref_chosen + rows[0].pairs[0].ref_rejected).item():6.2f}")
+        h = (chosen - rejected).item() - rows[0].pairs[0].ref_chosen + rows[0].pairs[0].ref_rejected
+        print(f"{steps:3d} more steps of DPO: log p(chosen) {chosen.item():8.2f}   log p(rejected) "
+              f"{rejected.item():8.2f}   margin {0.1 * h:6.2f}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ questions. What is different from the published codes is said at the top of mode
 and dpo.py; here it is that every recipe gets the same base, the same questions, the same optimiser steps and the
 same number of *sampled tokens*, so that their accuracies can be compared at all.
 
-Chapters: 1 Config   2 Tasks   3 Files of a run   4 One chunk of questions   5 Evaluation   6 Recipes
-          7 The loop   8 Comparing   9 Program
+Chapters: 1 Config   2 Files of a run   3 One chunk of questions   4 Evaluation   5 Recipes   6 The loop
+          7 Comparing   8 Program
 Try:  python loop.py                              Self-Explore on homework, about 5 minutes on two cores
       python loop.py --preset smoke               the same in seconds, too small to learn anything
       python loop.py --recipe rft --seed 1        another method
@@ -21,24 +21,22 @@ import argparse
 import difflib
 import hashlib
 import json
-import math
 import os
 import random
-import re
 import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from critic import auc, confidence, extract_answer, find_answer, grade, label_pits, self_evaluation, strip_calculator_marks
-from dpo import Pair, Row, default_lr, load_weights, preference_loss, sft_loss, store_reference, text_row, train
+from critic import TASKS, Builtin, Exercises, Homework, Question, auc, calculations, confidence, extract_answer
+from critic import find_answer, label_pits, mcnemar, self_evaluation, solution_over, wilson
+from dpo import Pair, default_lr, load_weights, preference_loss, sft_loss, store_reference, text_row, train
 from dpo import tree_row
 from mcts import Forest, Steps, draw, fixed_width, grow, plant, search
 from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, write_text
@@ -73,13 +71,13 @@ class Config:
     rows: int = 256               # solutions (steps, in a search) decoded at once
     # -- search (mcts_dpo)
     simulations: int = 1000       # K, at most: of a tree; with --commit 1 before each commitment (paper: 5)
-    commit: int = 0               # 1: after K simulations the best child becomes the root, until an end; 0: all from the root
+    commit: int = 0               # 1: after K the best child becomes the root, until an end; 0: all from the root
     root_width: int = 5           # b1: steps sampled at the root (paper: 5)
     width_below: int = 3          # b2: below it (paper: 3)
     widen: int = 8                # draw b1 or b2 more steps at a node after each so many visits; 0: never (the paper)
     c_puct: float = 1.0           # exploration
     greedy_child: int = 0         # 1: the first step of each expansion is the argmax
-    self_eval: str = "off"        # C(s) at the ends: off, logp (the sampler's own confidence) or judge (asks the model)
+    self_eval: str = "off"        # C(s) at the ends: off, logp (the sampler's confidence) or judge (asks the model)
     judge_sees_answer: int = 0    # 1: the judge is shown the reference solution: a gold leak
     pair_nodes: str = "all"       # path: pairs along the committed path (the paper); all: at every node
     min_visits: int = 1           # of both sides of a pair
@@ -114,15 +112,17 @@ class Config:
     evaluate: str = ""            # only evaluate this model folder or the last round of this run
 
 
-FREE = ("out", "base", "compare", "seeds", "evaluate", "preset", "save_seconds")                # not part of a run's identity
-SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8, width=32,
-             layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, threads=1, save_seconds=0.1)
+FREE = ("out", "base", "compare", "seeds", "evaluate", "preset", "save_seconds")     # not part of a run's identity
+SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8,
+             width=32, layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96,
+             threads=1, save_seconds=0.1)
 RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=(1, 10**7), completions=(1, 1024),
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
               batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
               sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
-              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), numbers=(2, 5), simulations=(1, 10**6),
-              commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6), c_puct=(0.0, 1000.0), greedy_child=(0, 1),
+              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), numbers=(2, 5),
+              simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
+              c_puct=(0.0, 1000.0), greedy_child=(0, 1),
               judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0), imitate=(0.0, 0.99),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
 CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
@@ -133,7 +133,7 @@ CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_
 
 def parse_flags(arguments: list) -> Config:
     """Flags -> Config. Unknown flags name close ones; values out of range are refused with the range."""
-    parser = argparse.ArgumentParser(prog="loop.py", allow_abbrev=False, add_help="-h" in arguments or "--help" in arguments,
+    parser = argparse.ArgumentParser(prog="loop.py", allow_abbrev=False, add_help=bool({"-h", "--help"} & {*arguments}),
                                      description=__doc__.split("\n\n")[0], exit_on_error=False)
     for f in fields(Config):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None,
@@ -159,7 +159,7 @@ def check_config(c: Config) -> Config:
     if c.max_operators < c.min_operators:
         raise BadInput(f"--max-operators = {c.max_operators} is below --min-operators = {c.min_operators}.")
     if c.model and not c.evaluate and not c.data:
-        raise BadInput("--model needs --data FILE.jsonl (training questions) and --eval-data FILE.jsonl (held-out ones).")
+        raise BadInput("--model needs --data FILE.jsonl (training questions) and --eval-data FILE.jsonl (held-out).")
     if c.model and not c.eval_data:
         raise BadInput("--model needs --eval-data FILE.jsonl: held-out questions, same form as --data.")
     if not c.model and (c.data or c.eval_data):
@@ -173,295 +173,7 @@ def check_config(c: Config) -> Config:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 2 · Tasks: where questions come from and what a right answer is
-# ----------------------------------------------------------------------------------------------------------
-@dataclass
-class Question:
-    """One question; `answer` is read by the grader only (and by the sft control on real data)."""
-    text: str
-    answer: str
-    steps: int                    # difficulty for the report: operators, or lines of the reference
-
-
-def calculate(a: int, op: str, b: int) -> int:
-    """One operation."""
-    return a + b if op == "+" else a - b if op == "-" else a * b
-
-
-def reduce_at(x: list, i: int) -> list:
-    """The expression with the operation at x[i] worked off: [17, '+', 1, '*', 4], 3 -> [17, '+', 4]."""
-    return x[:i - 1] + [calculate(*x[i - 1:i + 2])] + x[i + 2:]
-
-
-def due(x: list) -> int:
-    """Index of the operation that precedence asks for: the first `*`, else the first."""
-    return x.index("*") if "*" in x else 1
-
-
-def value(x: list, bounded: bool = True) -> int | None:
-    """Value by precedence; bounded: None when some value on the way leaves 0..99."""
-    while len(x) > 1:
-        i = due(x)
-        x = reduce_at(x, i)
-        if bounded and not 0 <= x[i - 1] <= 99:
-            return None
-    return x[0]
-
-
-def parse(text: str) -> list | None:
-    """'17+1*4' -> [17, '+', 1, '*', 4]; None when it is no expression."""
-    if not re.fullmatch(r"[0-9]{1,4}([-+*][0-9]{1,4})*", text):
-        return None
-    return [t if t in "+-*" else int(t) for t in re.findall(r"[0-9]+|[-+*]", text)]
-
-
-class Builtin:
-    """What the built-in tasks share: an endless stream of questions, split by hash, and a corpus for the base."""
-
-    def __init__(self, c: Config):
-        self.c = c
-        self.tokenizer = Tokenizer.bytes_only()
-
-    def prompt(self, question: Question) -> str:
-        """What the model reads."""
-        return question.text + "?"
-
-    def stream(self, seed: int, held_out: bool):
-        """Endless questions of one side of the split: one question in eight, by hash, is never trained on."""
-        rng = random.Random(seed)
-        while True:
-            question = self.draw(rng)
-            if (hashlib.sha256(self.key(question).encode()).digest()[0] < 32) == held_out:
-                yield question
-
-    def key(self, question: Question) -> str:
-        """What makes two questions the same for the split."""
-        return question.text
-
-    def distinct(self, seed: int, held_out: bool, count: int) -> list:
-        """The first `count` different questions of a stream; BadInput when there are not so many."""
-        found, tries = {}, 0
-        for q in self.stream(seed, held_out):
-            found.setdefault(q.text, q)
-            tries += 1
-            if len(found) == count:
-                return list(found.values())
-            if tries > 200 * count + 20000:
-                raise BadInput(f"{self.name} with these settings has only about {len(found)} different questions of this "
-                               f"kind, not {count}: lower --questions or --eval-questions.")
-
-    def train_questions(self, round_: int) -> list:
-        """Fresh questions of a round, the same for every recipe of a seed."""
-        return self.distinct(mix(self.c.seed, round_, 1), False, self.c.questions)
-
-    def eval_questions(self) -> list:
-        """The same held-out questions for every run, whatever its seed."""
-        return self.distinct(99, True, self.c.eval_questions)
-
-    def corpus_row(self, question: Question, rng: random.Random) -> Row:
-        """A training row of the base: question and a careless solution with end-of-text."""
-        ids = self.tokenizer.encode(self.solve(question, rng))
-        return text_row(self.tokenizer.encode(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids))
-
-    def reward(self, question: str, text: str, answer: str) -> bool:
-        """Is the solution right? By its final answer alone."""
-        return grade(text, answer)
-
-
-class Homework(Builtin):
-    """The built-in task: expressions like 7+1*4-2, worked off one operation a line.
-
-        7+1*4-2?1*4=4 : 7+4-2        A student of the corpus does, with probability `careless`, the leftmost
-                7+4=11 : 11-2        operation instead of the one precedence asks for. So the base *can* do every
-                11-2=9 : 9           step and *chooses* wrongly: the first pit is plain to the eye, only the final
-                #### 9               answer is ever graded, and more SFT on the corpus cannot help."""
-
-    name = "homework"
-
-    def draw(self, rng: random.Random) -> Question:
-        """A random expression; every value of its right evaluation lies in 0..99. The first operator is + or -, the
-        second often *: else the leftmost were too often the right one, and the base as good as its teacher."""
-        while True:
-            x = [rng.randint(1, 9)]
-            for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
-                op = rng.choice(("+-", "+-**", "+-*")[min(i, 2)])
-                x += [op, rng.randint(2 if op == "*" else 1, 9)]
-            if value(x) is not None:
-                return Question("".join(map(str, x)), str(value(x)), len(x) // 2)
-
-    def solve(self, question: Question, rng: random.Random) -> str:
-        """A student's solution. One whose values leave 0..99 starts over, after 20 times with care."""
-        for attempt in range(21):
-            y, lines = parse(question.text), []
-            while len(y) > 1 and all(0 <= v <= 99 for v in y[::2]):
-                i = 1 if attempt < 20 and rng.random() < self.c.careless else due(y)
-                a, op, b = y[i - 1:i + 2]
-                y = reduce_at(y, i)
-                lines.append(f"{a}{op}{b}={y[i - 1]} : {''.join(map(str, y))}\n")
-            if len(y) == 1 and 0 <= y[0] <= 99:
-                break
-        return "".join(lines) + f"#### {y[0]}"
-
-    def first_false_step(self, question: Question, text: str) -> int | None:
-        """The truth a pit label is compared with: index of the first line whose arithmetic or copying is false, or
-        that leaves an expression whose value by precedence is no longer the answer; None when all are good."""
-        x, lines = parse(question.text), text.split("\n")
-        for i, line in enumerate(lines):
-            if len(x) == 1:
-                good = line == f"#### {x[0]}" and x[0] == int(question.answer)
-                return None if good and i == len(lines) - 1 else i
-            left, _, rest = line.partition(" : ")
-            operation, _, result = left.partition("=")
-            done = [reduce_at(x, j) for j in range(1, len(x), 2) if "".join(map(str, x[j - 1:j + 2])) == operation]
-            match = [y for y in done if "".join(map(str, y)) == rest and result.isdigit()]
-            match = [y for y in match if str(calculate(*parse(operation))) == result]
-            if not match or value(match[0], bounded=False) != int(question.answer):
-                return i
-            x = match[0]
-        return len(lines) - 1
-
-
-class Countdown(Builtin):
-    """The second built-in task: combine all numbers into the target.
-
-        10 12 9 -> 7?12-9=3 : 10 3       The corpus is random legal play, whatever it ends in: the base knows the
-                     10-3=7 : 7          rules and no strategy, as in AlphaZero. The legality of every line is
-                     #### 7              checked, so a bare right-looking answer earns nothing."""
-
-    name = "countdown"
-
-    def moves(self, numbers: tuple) -> list:
-        """All legal moves: (line, numbers left). + - * of two numbers, results in 0..99; the result goes last."""
-        found = []
-        for i, j in permutations(range(len(numbers)), 2):
-            a, b, rest = numbers[i], numbers[j], tuple(x for k, x in enumerate(numbers) if k not in (i, j))
-            for op in "+-*":
-                c = calculate(a, op, b)
-                if 0 <= c <= 99:
-                    found.append((f"{a}{op}{b}={c} : {' '.join(map(str, rest + (c,)))}\n", rest + (c,)))
-        return found
-
-    def play(self, numbers: tuple, rng: random.Random) -> tuple:
-        """Random legal play to the end: (lines, the number left). 2 numbers always have a sum or a difference."""
-        lines = ""
-        while len(numbers) > 1:
-            line, numbers = rng.choice(self.moves(numbers))
-            lines += line
-        return lines, numbers[0]
-
-    def draw(self, rng: random.Random) -> Question:
-        """Numbers from 1 to 12 and a target that some play reaches."""
-        numbers = tuple(rng.randint(1, 12) for _ in range(self.c.numbers))
-        target = self.play(numbers, rng)[1]
-        return Question(f"{' '.join(map(str, numbers))} -> {target}", str(target), self.c.numbers - 1)
-
-    def key(self, question: Question) -> str:
-        """The numbers in any order are the same question: else a held-out one could be trained on, turned round."""
-        numbers, _, target = question.text.partition(" -> ")
-        return " ".join(sorted(numbers.split())) + " -> " + target
-
-    def solve(self, question: Question, rng: random.Random) -> str:
-        """A play that does not look at the target."""
-        lines, last = self.play(self.numbers(question.text), rng)
-        return lines + f"#### {last}"
-
-    @staticmethod
-    def numbers(text: str) -> tuple:
-        """The numbers of a question."""
-        return tuple(map(int, text.partition(" -> ")[0].split()))
-
-    def reward(self, question: str, text: str, answer: str) -> bool:
-        """Every line a legal move, all numbers used, the last line the target."""
-        numbers, lines = self.numbers(question), text.split("\n")
-        for line in lines[:-1]:
-            numbers = dict(self.moves(numbers)).get(line + "\n")
-            if numbers is None:
-                return False
-        return len(numbers) == 1 and lines[-1] == f"#### {answer}" and str(numbers[0]) == answer
-
-
-TASKS = dict(homework=Homework, countdown=Countdown)
-
-
-class Exercises:
-    """Questions from JSON lines with `question` and `answer` (GSM8K), for open weights."""
-
-    def __init__(self, c: Config, tokenizer: Tokenizer, context: int):
-        self.c, self.tokenizer, self.context = c, tokenizer, context
-        self.name = Path(c.data or c.eval_data).stem
-        self.train = self.read(c.data) if c.data else []
-        self.test = self.read(c.eval_data)
-
-    def prompt(self, question: Question) -> str:
-        """What the model reads."""
-        return f"Question: {question.text}\nAnswer:"
-
-    def read(self, file: str) -> list:
-        """All questions of a file. Raises BadInput with the line number for anything that is not one."""
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{file} cannot be read ({error}); --data and --eval-data take files of JSON lines.") from error
-        found = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file}, line {number}"
-            try:
-                item = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{where}: not JSON ({error}).") from error
-            good = isinstance(item, dict) and all(isinstance(item.get(k), str) and item[k].strip()
-                                                  for k in ("question", "answer"))
-            if not good:
-                raise BadInput(f'{where}: expected an object with the texts "question" and "answer".')
-            if extract_answer(item["answer"]) is None:
-                raise BadInput(f"{where}: the answer holds no number to grade by.")
-            q = Question(item["question"].strip(), strip_calculator_marks(item["answer"]).strip(),
-                         len(item["answer"].strip().split("\n")) - ("####" in item["answer"]))
-            size = len(self.tokenizer.encode_prompt(self.prompt(q)))
-            if size >= self.context:
-                raise BadInput(f"{where}: the question takes {size} tokens, the model's context is {self.context}; "
-                               "shorten or remove it.")
-            found.append(q)
-        if not found:
-            raise BadInput(f"{file} holds no question.")
-        return found
-
-    def train_questions(self, round_: int) -> list:
-        """The next `questions` of a shuffled file; every question once before any comes again."""
-        order, start = [], (round_ - 1) * self.c.questions
-        for epoch in range(start // len(self.train), (start + self.c.questions - 1) // len(self.train) + 1):
-            order += random.Random(mix(self.c.seed, epoch, 1)).sample(self.train, len(self.train))
-        return order[start % len(self.train):][:self.c.questions]
-
-    def eval_questions(self) -> list:
-        """The first eval_questions of the held-out file."""
-        return self.test[:self.c.eval_questions]
-
-    def corpus_row(self, question: Question, rng: random.Random) -> Row:
-        """Question and reference solution, for the sft control."""
-        ids = self.tokenizer.encode(" " + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
-        return text_row(self.tokenizer.encode_prompt(self.prompt(question)), ids)
-
-    def reward(self, question: str, text: str, answer: str) -> bool:
-        """Is the solution right? By its final answer."""
-        return grade(text, answer)
-
-
-def calculations(text: str) -> str:
-    """What makes two solutions distinct: their calculations, not their words (Self-Explore sec. 3.1)."""
-    found = re.findall(r"[0-9.]+ *[-+*/x] *[0-9.]+ *=? *[0-9.]*", text)
-    return " ".join(found).replace(" ", "") or " ".join(text.split())
-
-
-def solution_over(line: str) -> bool:
-    """The line that ends a solution: the answer, or a base model going on to invent the next question."""
-    return "####" in line or line.startswith("Question:")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 3 · Files of a run
+# 2 · Files of a run
 # ----------------------------------------------------------------------------------------------------------
 def lock(folder: Path, wait: bool = False):
     """Hold `folder` for this process; the system lets go when the process dies, so a lock is never stale.
@@ -504,7 +216,8 @@ class Run:
 
     def __init__(self, config: Config):
         self.c = config
-        self.dir = Path(config.out or f"runs/{Path(config.model).name or config.task}_{config.recipe}_seed{config.seed}")
+        name = Path(config.model).name or config.task
+        self.dir = Path(config.out or f"runs/{name}_{config.recipe}_seed{config.seed}")
         self.work = self.dir / "work"
         self.lock = lock(self.dir)
         self.settings()
@@ -602,7 +315,8 @@ def measured(c: Config) -> dict:
     every = os.cpu_count() or 1
     threads = c.threads or (1 if seconds(torch.float32, 1) < 1.1 * seconds(torch.float32, every) else every)
     if dtype == "auto":           # from scratch stays fp32; open weights: bf16 where its products are faster
-        faster = c.model and device == "cpu" and seconds(torch.bfloat16, threads) * 1.5 < seconds(torch.float32, threads)
+        faster = c.model and device == "cpu" and \
+            seconds(torch.bfloat16, threads) * 1.5 < seconds(torch.float32, threads)
         dtype = "bfloat16" if faster or (c.model and device == "cuda") else "float32"
     return dict(device=device, dtype=dtype, threads=threads)
 
@@ -650,7 +364,7 @@ class Corpus:
         if self.block[0] != i // 16:
             rng = random.Random(mix(self.c.seed, i // 16, 7))
             stream = self.task.stream(mix(self.c.seed, i // 16, 8), held_out=False)
-            rows = [self.task.corpus_row(next(stream), rng) for _ in range(16 * self.c.base_batch)]
+            rows = [text_row(*self.task.example(next(stream), rng)) for _ in range(16 * self.c.base_batch)]
             rows.sort(key=lambda r: len(r.packed.ids))
             batches = [rows[j:j + self.c.base_batch] for j in range(0, len(rows), self.c.base_batch)]
             rng.shuffle(batches)
@@ -675,7 +389,7 @@ class Batches:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 4 · One chunk of questions: sample, grade, label, until the token budget is spent
+# 3 · One chunk of questions: sample, grade, label, until the token budget is spent
 # ----------------------------------------------------------------------------------------------------------
 def grade_leaves(run: Run, questions: list, forest: Forest, leaves) -> None:
     """Set forest.right of (tree, leaf) pairs."""
@@ -818,33 +532,18 @@ def sampling_report(run: Run, trees: list) -> dict:
     forest = trees[0].forest
     ends = [(t.b, n) for t in trees for n in forest.leaves(t.b) if forest.visits[t.b, n]]
     scores = [forest.score[e] - (2.0 * forest.right[e] - 1.0) for e in ends]            # C alone
-    return dict(sampled_accuracy=round(right / max(1, right + wrong), 4), distinct_answers=round(float(np.mean(answers)), 3),
-                solved=round(float(np.mean([t.forest.below(t.b)[0] > 0 for t in trees])), 4),
-                pits=len(found), probes=sum(p["probes"] for _, p in pits),
-                pit_agreement=round(float(np.mean(true)), 4) if true else None,
-                simulations=round(float(np.mean([forest.visits[t.b, 0] for t in trees])), 2),
-                committed_right=round(float(np.mean([forest.right[t.b, t.path[-1]] == 1 for t in trees])), 4) if ends else None,
-                self_eval_auc=auc(scores, [forest.right[e] == 1 for e in ends]) if run.c.self_eval != "off" and ends else None)
+    mean = lambda values: round(float(np.mean(values)), 4) if len(values) else None
+    return dict(sampled_accuracy=round(right / max(1, right + wrong), 4), distinct_answers=mean(answers),
+                solved=mean([t.forest.below(t.b)[0] > 0 for t in trees]), pits=len(found),
+                probes=sum(p["probes"] for _, p in pits), pit_agreement=mean(true),
+                simulations=mean([forest.visits[t.b, 0] for t in trees]),
+                committed_right=mean([forest.right[t.b, t.path[-1]] == 1 for t in trees if t.path]),
+                self_eval_auc=None if run.c.self_eval == "off" else auc(scores, [forest.right[e] == 1 for e in ends]))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5 · Evaluation
+# 4 · Evaluation
 # ----------------------------------------------------------------------------------------------------------
-def wilson(right: int, n: int) -> tuple:
-    """Wilson's 95% interval of a rate."""
-    z, p = 1.959964, right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def mcnemar(ours: list, theirs: list) -> float:
-    """Exact two-sided McNemar test on the same questions: the chance of so lopsided a split of the questions that
-    only one of the two got right, were both equally good."""
-    only = [sum(a and not b for a, b in zip(ours, theirs)), sum(b and not a for a, b in zip(ours, theirs))]
-    n, k = sum(only), min(only)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n) if n else 1.0
-
-
 def greedy(run: Run, questions: list, progress=None) -> list:
     """One greedy solution per question: [(text, why it stopped, tokens)]."""
     run.sampler.reset()
@@ -865,7 +564,8 @@ def evaluate(run: Run, round_: int) -> dict:
             part = run.work / f"eval_{round_:02d}_{first:06d}.jsonl"
             if not part.exists():
                 group = questions[first:first + size]
-                write_lines(part, [result(run.task, q, *found) for q, found in zip(group, greedy(run, group, bar.update))])
+                solved = zip(group, greedy(run, group, bar.update))
+                write_lines(part, [result(run.task, q, *found) for q, found in solved])
         bar.close()
         write_lines(file, [row for first in range(0, len(questions), size)
                            for row in read_lines(run.work / f"eval_{round_:02d}_{first:06d}.jsonl")])
@@ -887,13 +587,14 @@ def accuracy_report(rows: list) -> dict:
         groups.setdefault(r["steps"], []).append(r["right"])
     return dict(accuracy=right / n, accuracy_low=low, accuracy_high=high, questions=n,
                 strict_accuracy=sum(r["right"] and r["rule"] == "####" for r in rows) / n,
-                no_answer=sum(r["rule"] is None for r in rows) / n, never_ends=sum(r["why"] == "length" for r in rows) / n,
+                no_answer=sum(r["rule"] is None for r in rows) / n,
+                never_ends=sum(r["why"] == "length" for r in rows) / n,
                 mean_tokens=sum(r["tokens"] for r in rows) / n,
                 accuracy_by_steps={str(k): round(float(np.mean(v)), 4) for k, v in sorted(groups.items())})
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 6 · Recipes: what each method makes of the same forest
+# 5 · Recipes: what each method makes of the same forest
 # ----------------------------------------------------------------------------------------------------------
 def learn(run: Run, round_: int, stage: str, rows: list, loss_fn, kind: str, steps: int) -> tuple:
     """Train on rows for `steps` steps; resumable. -> (report, state file)."""
@@ -987,11 +688,13 @@ def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int, foun
     """DPO + NLL on the pairs made of each tree. The reference is the model as it is now, or `reference(rows)` stores
     another. found: leaves of solutions per tree; then the NLL is on these, instead of on the chosen sides."""
     found = found or [[] for _ in trees]
-    rows = [tree_row(t.forest, t.b, pairs, leaves, each=True) for t, pairs, leaves in zip(trees, made, found) if pairs or leaves]
+    rows = [tree_row(t.forest, t.b, pairs, leaves, each=True) for t, pairs, leaves in zip(trees, made, found)
+            if pairs or leaves]
     text = lambda forest, b, nodes: run.tokenizer.decode([int(i) for n in nodes for i in forest.ids[b][n]
                                                           if i not in run.model.stop_ids])
     write_lines(run.dir / f"pairs_{round_:02d}.jsonl", [
-        dict(prompt=run.task.prompt(t.question) + t.forest.text(t.b, int(t.forest.parent[t.b, p.chosen[0]]), run.tokenizer),
+        dict(prompt=run.task.prompt(t.question)
+             + t.forest.text(t.b, int(t.forest.parent[t.b, p.chosen[0]]), run.tokenizer),
              chosen=text(t.forest, t.b, p.chosen), rejected=text(t.forest, t.b, p.rejected),
              tree=t.b, chosen_nodes=p.chosen, rejected_nodes=p.rejected)
         for t, pairs in zip(trees, made) for p in pairs])
@@ -1004,7 +707,7 @@ def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int, foun
 def sft(run: Run, round_: int, trees: list) -> tuple:
     """Control: the base's corpus again (real data: the reference solutions). Samples nothing."""
     rng = random.Random(mix(run.c.seed, round_, 6))
-    rows = [run.task.corpus_row(q, rng) for q in corpus_questions(run, round_)]
+    rows = [text_row(*run.task.example(q, rng)) for q in corpus_questions(run, round_)]
     return learn(run, round_, "sft", rows, sft_loss, "sft", run.c.steps)
 
 
@@ -1063,11 +766,12 @@ def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
     return second, state
 
 
-RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo)   # HACK HERE: add your own
+# HACK HERE: add a recipe of your own
+RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7 · The loop
+# 6 · The loop
 # ----------------------------------------------------------------------------------------------------------
 def finish_round(run: Run, round_: int, start: float, report: dict, sampled: dict) -> dict:
     """Evaluate, write the log row and say one line."""
@@ -1080,8 +784,9 @@ def finish_round(run: Run, round_: int, start: float, report: dict, sampled: dic
                sampled_tokens_total=sampled.get("sampled", 0) + (rows[-1]["sampled_tokens_total"] if rows else 0),
                **{k: sampled.get(k) for k in ("sampled_accuracy", "distinct_answers", "solved", "pits", "probes",
                                               "pit_agreement", "simulations", "committed_right", "self_eval_auc")},
-               **{k: report.get(k) for k in ("pairs", "steps", "loss", "dpo", "margin", "preference_accuracy", "chosen_shift",
-                                             "rejected_shift", "chosen_length", "rejected_length", "grad_norm", "skipped")},
+               **{k: report.get(k) for k in ("pairs", "steps", "loss", "dpo", "margin", "preference_accuracy",
+                                             "chosen_shift", "rejected_shift", "chosen_length", "rejected_length",
+                                             "grad_norm", "skipped")},
                sampling_seconds=sampled.get("seconds", 0.0), train_seconds=report.get("train_seconds", 0.0),
                seconds=time.time() - start)
     write_lines(run.dir / "log.jsonl", rows + [row])
@@ -1125,26 +830,28 @@ def run_loop(config: Config) -> list:
 
 def summary(run: Run) -> None:
     """The table, one question before and after, and where everything lies."""
-    print(f"\n{'round':>5} {'accuracy':>9} {'95% interval':>14} {'sampled':>10} {'trained':>10} {'pairs':>6} {'seconds':>8}")
+    print("\nround  accuracy   95% interval    sampled    trained  pairs  seconds")
     for r in run.log():
-        print(f"{r['round']:>5} {100 * r['accuracy']:>8.1f}% {100 * r['accuracy_low']:>6.1f} - {100 * r['accuracy_high']:>5.1f} "
-              f"{r['sampled_tokens']:>10,} {r['trained_tokens']:>10,} {r['pairs'] or 0:>6} {r['seconds']:>8.1f}")
+        low, high = 100 * r["accuracy_low"], 100 * r["accuracy_high"]
+        print(f"{r['round']:>5} {100 * r['accuracy']:>8.1f}% {low:>6.1f} - {high:>5.1f} {r['sampled_tokens']:>10,} "
+              f"{r['trained_tokens']:>10,} {r['pairs'] or 0:>6} {r['seconds']:>8.1f}")
     if (run.dir / "trees_01.jsonl").exists():
         run.load(len(run.log()) - 1)
         trees = read_trees(run.dir / "trees_01.jsonl", run.task.train_questions(1))
-        t = next((t for t in trees if (any(p["node"] for p in t.pits) or t.path) and t.forest.below(t.b)[0]), trees[0])
+        t = next((t for t in trees if t.forest.below(t.b)[0] and (t.path or any(p["node"] for p in t.pits))), trees[0])
         print(f"\nA question of round 1, as the base sampled it (answer {t.question.answer}):\n")
         print(draw(t.forest, t.b, run.tokenizer, {p["node"] for p in t.pits if p["node"]}, run.model.stop_ids, limit=14,
                    chosen=t.path))
         q = t.question
-        print("\nand as the improved model answers it:\n\n" + "\n".join("   " + l for l in greedy(run, [q])[0][0].split("\n")))
+        answer = greedy(run, [q])[0][0].split("\n")
+        print("\nand as the improved model answers it:\n\n" + "\n".join("   " + line for line in answer))
         ask = run.task.prompt(q).replace("\n", "\\n")
-        print(f'\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.\nAsk it:  python '
-              f'model.py --model {run.round_dir(len(run.log()) - 1)} --prompt "{ask}" --temperature 0')
+        print(f'\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.\n'
+              f'Ask it:  python model.py --model {run.round_dir(len(run.log()) - 1)} --prompt "{ask}" --temperature 0')
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8 · Comparing
+# 7 · Comparing
 # ----------------------------------------------------------------------------------------------------------
 def compare(config: Config) -> None:
     """Run or resume every recipe on every seed, then one table: mean accuracy after the last round with a Wilson
@@ -1160,16 +867,17 @@ def compare(config: Config) -> None:
             last = read_lines(Path(out) / f"eval_{rows[-1]['round']:02d}.jsonl")
             results.setdefault(name, []).extend(r["right"] for r in last)
     against = "rft" if "rft" in names else names[0]
-    print(f"\n| recipe | accuracy, mean of {config.seeds} seeds | 95% interval | each seed | sampled tokens | minutes | "
-          f"McNemar against {against} |\n|---|---|---|---|---|---|---|")
+    print(f"\n| recipe | accuracy, mean of {config.seeds} seeds | 95% interval | each seed | sampled tokens "
+          f"| minutes | McNemar against {against} |\n|---|---|---|---|---|---|---|")
     for name in names:
         low, high = wilson(sum(results[name]), len(results[name]))
         each = " ".join(f"{100 * rows[-1]['accuracy']:.1f}" for rows in logs[name])
         tokens = np.mean([rows[-1]["sampled_tokens_total"] for rows in logs[name]])
         minutes = np.mean([sum(r["seconds"] for r in rows) for rows in logs[name]]) / 60
-        p = "-" if name == against else f"p = {mcnemar(results[name], results[against]):.2g}"
-        print(f"| {name} | {100 * np.mean(results[name]):.1f} | {100 * low:.1f} - {100 * high:.1f} | {each} | {tokens:,.0f} "
-              f"| {minutes:.1f} | {p} |")
+        p = mcnemar(results[name], results[against])
+        p = "-" if name == against else f"p = {p:.2g}" if p > 1e-99 else "p < 1e-99"
+        print(f"| {name} | {100 * np.mean(results[name]):.1f} | {100 * low:.1f} - {100 * high:.1f} | {each} "
+              f"| {tokens:,.0f} | {minutes:.1f} | {p} |")
     base = np.mean([rows[0]["accuracy"] for rows in logs[names[0]]])
     print(f"\nbase: {100 * base:.1f}% (mean of the seeds), same base and questions for all recipes of a seed")
 
@@ -1179,7 +887,8 @@ def evaluate_folder(config: Config) -> None:
     folder = Path(config.evaluate)
     if (folder / "log.jsonl").exists():
         saved = read_json(folder / "config.json")["settings"]
-        keep = {k: v for k, v in saved.items() if k not in FREE and k not in ("device", "dtype", "threads", "eval_questions")}
+        drop = {*FREE, "device", "dtype", "threads", "eval_questions"}
+        keep = {k: v for k, v in saved.items() if k not in drop}
         config = replace(config, **keep)
         folder = folder / f"round_{len(read_lines(folder / 'log.jsonl')) - 1}"
     run = object.__new__(Run)
@@ -1198,7 +907,7 @@ def evaluate_folder(config: Config) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 9 · Program
+# 8 · Program
 # ----------------------------------------------------------------------------------------------------------
 def main(arguments: list) -> int:
     """Exit code 0, 2 for bad input (one sentence), 130 when interrupted (the same command goes on)."""

@@ -30,13 +30,15 @@ from string import Template
 
 import numpy as np
 
-from model import BadInput, Continuation, GPTConfig, Request, Sampler, Tokenizer, about, mix, need, read_json, write_text
+from model import BadInput, Continuation, GPTConfig, Request, Sampler, Tokenizer
+from model import about, mix, need, read_json, write_text
 
 # ----------------------------------------------------------------------------------------------------------
 # 1 · Forest: B trees x N nodes, a struct of arrays
 # ----------------------------------------------------------------------------------------------------------
 ENDS = ("", "eos", "answer", "length")        # why a node is a leaf; "" = it may go on
-SEARCHED = dict(prior=(np.float64, 0.0), visits=(np.int32, 0), value_sum=(np.float64, 0.0), score=(np.float64, np.nan))
+SEARCHED = dict(prior=(np.float64, 0.0), visits=(np.int32, 0), value_sum=(np.float64, 0.0),
+                score=(np.float64, np.nan))
 
 
 class Forest:
@@ -104,7 +106,8 @@ class Forest:
 
     def path_of(self, b: int, n: int, what: str, root: bool = True) -> np.ndarray:
         """ids, logps or slots along the path to n, in one array; root=False leaves the question out."""
-        return np.concatenate([getattr(self, what)[b][m] for m in self.path(b, n)[0 if root else 1:]] or [np.zeros(0)])
+        nodes = self.path(b, n)[0 if root else 1:]
+        return np.concatenate([getattr(self, what)[b][m] for m in nodes] or [np.zeros(0)])
 
     def text(self, b: int, n: int, tokenizer: Tokenizer, stop_ids=()) -> str:
         """Text of the solution down to n, without question and end-of-text."""
@@ -338,7 +341,8 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
                 ready[b], asked = n, asked - 1
         trees, nodes = np.array([*ready]), np.array([*ready.values()])
         nodes = descend(forest, trees, nodes, select, c, width)         # 2) go down
-        ends = forest.terminal[trees, nodes] | ((nodes > 0) & (forest.visits[trees, nodes] == 0) & (not to_terminal))
+        new = (nodes > 0) & (forest.visits[trees, nodes] == 0)
+        ends = forest.terminal[trees, nodes] | (new & (not to_terminal))
         wants = [(b, n, width(forest, b, n) - int(forest.drawn[b, n]))
                  for b, n in zip(trees[~ends].tolist(), nodes[~ends].tolist())]
         proposer.submit(wants)                                          # 3) ask for steps, or
@@ -502,7 +506,8 @@ PAGE = Template("""<!doctype html>
   .RIGHT { color: #06c } .wrong, .pit { color: #c50 } button { margin-right: .5em }
 </style>
 <h1>$title</h1>
-<p><button onclick="fold(() => true)">unfold all</button><button onclick="fold(d => d.matches('.root'))">fold all</button>
+<p><button onclick="fold(() => true)">unfold all</button>
+<button onclick="fold(d => d.matches('.root'))">fold all</button>
 <button onclick="fold(d => d.matches('.chosen'))">chosen path</button>
 <span class="step" style="background: rgba(230, 110, 0, .6)">Q -1</span>
 <span class="step" style="background: rgba(0, 110, 230, .6)">Q +1</span>
@@ -609,8 +614,8 @@ def show(file: Path, question: int, html: str, limit: int) -> None:
     pits, path = {p["node"] for p in row.get("pits", []) if p["node"]}, row.get("path", [])
     if html:
         made = file.with_name(file.name.replace("trees", "pairs"))
-        pairs = [json.loads(line) for line in made.read_text(encoding="utf-8").splitlines()] if made.exists() else []
-        pairs = [(p["chosen_nodes"], p["rejected_nodes"]) for p in pairs if p["tree"] == question]
+        lines = made.read_text(encoding="utf-8").splitlines() if made.exists() else []
+        pairs = [(p["chosen_nodes"], p["rejected_nodes"]) for p in map(json.loads, lines) if p["tree"] == question]
         title = f"{row['question']}  (answer {row.get('answer')})"
         write_text(html, page(forest, 0, tokenizer, title, pits, pairs, stop_ids, path))
         print(f"written: {html}")

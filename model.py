@@ -972,7 +972,8 @@ class Sampler:
             more = max(len(ids), len(self.ids) // 2)
             self.key, self.value = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.key, self.value))
             self.hidden = F.pad(self.hidden, (0, 0, 0, more))
-            self.ids, self.encoded, self.branches = (np.pad(x, (0, more)) for x in (self.ids, self.encoded, self.branches))
+            self.ids, self.encoded, self.branches = (np.pad(x, (0, more)) for x in
+                                                     (self.ids, self.encoded, self.branches))
         self.ids[slots] = ids
         self.used += len(ids)
         return slots
@@ -1130,7 +1131,8 @@ class Sampler:
         tokens = logits.argmax(-1) if 0 in heats else None
         if any(heats):
             heat = torch.tensor(heats, device=logits.device)[:, None]
-            u = uniforms(np.array([row.request.seed for row in live], np.uint64), np.array([len(r.ids) for r in live]))
+            seeds = np.array([row.request.seed for row in live], np.uint64)
+            u = uniforms(seeds, np.array([len(row.ids) for row in live]))
             mass = torch.softmax(logits / torch.where(heat == 0, 1, heat), -1).cumsum(-1)       # (R, V)
             u = torch.from_numpy(u).to(mass)[:, None] * mass[:, -1:]
             # right=True: an id of probability 0 is never hit; when rounding puts u on the total: the last real id

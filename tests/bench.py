@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from dpo import Pair, collate, preference_loss, sft_loss, store_reference, train, tree_row  # noqa: E402
-from loop import Config, Corpus, Homework, solution_over  # noqa: E402
+from critic import Homework, solution_over  # noqa: E402
+from loop import Config, Corpus  # noqa: E402
 from mcts import Forest, Steps, fixed_width, plant, search  # noqa: E402
 from model import GPT, GPTConfig, Request, Sampler, mix  # noqa: E402
 

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-from critic import grade  # noqa: E402
-from loop import Config, Homework, solution_over  # noqa: E402
+from critic import Homework, grade, solution_over  # noqa: E402
+from loop import Config  # noqa: E402
 from mcts import Forest, grow, plant  # noqa: E402
 from model import GPT, Sampler, mix  # noqa: E402
 

@@ -4,7 +4,6 @@ Oracles: log-probs of plain texts (one causal row per side), formulas written a 
 differences with the whole model in float64, a textbook Muon, and the same training done in another way
 (one part or many, at once or interrupted). Seeds are fixed; what is left is rounding, and every tolerance
 is above ten times what rounding gives here. No statistical test, so no false alarms."""
-import copy
 import math
 import sys
 from pathlib import Path
