@@ -341,8 +341,8 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
                 ready[b], asked = n, asked - 1
         trees, nodes = np.array([*ready]), np.array([*ready.values()])
         nodes = descend(forest, trees, nodes, select, c, width)         # 2) go down
-        new = (nodes > 0) & (forest.visits[trees, nodes] == 0)
-        ends = forest.terminal[trees, nodes] | (new & (not to_terminal))
+        fresh = (nodes > 0) & (forest.visits[trees, nodes] == 0)
+        ends = forest.terminal[trees, nodes] | (fresh & (not to_terminal))
         wants = [(b, n, width(forest, b, n) - int(forest.drawn[b, n]))
                  for b, n in zip(trees[~ends].tolist(), nodes[~ends].tolist())]
         proposer.submit(wants)                                          # 3) ask for steps, or
