@@ -124,7 +124,8 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), numbers=(2, 5),
               simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
               c_puct=(0.0, 1000.0), greedy_child=(0, 1),
-              judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0), imitate=(0.0, 0.99), imitate_rounds=(0, 1000),
+              judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
+              imitate=(0.0, 0.99), imitate_rounds=(0, 1000),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
 CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
                recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo"), loss=("sigmoid", "ipo"),
@@ -304,11 +305,11 @@ def measured(c: Config) -> dict:
     dtype = c.dtype
 
     def seconds(kind, threads):
-        """Best of 20 products in this dtype on so many threads."""
+        """Best of 5 products in this dtype on so many threads."""
         torch.set_num_threads(threads)
         x, w = torch.randn(4096, 512, dtype=kind), torch.randn(512, 512, dtype=kind)
         times = []
-        for _ in range(20):
+        for _ in range(5):
             start = time.perf_counter()
             (x @ w).relu_().sum()
             times.append(time.perf_counter() - start)
@@ -749,7 +750,7 @@ def self_explore(run: Run, round_: int, trees: list) -> tuple:
 def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
     """MCTS-DPO (2405.00451): DPO on siblings of different Q, with NLL on the solutions found. On-policy: the trees were
     grown with the latest weights. In the first --imitate-rounds, --imitate of the steps are spent on the NLL alone, at
-    its own learning rate: at one rate for both, either DPO ruins the tiny model or it learns nothing from its solutions.
+    its own learning rate: at one for both, either DPO ruins the tiny model or it learns nothing from its solutions.
     Reference: the model DPO starts from, or the base (--reference base)."""
     def against_base(rows):
         """The base's log-probs as reference; then back to the weights of now."""
@@ -757,7 +758,8 @@ def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
         run.load(0)
         store_reference(run.model, rows)
         load_weights(run.model, now)
-    found, first = [solutions(run, t) for t in trees], int(run.c.steps * run.c.imitate) * (round_ <= run.c.imitate_rounds)
+    found = [solutions(run, t) for t in trees]
+    first = int(run.c.steps * run.c.imitate) if round_ <= run.c.imitate_rounds else 0
     rows = [tree_row(t.forest, t.b, paths=leaves) for t, leaves in zip(trees, found) if leaves]
     report = learn(run, round_, "imitate", rows, sft_loss, "sft", first)[0] if first else {}
     pairs = [sibling_pairs(run.c, t.forest, t.b, t.path) for t in trees]

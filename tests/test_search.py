@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import random
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -345,7 +344,7 @@ def test_greedy_first_child():
     assert any(len(forest.children[b][0]) > 1 for b in range(2))
 
 
-def test_saved_trees_can_be_shown(tmp_path):
+def test_saved_trees_can_be_shown(tmp_path, capsys):
     """`python mcts.py --show FILE` draws a searched tree as it was in memory, with N, Q, P and the chosen path;
     --html writes a page; a line that is not there and a damaged file are refused in one sentence."""
     forest, _ = play([Game(s) for s in range(3)], 20)
@@ -358,19 +357,22 @@ def test_saved_trees_can_be_shown(tmp_path):
     write_text(tmp_path / "trees_01.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     again = Forest.from_json([r["tree"] for r in rows])
     assert all(again.to_json(b) == forest.to_json(b) for b in range(3))
-    run = lambda *flags: subprocess.run([sys.executable, "mcts.py", "--show", str(tmp_path / "trees_01.jsonl"), *flags],
-                                        cwd=Path(mcts.__file__).parent, capture_output=True, text=True)
-    shown = run("--question", "1")
-    assert shown.returncode == 0 and shown.stdout == draw(again, 1, tokenizer, chosen=[0, 1]) + "\n"
-    assert " N 20 Q " in shown.stdout and " P " in shown.stdout and "<- chosen" in shown.stdout
+
+    def run(*flags):
+        """-> (exit code, stdout, stderr)."""
+        return mcts.main(["--show", str(tmp_path / "trees_01.jsonl"), *flags]), *capsys.readouterr()
+    code, shown, _ = run("--question", "1")
+    assert code == 0 and shown == draw(again, 1, tokenizer, chosen=[0, 1]) + "\n"
+    assert " N 20 Q " in shown and " P " in shown and "<- chosen" in shown
     write_text(tmp_path / "pairs_01.jsonl", "".join(json.dumps(dict(tree=t, chosen_nodes=[1], rejected_nodes=[2])) + "\n"
                                                     for t in (2, 2, 0)))
-    page = run("--question", "2", "--html", str(tmp_path / "tree.html"))
-    assert page.returncode == 0 and "<html" in (tmp_path / "tree.html").read_text(encoding="utf-8")
+    assert run("--question", "2", "--html", str(tmp_path / "tree.html"))[0] == 0
+    assert "<html" in (tmp_path / "tree.html").read_text(encoding="utf-8")
     assert (tmp_path / "tree.html").read_text(encoding="utf-8").count(">+2</span>") == 1        # two pairs of this tree
-    assert run("--question", "9").returncode == 2 and "0 to 2" in run("--question", "9").stderr
+    code, _, sentence = run("--question", "9")
+    assert code == 2 and "0 to 2" in sentence
     write_text(tmp_path / "trees_01.jsonl", "{\n")
-    assert run().returncode == 2 and "Traceback" not in run().stderr
+    assert run()[0] == 2
 
 
 class Outline(HTMLParser):
