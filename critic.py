@@ -10,7 +10,7 @@ What is different here
      what one label finds (a right end below a shared prefix) is used by all others.
   3. The last step of a wrong solution is a failure without sampling; bisection may replace the linear scan.
 
-Chapters: 1 Grading   2 The first pit   3 Self-evaluation and statistics   4 Tasks   5 Demo
+Chapters: 1 Grading   2 The first pit   3 Self-evaluation   4 Three critics and statistics   5 Tasks   6 Demo
 Try:  python critic.py        (labels the pit of one wrong solution; 1 second)
 """
 import hashlib
@@ -277,6 +277,157 @@ def self_evaluation(forest: Forest, wants: list, sampler: Sampler, references=No
     return [(first[1] + second[0]) / 2 for first, second in zip(both[::2], both[1::2])]
 
 
+# ----------------------------------------------------------------------------------------------------------
+# 4 · Three critics (AlphaLLM, 2404.12253) and statistics
+#     M nodes, C hidden size of the policy
+# ----------------------------------------------------------------------------------------------------------
+HEADS = ("value", "process", "outcome")
+LEAST_AUC = 0.55              # a head below it is not listened to
+
+
+class Critic(torch.nn.Module):
+    """Three heads on what the policy knows anyway, all giving probabilities:
+
+        value    from this prefix, the chance that the policy ends right    label: share of right ends below the node
+        process  is this last step good                                     label: can a right end still be reached
+        outcome  is this finished solution right                            label: its grade
+
+    They read the policy's hidden state from which the node's *last token* was drawn, and four numbers about the log-probs of
+    the tokens (`log_prob_features`). The sampler has both already, so a critic costs no forward pass in a search; the state
+    of the last token itself would, and was no better (AUC of value .82 against .80, homework). Without the log-probs a rare
+    slip of a good policy looks like any other line: AUC of outcome .63 against .90. The paper has a language model for each."""
+
+    def __init__(self, width: int, hidden: int = 128, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.inner, self.heads = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, len(HEADS))
+        for name, size, start in (("mean", width, 0), ("std", width, 1), ("odds", 3, 0), ("trusted", 3, 1)):
+            self.register_buffer(name, torch.full((size,), float(start)))
+
+    device = property(lambda self: self.inner.weight.device)
+    dtype = property(lambda self: self.inner.weight.dtype)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(M, C) hidden states -> (M, 3) logits as trained, between balanced classes."""
+        return self.heads(torch.nn.functional.gelu(self.inner((features.to(self.dtype) - self.mean) / self.std)))
+
+    @torch.no_grad()
+    def score(self, features: torch.Tensor) -> np.ndarray:
+        """(M, C) -> (M, 3) probabilities: the shares of right and wrong that balancing hid are put back."""
+        return torch.sigmoid(self(features) + self.odds).double().cpu().numpy()
+
+    def prepare(self, rows: list) -> None:
+        """Scale of the features and balance of the labels, from the rows [(features (M, C), labels (M, 3), weights (M,),
+        depths (M,))] that it will be trained on."""
+        features, labels, weights = (torch.cat([r[i] for r in rows]) for i in range(3))
+        self.mean.copy_(features.float().mean(0)), self.std.copy_(features.float().std(0) + 1e-6)
+        for head in range(len(HEADS)):
+            known = ~labels[:, head].isnan()
+            right, every = (labels[known, head] * weights[known]).sum(), weights[known].sum()
+            self.odds[head] = ((right + 0.5) / (every - right + 0.5)).log()
+
+
+def critic_loss(critic: Critic, batch: tuple):
+    """Cross-entropy of the three heads against soft labels, for `dpo.train`: right and wrong weigh the same in each head
+    (labels (M, 3), NaN where a head has none). -> (sum, weight, statistics)."""
+    features, labels, weights, _ = batch
+    known, share = ~labels.isnan(), torch.sigmoid(critic.odds)          # share: of right, (3,)
+    target = labels.nan_to_num()
+    balance = target * 0.5 / share + (1 - target) * 0.5 / (1 - share)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(critic(features), target, balance * known, reduction="none")
+    return (loss * weights[:, None]).sum(), weights.sum().item(), {}
+
+
+def critic_labels(forest: Forest, b: int, k: int) -> tuple:
+    """Labels of the nodes of a graded tree: (nodes, (M, 3) labels with NaN for none, (M,) weights, (M,) depths).
+
+    Every prefix of every sample is a free label of the value. A step is bad when its parent could still be saved and
+    none of at least k samples below it was right: whoever fell into the pit earlier says nothing about later steps."""
+    right, wrong = forest.below(b, 1), forest.below(b, 0)
+    nodes = np.flatnonzero(right + wrong)
+    n, up = (right + wrong)[nodes], forest.parent[b, nodes]
+    terminal, good = forest.terminal[b, nodes], right[nodes] > 0
+    labels = np.full((len(nodes), 3), np.nan, np.float32)
+    labels[:, 0] = np.where(terminal, np.nan, right[nodes] / n)
+    labels[:, 1] = np.where((up >= 0) & (right[up] > 0) & (good | (n >= k) | terminal), good, np.nan)
+    labels[:, 2] = np.where(terminal, good, np.nan)
+    return nodes.tolist(), labels, np.minimum(n, 8).astype(np.float32), forest.depth[b, nodes]
+
+
+def log_prob_features(steps: list) -> list:
+    """Lowest and mean log-prob of the last step's tokens, lowest and mean of the whole path's; steps: (tokens,) arrays
+    from the first step to the last; [] (a question) gives zeros."""
+    if not steps:
+        return [0.0] * LOG_PROB_FEATURES
+    path = np.concatenate(steps)
+    return [float(x) for x in (steps[-1].min(), steps[-1].mean(), path.min(), path.mean())]
+
+
+LOG_PROB_FEATURES = 4
+
+
+def critic_features(sampler: Sampler, forest: Forest, wants: list) -> torch.Tensor:
+    """What the heads read of [(tree, node)]: (M, C + 4), from what sampler and forest have in store."""
+    slots, numbers = [], []
+    for b, n in wants:
+        own = forest.slots[b][n]
+        up = forest.slots[b][forest.parent[b, n]] if len(own) < 2 and n else own
+        slots.append(int(own[-2] if len(own) > 1 else up[-1]))          # the token before the last
+        numbers.append(log_prob_features([forest.logps[b][m] for m in forest.path(b, n)[1:]]))
+    hidden = sampler.hidden[torch.tensor(slots, device=sampler.hidden.device)].float()
+    return torch.cat((hidden, torch.tensor(numbers, device=hidden.device)), 1)
+
+
+def critic_values(critic: Critic, sampler: Sampler, forest: Forest, wants: list, weights=(1.0, 1.0),
+                  rule: str = "weakest") -> np.ndarray:
+    """One number in [0, 1] for each [(tree, node)], a leaf of a search or a finished solution.
+
+    weakest (ours): the lowest of all that the heads say along the path: process of every step, value of every prefix,
+    outcome of the end. One false line ruins a solution, and critics err upwards somewhere when many samples are tried.
+    sum (AlphaLLM): b_v value + b_prm process of the node alone, divided by the weights (mixed scales are a known trap);
+    outcome for an end. Measured (homework, base 46%): best of 64 samples 54% by outcome of a sum, 90% by the weakest link.
+    weights: (b_v, b_prm); 0 leaves a head out, as does too low an AUC (`trusted`); with none left all are worth .5."""
+    paths = [forest.path(b, n)[1 if n else 0:] if rule == "weakest" else [n] for b, n in wants]
+    asked = {e: i for i, e in enumerate(dict.fromkeys((b, m) for (b, _), path in zip(wants, paths) for m in path))}
+    scores = critic.score(critic_features(sampler, forest, [*asked]))
+    value, process, outcome = (np.array([*weights, 1.0]) * critic.trusted.cpu().numpy()).tolist()
+    found = []
+    for (b, n), path in zip(wants, paths):
+        rows, end = scores[[asked[b, m] for m in path]], bool(forest.terminal[b, n])
+        prefixes = rows[:len(rows) - end, 0] if value else []
+        if rule == "weakest":
+            said = [*prefixes, *(rows[:, 1] if process and n else []), *([rows[-1, 2]] if end and outcome else [])]
+            found.append(min(said, default=0.5))
+        elif end and outcome:
+            found.append(rows[-1, 2])
+        else:
+            found.append((value * rows[-1, 0] + process * rows[-1, 1]) / (value + process) if value + process else 0.5)
+    return np.array(found)
+
+
+def critic_report(scores: np.ndarray, labels: np.ndarray, weights, depths) -> dict:
+    """How good each head is on nodes it was not trained on: AUC, Brier score, lift = 1 - Brier / Brier of the best
+    constant, ten bins of calibration [mean score, mean label, nodes], AUC by depth. AUC is None with one class only."""
+    out = {}
+    for i, head in enumerate(HEADS):
+        known = ~np.isnan(labels[:, i])
+        p, y, w, d = scores[known, i], labels[known, i].astype(float), weights[known], depths[known]
+        if not len(y):
+            out[head] = dict(nodes=0, auc=None)
+            continue
+        brier, rate = np.average((p - y) ** 2, weights=w), np.average(y, weights=w)
+        constant = np.average((rate - y) ** 2, weights=w)
+        rounded = lambda x: None if x is None else round(float(x), 4)
+        bins = [(p >= low / 10) & (p < (low + 1) / 10 + (low == 9)) for low in range(10)]
+        out[head] = dict(nodes=len(y), rate=rounded(rate), auc=rounded(auc(p, y >= 0.5)), brier=rounded(brier),
+                         lift=rounded(1 - brier / constant) if constant else None,
+                         calibration=[[rounded(p[b].mean()), rounded(np.average(y[b], weights=w[b])), int(b.sum())]
+                                      for b in bins if b.any()],
+                         auc_by_depth={str(k): rounded(auc(p[d == k], y[d == k] >= 0.5)) for k in sorted({*d.tolist()})})
+    return out
+
+
 def auc(scores, labels) -> float | None:
     """Chance that a right one (label true) scores above a wrong one, ties counted half; None if one kind is missing.
 
@@ -306,7 +457,7 @@ def mcnemar(ours: list, theirs: list) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 4 · Tasks: where questions come from and what a right answer is
+# 5 · Tasks: where questions come from and what a right answer is
 # ----------------------------------------------------------------------------------------------------------
 @dataclass
 class Question:
@@ -364,8 +515,12 @@ class Builtin:
         rng = random.Random(seed)
         while True:
             question = self.draw(rng)
-            if (hashlib.sha256(self.key(question).encode()).digest()[0] < 32) == held_out:
+            if self.held_out(question) == held_out:
                 yield question
+
+    def held_out(self, question: Question) -> bool:
+        """Which side of the split a question is on."""
+        return hashlib.sha256(self.key(question).encode()).digest()[0] < 32
 
     def key(self, question: Question) -> str:
         """What makes two questions the same for the split."""
@@ -386,6 +541,20 @@ class Builtin:
     def train_questions(self, round_: int) -> list:
         """Fresh questions of a round, the same for every recipe of a seed."""
         return self.distinct(mix(self.c.seed, round_, 1), False, self.c.questions)
+
+    def imagine(self, old: list, count: int, rng: random.Random, write=None) -> list:
+        """AlphaLLM's first step: `count` new questions from old ones. None is on the held-out side, none is an old one,
+        none twice. Their `answer` is empty: nobody knows it, and nothing may read it."""
+        found, known = [], {self.key(q) for q in old}
+        for _ in range(50 * count):
+            source = rng.choice(old)
+            q = Question(self.vary(source, rng), "", source.steps)
+            if self.key(q) not in known and not self.held_out(q):
+                known.add(self.key(q))
+                found.append(q)
+            if len(found) == count:
+                break
+        return found
 
     def eval_questions(self) -> list:
         """The same held-out questions for every run, whatever its seed."""
@@ -421,6 +590,18 @@ class Homework(Builtin):
                 x += [op, rng.randint(2 if op == "*" else 1, 9)]
             if value(x) is not None:
                 return Question("".join(map(str, x)), str(value(x)), len(x) // 2)
+
+    def vary(self, question: Question, rng: random.Random) -> str:
+        """A new question from an old one: one number or one operator is another. Nobody works out its value: it may
+        leave 0..99, and then no answer is consistent and the search throws it away."""
+        x = parse(question.text)
+        i = rng.randrange(len(x))
+        if i % 2:
+            x[i] = rng.choice("+-" if i == 1 else "+-*")
+            x[i + 1] = max(x[i + 1], 2 if x[i] == "*" else 1)
+        else:
+            x[i] = rng.randint(2 if i and x[i - 1] == "*" else 1, 9)
+        return "".join(map(str, x))
 
     def solve(self, question: Question, rng: random.Random) -> str:
         """A student's solution. One whose values leave 0..99 starts over, after 20 times with care."""
@@ -492,6 +673,16 @@ class Countdown(Builtin):
         """The numbers in any order are the same question: else a held-out one could be trained on, turned round."""
         numbers, _, target = question.text.partition(" -> ")
         return " ".join(sorted(numbers.split())) + " -> " + target
+
+    def vary(self, question: Question, rng: random.Random) -> str:
+        """A new question from an old one: a number or the target is another. It may have no solution."""
+        numbers, target = list(self.numbers(question.text)), int(question.text.partition(" -> ")[2])
+        i = rng.randint(0, len(numbers))
+        if i == len(numbers):
+            target = min(99, max(0, target + rng.choice((-3, -2, -1, 1, 2, 3))))
+        else:
+            numbers[i] = rng.randint(1, 12)
+        return f"{' '.join(map(str, numbers))} -> {target}"
 
     def solve(self, question: Question, rng: random.Random) -> str:
         """A play that does not look at the target."""
@@ -569,6 +760,25 @@ class Exercises:
             order += random.Random(mix(self.c.seed, epoch, 1)).sample(self.train, len(self.train))
         return order[start % len(self.train):][:self.c.questions]
 
+    def imagine(self, old: list, count: int, rng: random.Random, write) -> list:
+        """AlphaLLM's first step on real questions: shown three, the model writes a fourth (the paper rephrases one or
+        turns it round; a base model cannot be asked to, but goes on with a list). write([prompt]) -> [the line it goes
+        on with]. Kept: one line that ends in "?", holds a number, fits the context, and shares fewer than half of its
+        word triples with any question known here, held-out ones included. `answer` is empty: nothing may read it."""
+        triples = lambda text: {*zip(*[iter_words[i:] for i in range(3)])} if len(iter_words := text.split()) > 2 else {text}
+        found, known = [], [triples(q.text) for q in self.train + self.test]
+        for _ in range(4):
+            picks = [rng.sample(old, min(3, len(old))) for _ in range(count - len(found))]
+            for text in write(["".join(f"Question: {q.text}\n\n" for q in pick) + "Question:" for pick in picks]):
+                q, words = Question(text.strip(), "", 0), triples(text.strip())
+                if q.text.endswith("?") and re.search("[0-9]", q.text) and all(2 * len(words & k) < len(words) for k in known) \
+                        and len(self.tokenizer.encode_prompt(self.prompt(q))) < self.context:
+                    known.append(words)
+                    found.append(q)
+            if len(found) == count:
+                break
+        return found
+
     def eval_questions(self) -> list:
         """The first eval_questions of the held-out file."""
         return self.test[:self.c.eval_questions]
@@ -595,7 +805,7 @@ def solution_over(line: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 5 · Demo
+# 6 · Demo
 # ----------------------------------------------------------------------------------------------------------
 def main() -> None:
     """Label 8+1*4-2 solved in the wrong order. A scripted student stands in for the model: it goes on faultlessly

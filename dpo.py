@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
+from critic import log_prob_features
 from mcts import Forest, Packed, pack
 from model import GPT, BadInput, GPTConfig, Tokenizer, read_safetensors, write_safetensors
 
@@ -147,16 +148,17 @@ def token_log_probs(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> 
     return torch.cat([recompute(one, h, t, use_reentrant=False) for h, t in slices])
 
 
-def tree_log_probs(model: GPT, batch: Batch) -> torch.Tensor:
+def tree_log_probs(model: GPT, batch: Batch, with_hidden: bool = False):
     """(B, T) log-prob of each wanted token given its ancestors, 0 elsewhere. A node's first token is predicted
-    from its parent's last token (`before`), not from the column on its left."""
+    from its parent's last token (`before`), not from the column on its left. with_hidden: also the (B, T, C) states."""
     hidden = model(batch.ids, batch.position, batch.mask)               # (B, T, C)
     b, t = batch.wanted.nonzero(as_tuple=True)                          # (M,)
     # subtle: index_select, not hidden[b, before]: branches share a parent's last token, and on a CPU the backward
     # of the latter adds such duplicates from several threads in any order: other bytes at every run
     parents = hidden.flatten(0, 1).index_select(0, b * batch.ids.shape[1] + batch.before[b, t])      # (M, C)
     logps = token_log_probs(model, parents, batch.ids[b, t])
-    return torch.zeros(batch.ids.shape, device=logps.device).index_put((b, t), logps)
+    logps = torch.zeros(batch.ids.shape, device=logps.device).index_put((b, t), logps)
+    return (logps, hidden) if with_hidden else logps
 
 
 def side_sums(batch: Batch, logps: torch.Tensor) -> tuple:
@@ -176,6 +178,25 @@ def store_reference(model: GPT, rows: list, tokens: int = 16384) -> None:
         pairs = [p for r in group for p in r.pairs]
         for pair, chosen, rejected in zip(pairs, *(s.tolist() for s in sums)):
             pair.ref_chosen, pair.ref_rejected = chosen, rejected
+
+
+@torch.no_grad()
+def node_features(model: GPT, rows: list, tokens: int = 16384) -> list:
+    """What critics read: for each row (packed nodes, C + 4), the hidden states from which the last token of each node is
+    drawn and numbers about its path's log-probs, as `critic.critic_features` finds them while sampling."""
+    found = {}
+    for group in by_length(rows, tokens):
+        batch = collate(group, model.device)
+        batch.wanted = torch.ones_like(batch.wanted)
+        logps, hidden = tree_log_probs(model, batch, with_hidden=True)  # (B, T), (B, T, C)
+        for i, row in enumerate(group):
+            p, own = row.packed, logps[i, :len(row.packed.ids)].cpu().numpy()
+            steps = np.split(own, np.flatnonzero(np.diff(p.node)) + 1)  # log-probs of each node's tokens
+            numbers = [log_prob_features([steps[m] for m in np.flatnonzero(sees)[1:]]) for sees in p.sees]
+            last = np.cumsum([len(s) for s in steps]) - 1
+            states = hidden[i, np.maximum(p.before[last], 0)].float()
+            found[id(row)] = torch.cat((states, torch.tensor(numbers, device=states.device)), 1)
+    return [found[id(row)] for row in rows]
 
 
 def by_length(rows: list, tokens: int) -> list:
@@ -296,13 +317,14 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: int = 5, clip: float = 1.0,
-          tokens: int = 8192, state=None, save_seconds: float = 20.0, label: str = "train") -> dict:
+          tokens: int = 8192, state=None, save_seconds: float = 20.0, label: str = "train", split=None) -> dict:
     """Train in place: one optimiser step per batch.
 
     batches: a sequence (len, [i]) of lists of rows. loss_fn(model, batch) -> (sum to minimise, weight, sums of
     statistics): gradients of the parts are added and divided once by the whole weight. tokens: padded tokens of
     one part (bounds memory; does not change the result beyond rounding). state: a file the weights, moments and
-    history are kept in every save_seconds; when it is there, training goes on from it.
+    history are kept in every save_seconds; when it is there, training goes on from it. split(rows, tokens, device) ->
+    [(batch for loss_fn, its tokens)], when rows are no packed trees.
     Weights that are not fp32 have fp32 masters. A step whose loss or gradient is not finite is skipped and counted;
     after ten in a row BadInput. Returns means over the last quarter, and what was alarming."""
     params = dict(model.named_parameters())
@@ -315,7 +337,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: i
     while step < len(batches):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * schedule(step, len(batches), warmup)
-        stats = _gradients(model, batches[step], loss_fn, params, masters, tokens)
+        stats = _gradients(model, batches[step], loss_fn, params, masters, tokens, split or packed_parts)
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), clip).item()
         if math.isfinite(stats["loss"]) and math.isfinite(norm):
             for optimizer in optimizers:
@@ -372,20 +394,24 @@ def load_weights(model: GPT, weights: dict, exact=None) -> None:
                          for n, _ in model.named_parameters()}
 
 
-def _gradients(model, rows, loss_fn, params, masters, tokens):
+def packed_parts(rows: list, tokens: int, device) -> list:
+    """A batch of packed trees in parts of at most `tokens` padded tokens: [(Batch, tokens)], made as they are asked for."""
+    return ((collate(part, device), sum(len(r.packed.ids) for r in part)) for part in by_length(rows, tokens))
+
+
+def _gradients(model, rows, loss_fn, params, masters, tokens, split):
     """Accumulate the gradient of one batch in the masters; returns its statistics, all per unit of weight."""
     for p in masters.values():
         p.grad = None
     total, weight, sums, count = 0.0, 0.0, {}, 0
-    for part in by_length(rows, tokens):
-        batch = collate(part, model.device)
+    for batch, size in split(rows, tokens, model.device):
         loss, w, stats = loss_fn(model, batch)
         loss.backward()
         for n, p in params.items():
             if masters[n] is not p and p.grad is not None:              # parts are added in fp32
                 masters[n].grad = p.grad.float() if masters[n].grad is None else masters[n].grad + p.grad
                 p.grad = None
-        total, weight, count = total + loss.item(), weight + w, count + sum(len(r.packed.ids) for r in part)
+        total, weight, count = total + loss.item(), weight + w, count + size
         for k, v in stats.items():
             sums[k] = sums.get(k, 0.0) + v
     for p in masters.values():

@@ -11,7 +11,7 @@ and dpo.py; here it is that every recipe gets the same base, the same questions,
 same number of *sampled tokens*, so that their accuracies can be compared at all.
 
 Chapters: 1 Config   2 Files of a run   3 One chunk of questions   4 Evaluation   5 Recipes   6 The loop
-          7 Comparing   8 Program
+          7 Comparing   8 Search at test time   9 Program
 Try:  python loop.py                              Self-Explore on homework, about 5 minutes on two cores
       python loop.py --preset smoke               the same in seconds, too small to learn anything
       python loop.py --recipe rft --seed 1        another method
@@ -34,12 +34,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from critic import TASKS, Builtin, Exercises, Homework, Question, auc, calculations, confidence, extract_answer
-from critic import find_answer, label_pits, mcnemar, self_evaluation, solution_over, wilson
-from dpo import Pair, default_lr, load_weights, preference_loss, sft_loss, store_reference, text_row, train
-from dpo import tree_row
-from mcts import Forest, Steps, draw, fixed_width, grow, plant, search
-from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, write_text
+from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdown, Critic, Exercises, Homework, Question, auc, calculations
+from critic import confidence, critic_labels, critic_loss, critic_report, critic_values, extract_answer, find_answer
+from critic import label_pits, mcnemar, self_evaluation, solution_over, wilson
+from dpo import Pair, Row, default_lr, load_weights, node_features, preference_loss, sft_loss, store_reference, text_row
+from dpo import train, tree_row
+from mcts import Forest, Steps, draw, expand, fixed_width, grow, importance_width, length_prior, pack, plant
+from mcts import search, uct
+from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, read_safetensors
+from model import write_safetensors, write_text
 
 # ----------------------------------------------------------------------------------------------------------
 # 1 · Config: every setting of a run, one flag each
@@ -51,7 +54,7 @@ class Config:
     model: str = ""               # folder with open weights (HF format); empty: train the tiny base from scratch
     data: str = ""                # training questions for --model: JSON lines with question and answer (GSM8K)
     eval_data: str = ""           # held-out questions, same form
-    recipe: str = "self_explore"  # sft, rft, outcome_dpo, self_explore or mcts_dpo
+    recipe: str = "self_explore"  # sft, rft, outcome_dpo, self_explore, mcts_dpo, alphallm
     rounds: int = 3
     seed: int = 0
     out: str = ""                 # folder of the run; default runs/TASK_RECIPE_seedS
@@ -85,6 +88,19 @@ class Config:
     imitate: float = 0.75         # share of a round's steps that imitate the solutions found before DPO begins
     imitate_rounds: int = 1       # the first so many rounds do
     reference: str = "round"      # of mcts_dpo: the model the round started from, or the base
+    # -- critics (alphallm, --decode)
+    critic_share: float = 0.4     # of the budget: forests of the training questions, which the critics learn from
+    critic_steps: int = 600       # optimiser steps of the heads; 32 trees each
+    imagined: int = 0             # synthesised questions a round; 0: as many as training questions
+    alpha: float = 10.0           # adaptive width: 1 never widens, 10 uses the whole range (1, most_width)
+    most_width: int = 10          # c_max below the root (four times that at the root)
+    c_uct: float = 0.5            # exploration of UCT; returns lie in [0, 1]
+    value_weight: float = 1.0     # b_v of a leaf's score
+    process_weight: float = 1.0   # b_prm
+    leaf_score: str = "weakest"   # of a search with critics: weakest link of the path, or sum (the paper)
+    critic_window: int = 3        # critics learn from the forests of the last so many rounds
+    merge: int = 1                # 1: steps with the same calculation are one child
+    keep: float = 0.5             # a trajectory is imitated when the outcome critic gives it at least this
     save_seconds: float = 20.0    # how often an unfinished training is saved
     # -- learning
     steps: int = 80               # optimiser steps a round, the same for every recipe
@@ -110,10 +126,13 @@ class Config:
     base: str = ""                # folder of the cached base; default next to the run, named by its settings
     compare: str = ""             # recipes to run or resume and compare: rft,self_explore,...
     seeds: int = 3                # seeds of --compare: 0, 1, ...
+    decode: str = ""              # only compare search at test time with votes, on this run's first and last model
+    decode_questions: int = 300   # held-out questions for it
     evaluate: str = ""            # only evaluate this model folder or the last round of this run
 
 
-FREE = ("out", "base", "compare", "seeds", "evaluate", "preset", "save_seconds")     # not part of a run's identity
+FREE = ("out", "base", "compare", "seeds", "evaluate", "decode", "decode_questions", "preset",
+        "save_seconds")     # not part of a run's identity
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8,
              width=32, layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96,
              threads=1, save_seconds=0.1)
@@ -125,12 +144,14 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
               c_puct=(0.0, 1000.0), greedy_child=(0, 1),
               judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
-              imitate=(0.0, 0.99), imitate_rounds=(0, 1000),
+              imitate=(0.0, 0.99), imitate_rounds=(0, 1000), critic_share=(0.05, 0.95), critic_steps=(1, 10**6), critic_window=(1, 1000),
+              imagined=(0, 10**7), alpha=(0.0, 1e6), most_width=(1, 256), c_uct=(0.0, 1000.0), keep=(0.0, 1.0),
+              value_weight=(0.0, 1000.0), process_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
 CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
-               recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo"), loss=("sigmoid", "ipo"),
+               recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo", "alphallm"), loss=("sigmoid", "ipo"),
                dtype=("auto", "float32", "bfloat16"), self_eval=("off", "logp", "judge"), pair_nodes=("path", "all"),
-               reference=("round", "base"))
+               reference=("round", "base"), leaf_score=("weakest", "sum"))
 
 
 def parse_flags(arguments: list) -> Config:
@@ -411,7 +432,7 @@ class Worked:
     path: list                    # mcts_dpo: nodes the search committed to
 
 
-def work_chunk(run: Run, round_: int, first: int, questions: list, bar) -> tuple:
+def work_chunk(run: Run, round_: int, first: int, questions: list, how, bar) -> tuple:
     """Trees of one chunk, whatever ran before it: -> (Forest, labels, paths, counts). All recipes are bound by the same
     number of sampled tokens per question (within the rounding of the last wave)."""
     forest, seeds = Forest(len(questions)), [mix(run.c.seed, round_, first + b, 3) for b in range(len(questions))]
@@ -419,7 +440,6 @@ def work_chunk(run: Run, round_: int, first: int, questions: list, bar) -> tuple
     before = dict(run.sampler.counts)
     for b, q in enumerate(questions):
         plant(forest, b, run.sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
-    how = search_trees if run.c.recipe == "mcts_dpo" else sample_trees
     labels, paths = how(run, questions, forest, seeds, bar.update)
     return forest, labels, paths, {k: run.sampler.counts[k] - v for k, v in before.items()}
 
@@ -445,7 +465,8 @@ def sample_trees(run: Run, questions: list, forest: Forest, seeds: list, progres
         was = spent()
         sample(wants)
         return spent() - was
-    budget, count, drawn = c.budget * len(questions), c.samples, 0
+    share = c.critic_share if c.recipe == "alphallm" else 1             # the rest is for synthesised questions
+    budget, count, drawn = share * c.budget * len(questions), c.samples, 0
     while count:
         ends = sample([(b, 0, count) for b in range(len(questions))])
         drawn += count
@@ -483,41 +504,48 @@ def self_evaluate(run: Run, questions: list, forest: Forest, ends: list) -> list
     return confidence(forest, ends) if run.c.self_eval == "logp" else [0.0] * len(ends)
 
 
-def sample_round(run: Run, round_: int) -> list:
+def sample_round(run: Run, round_: int, questions: list, how, name: str = "trees") -> list:
     """All trees of a round, worked chunk by chunk. A chunk's file is written when the chunk is done; chunks that have
     their file are not worked again. Result: trees_RR.jsonl."""
-    file, questions = run.dir / f"trees_{round_:02d}.jsonl", run.task.train_questions(round_)
+    file = run.dir / f"{name}_{round_:02d}.jsonl"
     if not file.exists():
         chunks = range(0, len(questions), run.chunk)
-        bar = tqdm(desc=f"round {round_}: sampling", unit=" tokens", unit_scale=True, leave=False,
+        bar = tqdm(desc=f"round {round_}: {name}", unit=" tokens", unit_scale=True, leave=False,
                    total=run.c.budget * len(questions))
         parts = []
         for first in chunks:
-            part = run.work / f"trees_{round_:02d}_{first:06d}.jsonl"
+            part = run.work / f"{name}_{round_:02d}_{first:06d}.jsonl"
             if not part.exists():
                 start, group = time.time(), questions[first:first + run.chunk]
-                forest, pits, paths, counts = work_chunk(run, round_, first, group, bar)
+                forest, pits, paths, counts = work_chunk(run, round_, first, group, how, bar)
                 rows = []
                 for b, q in enumerate(group):
                     labels = [{"leaf": int(p.leaf), "step": p.step, "node": p.node, "probes": p.probes}
                               for p in pits if p.tree == b]
                     rows.append({"question": q.text, "answer": q.answer, "tree": forest.to_json(b), "pits": labels,
                                  "path": paths[b]})
-                write_lines(part.with_name("counts" + part.name[5:]), [counts | {"seconds": time.time() - start}])
+                write_lines(part.with_suffix(".counts"), [counts | {"seconds": time.time() - start}])
                 write_lines(part, rows)
             bar.n = (first + run.chunk) * run.c.budget
             bar.refresh()
             parts.append(part)
         bar.close()
-        counts = [read_lines(p.with_name("counts" + p.name[5:]))[0] for p in parts]
-        write_lines(run.work / f"counts_{round_:02d}.jsonl", [{k: sum(x[k] for x in counts) for k in counts[0]}])
+        counts = [read_lines(p.with_suffix(".counts"))[0] for p in parts]
+        write_lines(run.work / f"{name}.counts", [{k: sum(x[k] for x in counts) for k in counts[0]}])
         write_lines(file, [row for p in parts for row in read_lines(p)])
     return read_trees(file, questions)
 
 
-def read_trees(file: Path, questions: list) -> list:
+def round_counts(run: Run) -> dict:
+    """Sampler counts and seconds of all forests grown this round."""
+    counts = [read_lines(p)[0] for p in sorted(run.work.glob("*.counts")) if p.stem in ("trees", "imagined")]
+    return {k: sum(x[k] for x in counts) for k in counts[0]} if counts else {}
+
+
+def read_trees(file: Path, questions=None) -> list:
     """[Worked] of a trees file."""
     rows = read_lines(file)
+    questions = questions or [Question(row["question"], row["answer"], 0) for row in rows]
     forest = Forest.from_json([row["tree"] for row in rows])
     return [Worked(q, forest, b, row["pits"], row["path"]) for b, (q, row) in enumerate(zip(questions, rows))]
 
@@ -725,7 +753,7 @@ def corpus_questions(run: Run, round_: int) -> list:
 def rft(run: Run, round_: int, trees: list) -> tuple:
     """Rejection-sampling fine-tuning (2308.01825): imitate the distinct right solutions of all rounds so far."""
     rows = [row for r in range(1, round_) for row in right_rows(run, read_trees(
-        run.dir / f"trees_{r:02d}.jsonl", run.task.train_questions(r)))] + right_rows(run, trees)
+        run.dir / f"trees_{r:02d}.jsonl"))] + right_rows(run, trees)
     return learn(run, round_, "rft", rows, sft_loss, "sft", run.c.steps)
 
 
@@ -769,8 +797,123 @@ def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
     return second, state
 
 
+def fit_critic(run: Run, round_: int, trees: list) -> tuple:
+    """Critics for the model as it is now, from graded forests: -> (Critic, report). Every fifth tree is kept for the report;
+    a head that cannot tell right from wrong there (AUC below .55, or one class only) gets no weight. Kept in
+    critic_RR.safetensors and critic_RR.json."""
+    file, critic = run.dir / f"critic_{round_:02d}.json", Critic(run.model.config.hidden_size + LOG_PROB_FEATURES, seed=run.c.seed)
+    critic.to(run.model.device)
+    if file.exists():
+        critic.load_state_dict(read_safetensors(file.with_suffix(".safetensors"))[0])
+        return critic, read_json(file)
+    labelled = [critic_labels(t.forest, t.b, run.c.completions) for t in trees]
+    packed, rows = [Row(pack(t.forest, t.b, nodes)) for t, (nodes, *_) in zip(trees, labelled)], []
+    for row, x, (nodes, *label) in zip(packed, node_features(run.model, packed), labelled):
+        x = x[[row.packed.place[n] for n in nodes]]
+        rows.append((x, *(torch.from_numpy(a).to(x.device) for a in label)))
+    stack = lambda rows: tuple(torch.cat([r[i] for r in rows]) for i in range(4))
+    seen, kept = [r for i, r in enumerate(rows) if i % 5], rows[::5]
+    critic.prepare(seen or rows)
+    train(critic, Batches(seen or rows, 32, run.c.critic_steps, mix(run.c.seed, round_, 7)), critic_loss, 3e-3,
+          label=f"round {round_}: critics", split=lambda rows, _, device: [(stack(rows), sum(len(r[0]) for r in rows))])
+    features, *label = stack(kept)
+    report = critic_report(critic.score(features), *(a.cpu().numpy() for a in label))
+    for i, head in enumerate(HEADS):
+        critic.trusted[i] = report[head]["trusted"] = (report[head]["auc"] or 0) >= LEAST_AUC
+        if not critic.trusted[i]:
+            print(f"round {round_}: the {head} critic is not listened to: AUC {report[head]['auc']} on "
+                  f"{report[head]['nodes']} nodes it was not trained on")
+    write_safetensors(file.with_suffix(".safetensors"), {k: v.cpu() for k, v in critic.state_dict().items()})
+    write_text(file, json.dumps(report, indent=1) + "\n")
+    return critic, report
+
+
+def critic_search(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list, progress, budget: float) -> tuple:
+    """Search with critics in place of answers (AlphaLLM's eta-MCTS): UCT, adaptive width, state merge; returns in [0, 1]."""
+    c = run.c
+
+    def evaluate(forest, ends):
+        """Leaf scores."""
+        return critic_values(critic, run.sampler, forest, ends, (c.value_weight, c.process_weight), c.leaf_score)
+    width = importance_width((c.root_width, 4 * c.most_width), (c.width_below, c.most_width), c.alpha, c.widen)
+    same = lambda ids: calculations(run.tokenizer.decode([int(i) for i in ids if i not in run.model.stop_ids]))
+    proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
+    search(forest, proposer, evaluate, c.simulations, uct, c.c_uct, width, budget=budget, same=same if c.merge else None,
+           patience=PATIENCE)
+    best = [best_trajectory(run, forest, b) for b in range(len(forest))]
+    return [], [[] if leaf is None else forest.path(b, leaf) for b, leaf in enumerate(best)]
+
+
+PATIENCE = 16                 # simulations in a row without a new step after which a search with critics ends
+
+
+def best_trajectory(run: Run, forest: Forest, b: int, keep: float = 0.0) -> int | None:
+    """The leaf a searched tree stands for: of the answer with most visit-weighted score, the end of highest score. None
+    when no end was reached, or that answer has not half of the visits at ends, or its score is below `keep`."""
+    votes, ends = {}, [n for n in forest.leaves(b) if forest.visits[b, n]]
+    for n in ends:
+        answer = answer_of(run, forest, b, n)
+        votes[answer] = votes.get(answer, 0.0) + forest.value_sum[b, n]
+    if not ends:
+        return None
+    best = max(votes, key=votes.get)
+    mine = [n for n in ends if answer_of(run, forest, b, n) == best]
+    leaf = max(mine, key=lambda n: (forest.score[b, n], -n))
+    sure = 2 * forest.visits[b, mine].sum() >= forest.visits[b, ends].sum() and forest.score[b, leaf] >= keep
+    return leaf if sure or not keep else None
+
+
+def answer_of(run: Run, forest: Forest, b: int, n: int) -> str | None:
+    """The answer an end gives. note: all of countdown's ends claim the target, so there a solution is its own answer."""
+    text = forest.text(b, n, run.tokenizer, run.model.stop_ids)
+    return text if isinstance(run.task, Countdown) else extract_answer(text)
+
+
+def imagine(run: Run, round_: int) -> list:
+    """New questions from this round's training questions; kept in questions_RR.jsonl."""
+    file = run.work / f"questions_{round_:02d}.jsonl"
+
+    def write(prompts):
+        """The line the model goes on with behind each prompt."""
+        run.sampler.reset()
+        requests = [Request(run.sampler.prompt(run.tokenizer.encode_prompt(p)), mix(run.c.seed, round_, i, 8), run.c.max_tokens)
+                    for i, p in enumerate(prompts)]
+        return [run.tokenizer.decode(o.ids) for o in run.sampler.extend(requests, run.c.temperature, to_end=False)]
+    if not file.exists():
+        old = run.task.train_questions(round_)
+        new = run.task.imagine(old, run.c.imagined or len(old), random.Random(mix(run.c.seed, round_, 10)), write)
+        write_lines(file, [asdict(q) for q in new])
+    return [Question(**row) for row in read_lines(file)]
+
+
+def alphallm(run: Run, round_: int, trees: list) -> tuple:
+    """AlphaLLM (2404.12253): synthesise questions, search them with critics, imitate the best trajectories. The critics
+    learn from forests of the training questions, whose answers are known; no answer of a synthesised question is ever
+    looked up. Imitated too: the right solutions of those forests, and all of earlier rounds."""
+    earlier = [t for r in range(max(1, round_ - run.c.critic_window + 1), round_)
+               for t in read_trees(run.dir / f"trees_{r:02d}.jsonl")]
+    critic, report = fit_critic(run, round_, trees + earlier)
+    new = imagine(run, round_)
+    budget = (1 - run.c.critic_share) * run.c.budget * run.c.questions / max(1, len(new))
+    how = lambda run, questions, forest, seeds, progress: critic_search(
+        run, critic, questions, forest, [mix(s, 1) for s in seeds], progress, budget)
+    rows, kept = [], []
+    if new:
+        sample_round(run, round_, new, how, "imagined")
+    for r in range(1, round_ + 1):
+        rows += right_rows(run, trees if r == round_ else read_trees(run.dir / f"trees_{r:02d}.jsonl"))
+        file = run.dir / f"imagined_{r:02d}.jsonl"
+        for t in read_trees(file) if file.exists() else []:
+            leaf = best_trajectory(run, t.forest, t.b, run.c.keep)
+            kept += [leaf is not None] * (r == round_)
+            rows += [tree_row(t.forest, t.b, paths=[leaf])] if leaf is not None else []
+    learnt, state = learn(run, round_, "alphallm", rows, sft_loss, "sft", run.c.steps)
+    return learnt | {"imagined": len(new), "imagined_kept": sum(kept),
+                     "critic_auc": {head: report[head]["auc"] for head in HEADS}}, state
+
+
 # HACK HERE: add a recipe of your own
-RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo)
+RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo, alphallm=alphallm)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -789,7 +932,7 @@ def finish_round(run: Run, round_: int, start: float, report: dict, sampled: dic
                                               "pit_agreement", "simulations", "committed_right", "self_eval_auc")},
                **{k: report.get(k) for k in ("pairs", "steps", "loss", "dpo", "margin", "preference_accuracy",
                                              "chosen_shift", "rejected_shift", "chosen_length", "rejected_length",
-                                             "grad_norm", "skipped")},
+                                             "grad_norm", "skipped", "imagined", "imagined_kept", "critic_auc")},
                sampling_seconds=sampled.get("seconds", 0.0), train_seconds=report.get("train_seconds", 0.0),
                seconds=time.time() - start)
     write_lines(run.dir / "log.jsonl", rows + [row])
@@ -816,9 +959,11 @@ def run_loop(config: Config) -> list:
         if round_:
             run.load(round_ - 1)
             if run.c.recipe != "sft":
-                trees = sample_round(run, round_)
-                sampled = read_lines(run.work / f"counts_{round_:02d}.jsonl")[0] | sampling_report(run, trees)
+                how = search_trees if run.c.recipe == "mcts_dpo" else sample_trees
+                trees = sample_round(run, round_, run.task.train_questions(round_), how)
+                sampled = sampling_report(run, trees)
             report, state = RECIPES[run.c.recipe](run, round_, trees)
+            sampled |= round_counts(run)
         elif run.round_dir(0).exists():
             run.load(0)
         run.save(round_, state)
@@ -885,16 +1030,16 @@ def compare(config: Config) -> None:
     print(f"\nbase: {100 * base:.1f}% (mean of the seeds), same base and questions for all recipes of a seed")
 
 
-def evaluate_folder(config: Config) -> None:
-    """--evaluate: greedy accuracy of a model folder, or of the last round of a run, on the held-out questions."""
-    folder = Path(config.evaluate)
+def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
+    """A model folder, or a round (the last) of a run with that run's settings, ready to sample; nothing is written."""
+    run = object.__new__(Run)
+    run.dir, run.work = folder, folder / "work"
     if (folder / "log.jsonl").exists():
         saved = read_json(folder / "config.json")["settings"]
         drop = {*FREE, "device", "dtype", "threads", "eval_questions"}
-        keep = {k: v for k, v in saved.items() if k not in drop}
-        config = replace(config, **keep)
-        folder = folder / f"round_{len(read_lines(folder / 'log.jsonl')) - 1}"
-    run = object.__new__(Run)
+        config = replace(config, **{k: v for k, v in saved.items() if k not in drop})
+        last = len(read_lines(folder / "log.jsonl")) - 1
+        folder = folder / f"round_{last if round_ is None else round_}"
     run.c, run.chunk = config, config.chunk
     run.model, run.tokenizer = GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     run.model.bind(run.tokenizer)
@@ -902,21 +1047,150 @@ def evaluate_folder(config: Config) -> None:
     if config.eval_data:
         run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions)
     run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, solution_over)
+    return run
+
+
+def evaluate_folder(config: Config) -> None:
+    """--evaluate: greedy accuracy of a model folder, or of the last round of a run, on the held-out questions."""
+    run = bare_run(config, Path(config.evaluate))
     questions, rows = run.task.eval_questions(), []
     for first in tqdm(range(0, len(questions), 256), desc="evaluating", leave=False):
         group = questions[first:first + 256]
         rows += [result(run.task, q, *found) for q, found in zip(group, greedy(run, group))]
-    print(json.dumps({"folder": str(folder)} | accuracy_report(rows), indent=1))
+    print(json.dumps({"folder": config.evaluate} | accuracy_report(rows), indent=1))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 8 · Program
+# 8 · Search at test time
+# ----------------------------------------------------------------------------------------------------------
+SOLUTIONS = (8, 16, 32, 64)   # budgets, in sampled solutions' worth of tokens
+VOTES = ("majority", "best_of_n", "weighted_vote")
+
+
+def vote(samples: list, method: str) -> dict | None:
+    """The sample a question's samples [{answer, right, score}] stand for: of the answer given most often (majority) or
+    with the largest sum of scores (weighted_vote), the one of highest score; best_of_n: of highest score at all. Ties
+    go to the earlier one; samples without an answer have no vote."""
+    samples, weight = [s for s in samples if s["answer"] is not None], {}
+    for s in samples:
+        weight[s["answer"]] = weight.get(s["answer"], 0) + (1 if method == "majority" else s["score"])
+    winner = max(weight, key=weight.get, default=None)
+    mine = samples if method == "best_of_n" else [s for s in samples if s["answer"] == winner]
+    return max(mine, key=lambda s: s["score"], default=None)
+
+
+def end_row(run: Run, forest: Forest, questions: list, b: int, leaf: int, score: float) -> dict:
+    """What decoding keeps of an end; whether it is right is looked up for the table alone."""
+    text = forest.text(b, leaf, run.tokenizer, run.model.stop_ids)
+    return dict(answer=answer_of(run, forest, b, leaf), score=float(score),
+                right=bool(run.task.reward(questions[b].text, text, questions[b].answer)),
+                tokens=len(forest.path_of(b, leaf, "ids", root=False)))
+
+
+def sampled_ends(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list, progress) -> list:
+    """SOLUTIONS[-1] plain samples of each question, in order: [[row]]."""
+    leaves = grow(forest, run.sampler, [(b, 0, SOLUTIONS[-1]) for b in range(len(questions))], seeds, run.c.max_tokens,
+                  run.c.temperature, progress)
+    ends = [(b, n) for b, found in enumerate(leaves) for n in found]
+    scores = critic_values(critic, run.sampler, forest, ends, rule=run.c.leaf_score)
+    rows = [end_row(run, forest, questions, *e, score) for e, score in zip(ends, scores)]
+    return [rows[i:i + SOLUTIONS[-1]] for i in range(0, len(rows), SOLUTIONS[-1])]
+
+
+def beam(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list, progress, n: int) -> list:
+    """Step beam by the critics: n steps a level, shared by the n / 4 best prefixes; -> [leaf of highest score or None]."""
+    proposer = Steps(forest, run.sampler, seeds, run.c.max_tokens, run.c.temperature, progress=progress)
+    open_, seen = {b: [0] for b in range(len(questions))}, [{0} for _ in questions]
+    while open_:
+        wants = [(b, m, max(1, n // len(nodes))) for b, nodes in open_.items() for m in nodes]
+        proposer.submit(wants)
+        waiting = len(wants)
+        while waiting:
+            for b, m, found in proposer.poll():
+                expand(forest, b, m, found, length_prior)
+                waiting -= 1
+        new = [(b, m) for b in open_ for m in range(int(forest.size[b])) if m not in seen[b]]
+        for e, score in zip(new, critic_values(critic, run.sampler, forest, new, rule=run.c.leaf_score)):
+            forest.score[e] = score
+            seen[e[0]].add(e[1])
+        go_on = {b: sorted((m for t, m in new if t == b and not forest.terminal[t, m]), key=lambda m: -forest.score[b, m])
+                 for b in open_}
+        open_ = {b: nodes[:max(1, n // 4)] for b, nodes in go_on.items() if nodes}
+    return [max(forest.leaves(b), key=lambda m: forest.score[b, m], default=None) for b in range(len(questions))]
+
+
+def decode_cell(run: Run, critic: Critic, round_: int, method: str, n: int, budget: float) -> list:
+    """Rows of one method at one budget, chunk by chunk; kept in decode/. method samples: a list of rows a question."""
+    file = run.dir / "decode" / f"{round_:02d}_{method}_{n}.jsonl"
+    if not file.exists():
+        questions, rows = run.task.eval_questions()[:run.c.decode_questions], []
+        bar = tqdm(desc=f"round {round_}: {method} {n}", unit=" tokens", unit_scale=True, leave=False)
+        for first in range(0, len(questions), run.chunk):
+            group = questions[first:first + run.chunk]
+            forest, seeds = Forest(len(group)), [mix(run.c.seed, 11, first + b) for b in range(len(group))]
+            run.sampler.reset()
+            for b, q in enumerate(group):
+                plant(forest, b, run.sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
+            if method == "samples":
+                rows += sampled_ends(run, critic, group, forest, seeds, bar.update)
+                continue
+            before = run.sampler.counts["sampled"]
+            if method == "mcts":
+                paths = critic_search(run, critic, group, forest, seeds, bar.update, budget)[1]
+                leaves = [path[-1] if path else None for path in paths]
+            else:
+                leaves = beam(run, critic, group, forest, seeds, bar.update, n)
+            tokens = (run.sampler.counts["sampled"] - before) / len(group)
+            rows += [dict(right=False, tokens=tokens) if leaf is None else
+                     end_row(run, forest, group, b, leaf, 0.0) | {"tokens": tokens} for b, leaf in enumerate(leaves)]
+        bar.close()
+        write_lines(file, rows)
+    return read_lines(file)
+
+
+def decode(config: Config) -> None:
+    """--decode RUN: what search with critics buys at test time, at equal sampled tokens, for the first and the last model
+    of a run: accuracy on held-out questions, intervals, and McNemar tests against best-of-n of the same budget."""
+    folder = Path(config.decode)
+    last = len(read_lines(folder / "log.jsonl")) - 1
+    table = []
+    for round_ in sorted({0, last}):
+        run = bare_run(config, folder, round_)
+        (run.dir / "decode").mkdir(exist_ok=True)
+        files = sorted(folder.glob("trees_*.jsonl"))
+        files = files[-run.c.critic_window:] if round_ else files[:1]   # the base's own, or the last ones
+        if not files:
+            raise BadInput(f"{folder} holds no trees for critics to learn from: decode a run of another recipe than sft.")
+        run.dir = folder / "decode"
+        critic, report = fit_critic(run, round_, [t for file in files for t in read_trees(file)])
+        run.dir = folder
+        samples = decode_cell(run, critic, round_, "samples", SOLUTIONS[-1], 0)
+        each = float(np.mean([s["tokens"] for row in samples for s in row]))
+        questions = run.task.eval_questions()[:run.c.decode_questions]
+        right = [r["right"] for r in (result(run.task, q, *found) for q, found in zip(questions, greedy(run, questions)))]
+        table.append((round_, "greedy", 1, right, each, right))
+        for n in SOLUTIONS:
+            cells = {m: [(vote(row[:n], m) or {"right": False})["right"] for row in samples] for m in VOTES}
+            spent = dict.fromkeys(VOTES, each * n)
+            for m in ("beam", "mcts"):
+                rows = decode_cell(run, critic, round_, m, n, each * n)
+                cells[m], spent[m] = [r["right"] for r in rows], np.mean([r["tokens"] for r in rows])
+            table += [(round_, m, n, hits, spent[m], cells["best_of_n"]) for m, hits in cells.items()]
+    print("| model | method | solutions' worth | tokens | accuracy | 95% interval | McNemar against best_of_n |\n|---|---|---|---|---|---|---|")
+    for round_, method, n, hits, tokens, against in table:
+        low, high = wilson(sum(hits), len(hits))
+        p = "-" if hits is against else f"p = {mcnemar(hits, against):.2g}"
+        print(f"| round {round_} | {method} | {n} | {tokens:,.0f} | {100 * np.mean(hits):.1f} | {100 * low:.1f} - {100 * high:.1f} | {p} |")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9 · Program
 # ----------------------------------------------------------------------------------------------------------
 def main(arguments: list) -> int:
     """Exit code 0, 2 for bad input (one sentence), 130 when interrupted (the same command goes on)."""
     try:
         config = parse_flags(arguments)
-        (evaluate_folder if config.evaluate else compare if config.compare else run_loop)(config)
+        (evaluate_folder if config.evaluate else decode if config.decode else compare if config.compare else run_loop)(config)
         return 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

@@ -242,6 +242,25 @@ def fixed_width(root: int, below: int, every: int = 0):
     return lambda forest, b, n: (below if n else root) * (1 + (int(forest.visits[b, n]) // every if every else 0))
 
 
+def importance_width(root: tuple, below: tuple, alpha: float, every: int = 0):
+    """AlphaLLM's adaptive width (2404.12253 eq. 3), one new step a simulation: n(s) = max(c_min, min(floor(alpha I) + 1,
+    c_max)), I = max |v(child) - v(s)| over the evaluated children; (c_min, c_max) at the root and below it. With alpha
+    1 and values in [0, 1] nothing ever widens: alpha about c_max - 1 uses the whole range. An equal step drawn again
+    counts as drawn, so a sure-footed policy is asked c_max times at most, and again after each `every` visits (0: never)."""
+    def width(forest, b, n):
+        """Steps node n should have drawn by now."""
+        kids, drawn, (least, most) = forest.children[b][n], int(forest.drawn[b, n]), below if n else root
+        if any(not forest.visits[b, k] for k in kids):                  # the last new one was not tried yet
+            return drawn
+        known, here = forest.score[b, n], forest.value_sum[b, n] / max(1, forest.visits[b, n])
+        here = known if known == known else here                        # a root is never evaluated: its mean return
+        scores = [abs(forest.score[b, k] - here) for k in kids]
+        importance = max((x for x in scores if x == x), default=0.0)    # x == x: not NaN
+        again = 1 + (int(forest.visits[b, n]) // every if every else 0)
+        return min(drawn + 1, again * max(least, min(int(alpha * importance) + 1, most)))
+    return width
+
+
 def select(forest: Forest, trees, nodes, score, c: float):
     """The child to go to from each node: (R,) trees, (R,) nodes with children -> (R,). An unvisited child shows its
     parent's mean (0 while the parent has none); ties go to the lowest index.
@@ -269,13 +288,20 @@ def descend(forest: Forest, trees, nodes, score, c: float, width):
     return nodes
 
 
-def expand(forest: Forest, b: int, n: int, candidates: list, prior) -> None:
+def expand(forest: Forest, b: int, n: int, candidates: list, prior, same=None) -> None:
     """Hang sampled steps (model.Continuation) below a node, in sample order; equal ones become one child with a
-    count. Raises ValueError when there are none: the tree could never go on."""
+    count, and so do those to which same(ids) gives the same key, if they end alike (AlphaLLM's state merge). Raises
+    ValueError when there are none: the tree could never go on."""
     if not candidates:
         raise ValueError(f"tree {b}, node {n}: the proposer gave no candidate for a node that is no end")
     for found in candidates:
-        forest.add(b, n, found.ids, found.logps, found.slots, "" if found.why == "step" else found.why)
+        end, key = "" if found.why == "step" else found.why, same(found.ids) if same else None
+        twins = [k for k in forest.children[b][n] if key and ENDS[forest.end[b, k]] == end and
+                 same(forest.ids[b][k]) == key]
+        if twins:
+            forest.count[b, twins[0]] += 1
+        else:
+            forest.add(b, n, found.ids, found.logps, found.slots, end)
     forest.prior[b, forest.children[b][n]] = prior(forest, b, forest.children[b][n])
 
 
@@ -299,7 +325,7 @@ def best_child(forest: Forest, b: int, n: int) -> int | None:
 
 def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c: float = 1.0,
            width=fixed_width(5, 3), to_terminal: bool = False, prior=length_prior, commit: bool = False,
-           budget: float = math.inf) -> list:
+           budget: float = math.inf, same=None, patience: int = 0) -> list:
     """Search all trees of the forest together; returns the path each commits to, a list of nodes from the root.
 
     proposer: `submit([(tree, node, how many)])` asks for steps below nodes, `poll()` waits for some and returns the
@@ -309,7 +335,8 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
     commit: after `simulations` at the root its best child becomes the root and keeps its subtree, until a terminal
     (AlphaZero style); else all are done from the first root. width(forest, tree, node): steps a node should have drawn
     by now; a simulation that comes by asks for what is missing. budget: sampled tokens of a tree; no simulation begins
-    that would, at twice the mean cost so far, exceed it. A tree never waits for another, and its result does not
+    that would, at twice the mean cost so far, exceed it. same: see `expand`.
+    patience: with so many simulations in a row that sampled nothing the tree is exhausted, and done; 0: never. A tree never waits for another, and its result does not
     depend on the others.
 
     Four simulations by hand, evaluated at birth, c = 1; root r, children a (P .6) and b (P .4):
@@ -318,12 +345,14 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
         3  a 1 + .6 * 1.41/2 = 1.42, b 0 + .28: a expanded, its child d returns 0    N r3 a2 d1   Q r .33 a .5
         4  a .5 + .6 * 1.73/3 = .85, b 0 + .35: a, then d (its only child), visited before: expanded, ..."""
     roots, paths = np.zeros(len(forest), np.int64), [[0] for _ in range(len(forest))]
-    done, spent, ready, asked = [0] * len(forest), [0] * len(forest), {b: 0 for b in range(len(forest))}, 0
+    done, spent, idle, ready, asked = *([0] * len(forest) for _ in range(3)), {b: 0 for b in range(len(forest))}, 0
 
     def finished(b):
         """Count a simulation of tree b; commit when it is time. True: the tree is done."""
         done[b] += 1
+        idle[b] += 1
         rich = spent[b] * (1 + 2 / forest.visits[b, 0]) <= budget       # costs vary: reserve twice the mean
+        rich = rich and (not patience or idle[b] <= patience)
         if done[b] < simulations and rich:
             return False
         while (kid := best_child(forest, b, roots[b])) is not None:
@@ -336,9 +365,9 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
     while ready or asked:
         if not ready:                                   # 1) all wait for steps: let the proposer work
             for b, n, candidates in proposer.poll():
-                expand(forest, b, n, candidates, prior)
+                expand(forest, b, n, candidates, prior, same)
                 spent[b] += sum(len(found.ids) for found in candidates)
-                ready[b], asked = n, asked - 1
+                ready[b], asked, idle[b] = n, asked - 1, 0
         trees, nodes = np.array([*ready]), np.array([*ready.values()])
         nodes = descend(forest, trees, nodes, select, c, width)         # 2) go down
         fresh = (nodes > 0) & (forest.visits[trees, nodes] == 0)
