@@ -94,7 +94,7 @@ class Config:
     imagined: int = 0             # synthesised questions a round; 0: as many as training questions
     alpha: float = 10.0           # adaptive width: 1 never widens, 10 uses the whole range (1, most_width)
     most_width: int = 10          # c_max below the root (four times that at the root)
-    c_uct: float = 0.5            # exploration of UCT; returns lie in [0, 1]
+    c_uct: float = 0.1            # exploration of UCT; returns lie in [0, 1]
     value_weight: float = 1.0     # b_v of a leaf's score
     process_weight: float = 1.0   # b_prm
     leaf_score: str = "weakest"   # of a search with critics: weakest link of the path, or sum (the paper)
@@ -134,7 +134,7 @@ class Config:
 FREE = ("out", "base", "compare", "seeds", "evaluate", "decode", "decode_questions", "preset",
         "save_seconds")     # not part of a run's identity
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8,
-             width=32, layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96,
+             width=32, layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, critic_steps=30,
              threads=1, save_seconds=0.1)
 RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=(1, 10**7), completions=(1, 1024),
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
@@ -835,7 +835,7 @@ def critic_search(run: Run, critic: Critic, questions: list, forest: Forest, see
     def evaluate(forest, ends):
         """Leaf scores."""
         return critic_values(critic, run.sampler, forest, ends, (c.value_weight, c.process_weight), c.leaf_score)
-    width = importance_width((c.root_width, 4 * c.most_width), (c.width_below, c.most_width), c.alpha, c.widen)
+    width = importance_width((c.root_width, 4 * c.most_width), (1, c.most_width), c.alpha, c.widen)
     same = lambda ids: calculations(run.tokenizer.decode([int(i) for i in ids if i not in run.model.stop_ids]))
     proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
     search(forest, proposer, evaluate, c.simulations, uct, c.c_uct, width, budget=budget, same=same if c.merge else None,
@@ -894,11 +894,11 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
                for t in read_trees(run.dir / f"trees_{r:02d}.jsonl")]
     critic, report = fit_critic(run, round_, trees + earlier)
     new = imagine(run, round_)
-    budget = (1 - run.c.critic_share) * run.c.budget * run.c.questions / max(1, len(new))
+    budget = (run.c.budget * run.c.questions - read_lines(run.work / "trees.counts")[0]["sampled"]) / max(1, len(new))
     how = lambda run, questions, forest, seeds, progress: critic_search(
         run, critic, questions, forest, [mix(s, 1) for s in seeds], progress, budget)
     rows, kept = [], []
-    if new:
+    if new and budget > 0:
         sample_round(run, round_, new, how, "imagined")
     for r in range(1, round_ + 1):
         rows += right_rows(run, trees if r == round_ else read_trees(run.dir / f"trees_{r:02d}.jsonl"))

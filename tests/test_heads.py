@@ -1,0 +1,324 @@
+"""The three critics, the search with them, synthesis of questions, votes: hand-made trees, known values, and the same
+numbers while sampling as while training.
+
+Oracles: labels and scores worked out by hand, features from a plain packed forward against those found in the sampler's
+store, games without a network. Seeds are fixed."""
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import loop  # noqa: E402
+from critic import HEADS, LOG_PROB_FEATURES, Countdown, Critic, Exercises, Homework, Question, critic_features  # noqa: E402
+from critic import critic_labels, critic_loss, critic_report, critic_values, log_prob_features, parse  # noqa: E402
+from dpo import Row, node_features, train  # noqa: E402
+from loop import Batches, Config, vote  # noqa: E402
+from mcts import Forest, grow, importance_width, pack, plant, puct, uct  # noqa: E402
+from model import Sampler, Tokenizer  # noqa: E402
+from test_mcts import LETTERS, PROMPTS  # noqa: E402
+from test_model import language_model  # noqa: E402
+from test_search import Game, play  # noqa: E402
+
+NAN = float("nan")
+
+
+def hand_tree():
+    """q -> a (good) -> right x3, wrong x1; q -> d (pit) -> wrong x4; q -> e -> wrong x1."""
+    f = Forest(1)
+    f.add(0, -1, [1, 2])
+    a, d, e = (f.add(0, 0, [i, 9], [-0.5, -0.25]) for i in (3, 4, 5))
+    ends = [(a, [6], 3, 1), (a, [7], 1, 0), (d, [6], 4, 0), (e, [6], 1, 0)]
+    leaves = []
+    for up, ids, count, right in ends:
+        for _ in range(count):
+            n = f.add(0, up, ids, [-2.0], end="eos")
+        f.right[0, n] = right
+        leaves.append(n)
+    return f, (a, d, e), leaves
+
+
+def test_labels_by_hand():
+    """Value = share of right ends below; a step is good if a right end is below it, bad if none of k = 4 is, unknown with
+    fewer; ends have outcome and process but no value; below a pit nothing is said of later steps."""
+    f, (a, d, e), (good, bad, pit_end, _) = hand_tree()
+    nodes, labels, weights, depths = critic_labels(f, 0, k=4)
+    at = dict(zip(nodes, labels.tolist()))
+    same = lambda x, y: np.array_equal(x, y, equal_nan=True)
+    assert nodes == list(range(8)) and depths.tolist() == [0, 1, 1, 1, 2, 2, 2, 2]
+    assert same(at[0], [np.float32(1 / 3), NAN, NAN]) and same(at[a], [0.75, 1, NAN])
+    assert same(at[d], [0, 0, NAN]) and same(at[e], [0, NAN, NAN])
+    assert same(at[good], [NAN, 1, 1]) and same(at[bad], [NAN, 0, 0]) and same(at[pit_end], [NAN, NAN, 0])
+    assert weights.tolist() == [8, 4, 4, 1, 3, 1, 4, 1]
+    assert critic_labels(f, 0, k=1)[1][e, 1] == 0
+
+
+def test_log_prob_features():
+    """Lowest and mean of the last step, lowest and mean of the path, by hand; zeros for a question."""
+    assert log_prob_features([]) == [0.0] * LOG_PROB_FEATURES
+    assert log_prob_features([np.array([-1.0, -4.0]), np.array([-2.0])]) == [-2.0, -2.0, -4.0, pytest.approx(-7 / 3)]
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2"))
+def test_features_while_sampling_are_those_trained_on(kind):
+    """For every node of grown trees - questions and one-token steps too - the store's hidden state and the recorded
+    log-probs equal those of a packed forward to 1e-4; scores read off them too; nothing was encoded for it."""
+    model = language_model(kind, 1).bind(LETTERS)
+    sampler, forest = Sampler(model, LETTERS, 16, 8), Forest(3, 2)
+    for b in range(3):
+        plant(forest, b, sampler, PROMPTS[b])
+    grow(forest, sampler, [(b, 0, 9) for b in range(3)], [1, 2, 3], 16)
+    grow(forest, sampler, [(b, forest.parent[b, n], 2) for b in range(3) for n in forest.leaves(b)], [1, 2, 3], 16)
+    processed = sampler.counts["processed"]
+    rows = [Row(pack(forest, b, range(int(forest.size[b])))) for b in range(3)]
+    sizes = Counter()
+    for b, (row, want) in enumerate(zip(rows, node_features(model, rows))):
+        nodes = list(range(int(forest.size[b])))
+        got = critic_features(sampler, forest, [(b, n) for n in nodes])
+        assert got.shape == (len(nodes), model.config.hidden_size + LOG_PROB_FEATURES)
+        assert (got - want[[row.packed.place[n] for n in nodes]]).abs().max() < 1e-4
+        sizes.update(len(i) for i in forest.ids[b])
+    assert sizes[1] and sampler.counts["processed"] == processed
+
+
+def test_heads_overfit_32_prefixes():
+    """Random labels of 32 random prefixes are learnt by heart through dpo.train, after which AUC is 1 and Brier near 0;
+    training twice gives the same bytes; balancing does not bend the probabilities (mean score = rate of right)."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(32, 12, generator=rng), (torch.rand(32, 3, generator=rng) < 0.3).float()
+    row = (x, y, torch.ones(32), torch.zeros(32, dtype=torch.int64))
+    split = lambda rows, _, device: [(rows[0], 32)]
+    scores = []
+    for _ in range(2):
+        critic = Critic(12)
+        critic.prepare([row])
+        train(critic, Batches([row], 1, 300, 0), critic_loss, 1e-2, split=split)
+        scores.append(critic.score(x))
+    report = critic_report(scores[0], y.numpy(), np.ones(32), np.zeros(32))
+    assert np.array_equal(*scores) and all(report[h]["auc"] == 1 and report[h]["brier"] < 0.01 for h in HEADS)
+    fresh = Critic(12)
+    noise = [(torch.randn(4000, 12, generator=rng), (torch.rand(4000, 3, generator=rng) < 0.1).float(), torch.ones(4000),
+              torch.zeros(4000, dtype=torch.int64))]
+    fresh.prepare(noise)
+    train(fresh, Batches(noise, 1, 60, 0), critic_loss, 1e-3, split=lambda rows, _, device: [(rows[0], 4000)])
+    assert np.allclose(fresh.score(noise[0][0]).mean(0), noise[0][1].mean(0).numpy(), atol=0.02)
+
+
+class Told(Critic):
+    """A critic that says what it is told of each node."""
+
+    def __init__(self, said):
+        super().__init__(1)
+        self.said = said
+
+    def score(self, wants):
+        return np.array([self.said[n] for _, n in wants])
+
+
+def test_leaf_scores_by_hand(monkeypatch):
+    """The weakest link of a path, the paper's weighted sum, heads that are left out or not trusted, none left."""
+    monkeypatch.setattr("critic.critic_features", lambda sampler, forest, wants: wants)
+    f, (a, d, _), (good, bad, *_) = hand_tree()
+    told = Told({0: (0.4, 0.1, 0), a: (0.7, 0.9, 0), d: (0.2, 0.6, 0), good: (0, 0.8, 0.95), bad: (1, 0.9, 0.3)})
+    value = lambda wants, **k: critic_values(told, None, f, [(0, n) for n in wants], **k).tolist()
+    assert value([a, d, good, bad]) == [0.7, 0.2, 0.7, 0.3] and value([0]) == [0.4]     # a question is no step
+    assert value([a, good], weights=(0, 1)) == [0.9, 0.8]
+    assert value([a, d, good], rule="sum") == pytest.approx([0.8, 0.4, 0.95])
+    assert value([a], weights=(3, 1), rule="sum") == pytest.approx([0.75])
+    told.trusted[:] = torch.tensor([0.0, 1, 0])
+    assert value([a, good], rule="sum") == pytest.approx([0.9, 0.8]) and value([d, good]) == [0.6, 0.8]
+    told.trusted[:] = 0
+    assert value([a, good], rule="sum") == value([a, good]) == [0.5, 0.5]
+
+
+def test_report_by_hand():
+    """AUC, Brier, lift and bins of six nodes by hand; a head with one class has AUC None, one without labels too."""
+    scores = np.array([[.9, .5, 0], [.8, .5, 0], [.35, .5, 0], [.1, .5, 0]])
+    labels = np.array([[1, 1, NAN], [0, 1, NAN], [1, 1, NAN], [0, 1, NAN]])
+    report = critic_report(scores, labels, np.array([1, 1, 1, 3.0]), np.array([1, 1, 2, 2]))
+    value = report["value"]
+    brier = (0.01 + 0.64 + 0.4225 + 3 * 0.01) / 6
+    assert value["auc"] == 0.75 and value["brier"] == pytest.approx(brier, abs=1e-4)
+    assert value["lift"] == pytest.approx(1 - brier / (2 / 9), abs=1e-4) and value["auc_by_depth"] == {"1": 1.0, "2": 1.0}
+    assert [b[2] for b in value["calibration"]] == [1, 1, 1, 1] and value["calibration"][0][:2] == [0.1, 0]
+    assert report["process"]["auc"] is None and report["process"]["lift"] is None and report["outcome"]["auc"] is None
+
+
+# -- search with critics ----------------------------------------------------------------------------------
+def test_importance_width():
+    """n(s) grows with the spread of the children's values, stays within (c_min, c_max), and asks for one step at a time,
+    none while the last new child is untried; with `every` it opens again."""
+    f, (a, d, e), _ = hand_tree()
+    f.drawn[0, 0], f.visits[0, [0, a, d, e]], f.value_sum[0, 0] = 3, [3, 1, 1, 1], 1.5
+    widths = []
+    for spread in (0.0, 0.1, 0.3, 0.49):
+        f.score[0, [a, d, e]] = 0.5, 0.5 - spread, 0.5 + spread
+        f.drawn[0, 0] = 3
+        while (w := importance_width((2, 9), (1, 1), 19.0)(f, 0, 0)) > f.drawn[0, 0]:
+            assert w == f.drawn[0, 0] + 1
+            f.drawn[0, 0] = w
+        widths.append(int(f.drawn[0, 0]))
+    assert widths == [3, 3, 6, 9]                                       # at least what was drawn, then floor(19 I) + 1, 9
+    assert importance_width((2, 9), (1, 1), 19.0, every=3)(f, 0, 0) == 10
+    f.visits[0, e] = 0
+    assert importance_width((2, 99), (1, 1), 1e3)(f, 0, 0) == f.drawn[0, 0]
+
+
+def test_adaptive_search():
+    """Over 40 random games: counts of children = steps drawn, and no node draws more than its c_max."""
+    forest, _ = play([Game(s) for s in range(40)], 60, select=uct, width=importance_width((3, 12), (1, 4), 11.0))
+    drawn = forest.drawn[:, 1:].max(), forest.drawn[:, 0].max()
+    assert drawn[0] <= 4 and 3 <= drawn[1] <= 12 and len({*forest.drawn[:, 0].tolist()}) > 2
+    for b in range(40):
+        for n in range(int(forest.size[b])):
+            assert forest.count[b, forest.children[b][n]].sum() == forest.drawn[b, n]
+
+
+def test_merge_conserves_counts():
+    """Steps with one key and one end become one child: counts still add up to what was drawn, no two siblings share
+    both, and an end never joins a step that goes on."""
+    same = lambda ids: int(ids[0]) % 3 + 1
+    forest, _ = play([Game(s) for s in range(30)], 30, same=same)
+    plain, _ = play([Game(s) for s in range(30)], 30)
+    for b in range(30):
+        for n in range(int(forest.size[b])):
+            kids = forest.children[b][n]
+            keys = [(same(forest.ids[b][k]), int(forest.end[b, k])) for k in kids]
+            assert len({*keys}) == len(keys) and forest.count[b, kids].sum() == forest.drawn[b, n]
+    assert forest.size.sum() < plain.size.sum()
+
+
+def test_constant_critic_leaves_the_prior():
+    """When every node is worth the same, PUCT's visits go by P: a higher prior never has fewer visits (but for the one of
+    rounding), and Q is that constant."""
+    class Flat(Game):
+        def value(self, path):
+            return 0.5
+    games = [Flat(s, depth=3) for s in range(20)]
+    forest, _ = play(games, 200, c=1.0, select=puct)
+    for b in range(20):
+        kids = sorted(forest.children[b][0], key=lambda k: forest.prior[b, k])
+        visits = forest.visits[b, kids].tolist()
+        assert all(low <= high + 1 for low, high in zip(visits, visits[1:])) and sum(visits) == 200
+        assert forest.value_sum[b, 0] == 100
+
+
+def test_patience():
+    """An exhausted tree ends `patience` simulations after its last new step; a tree that still grows goes on."""
+    games = [Game(s, depth=2) for s in range(10)]
+    forest, _ = play(games, 2000, patience=7, c=4.0)
+    full, _ = play(games, 2000, c=4.0)
+    late, _ = play(games, 2000, patience=1000, c=4.0)
+    assert (full.visits[:, 0] == 2000).all() and (late.visits[:, 0] < 2000).all() and (forest.visits[:, 0] < 80).all()
+    assert (forest.visits[:, 0] > 7).all() and (late.size == full.size).all() and (forest.size <= full.size).all()
+
+
+# -- synthesis --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", (Homework, Countdown))
+def test_imagined_questions(task):
+    """New, distinct, well-formed, never on the held-out side, and nobody worked out an answer (a solver that is asked
+    raises)."""
+    c = Config(task=task.name, questions=150, eval_questions=200)
+    t = task(c)
+    old, held = t.train_questions(1), {t.key(q) for q in t.eval_questions()}
+    t.solve = t.reward = t.draw = None                                  # would raise
+    new = t.imagine(old, 150, random.Random(0))
+    keys = {t.key(q) for q in new}
+    assert len(keys) == len(new) == 150 and not keys & held and not keys & {t.key(q) for q in old}
+    assert all(q.answer == "" for q in new)
+    for q in new:
+        if task is Homework:
+            x = parse(q.text)
+            assert 3 <= len(x) // 2 <= 4 and all(1 <= v <= 9 for v in x[::2]) and x[1] in "+-"
+            assert all(v > 1 for op, v in zip(x[1::2], x[2::2]) if op == "*")
+        else:
+            assert len(t.numbers(q.text)) == 3 and 0 <= int(q.text.split()[-1]) <= 99
+
+
+def test_imagined_real_questions(tmp_path):
+    """Of what the model writes only new questions with a number and a question mark are kept; near copies of training and
+    held-out questions are not."""
+    train_text, eval_text = "Tom has 3 red apples and 4 green pears in a bag. How many?", "Ann buys 7 books on each of 2 days. How many?"
+    for name, text in (("a", train_text), ("b", eval_text)):
+        (tmp_path / name).write_text(json.dumps({"question": text, "answer": "7"}) + "\n")
+    task = Exercises(Config(data=str(tmp_path / "a"), eval_data=str(tmp_path / "b")), Tokenizer.bytes_only(), 512)
+    lines = [" A train goes 60 miles an hour for 2 hours. How far?\n", eval_text.replace("7", "9"), "no number at all?",
+             "12 is a number.", train_text, "A train goes 60 miles an hour for 3 hours. How far?"]
+    asked = []
+
+    def write(prompts):
+        asked.append(prompts)
+        return [lines.pop(0) if lines else "" for _ in prompts]
+    new = task.imagine(task.train, 3, random.Random(0), write)
+    assert new == [Question("A train goes 60 miles an hour for 2 hours. How far?", "", 0)]
+    assert len(asked) == 4 and asked[0][0] == f"Question: {train_text}\n\nQuestion:"
+
+
+# -- votes and runs ---------------------------------------------------------------------------------------
+def test_votes_by_hand():
+    """Majority, best score, largest sum of scores; ties go to the first; samples without an answer count nothing."""
+    said = [("4", .3), ("5", .8), ("4", .4), (None, .99), ("4", .2), ("5", .2)]
+    samples = [dict(answer=a, score=s, place=i) for i, (a, s) in enumerate(said)]
+    assert [vote(samples, m)["place"] for m in loop.VOTES] == [2, 1, 1]
+    assert vote(samples[:1] + samples[1:2], "majority")["place"] == 0 and vote(samples[3:4], "majority") is None
+
+
+@pytest.fixture(scope="module")
+def imagined_run(tmp_path_factory):
+    """A finished smoke run of alphallm whose grader raises when it is asked about a question nobody has an answer to."""
+    folder, real = tmp_path_factory.mktemp("alphallm"), Homework.reward
+
+    def honest(self, question, text, answer):
+        assert answer != "", "the answer of a synthesised question was looked up"
+        return real(self, question, text, answer)
+    Homework.reward = honest
+    try:
+        flags = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "150", "--keep", "0.01",
+                 "--out", str(folder / "r"), "--base", str(folder / "base")]
+        assert loop.main(flags) == 0
+    finally:
+        Homework.reward = real
+    return folder / "r"
+
+
+def test_alphallm_leaves_what_it_says(imagined_run):
+    """Synthesised questions without answers, searched trees with scores in [0, 1] and no grade, critics with a report, log
+    keys; tokens of both kinds of forest are counted, none is encoded twice, the budget holds."""
+    rows = [json.loads(line) for line in (imagined_run / "log.jsonl").read_text().splitlines()]
+    trees = [json.loads(line) for line in (imagined_run / "imagined_02.jsonl").read_text().splitlines()]
+    for t in trees:
+        score = [s for s in t["tree"]["score"] if s is not None]
+        assert t["answer"] == "" and set(t["tree"]["right"]) == {-1} and all(0 <= s <= 1 for s in score) and score
+        assert t["tree"]["visits"][0] > 0
+    for row in rows[1:]:
+        assert row["imagined"] == 16 and row["imagined_kept"] <= 16 and set(row["critic_auc"]) == set(HEADS)
+        assert row["processed_tokens"] <= row["prompt_tokens"] + row["sampled_tokens"]
+        # waves and simulations are whole, so a chunk may end a little below or above its share
+        assert 0.5 * 16 * 300 < row["sampled_tokens"] < 1.3 * 16 * 300
+    sampled = sum(len(i) * c for t in trees for i, c in list(zip(t["tree"]["ids"], t["tree"]["count"]))[1:])
+    assert sampled < rows[2]["sampled_tokens"]
+    report = json.loads((imagined_run / "critic_02.json").read_text())
+    assert all(report[h]["trusted"] == ((report[h]["auc"] or 0) >= 0.55) for h in HEADS)
+
+
+def test_decode_table(imagined_run, capsys, monkeypatch):
+    """--decode prints a row per model, method and budget; sampling spends the budget it says; called again it samples
+    nothing and prints the same."""
+    monkeypatch.setattr(loop, "SOLUTIONS", (2, 4))
+    flags = ["--decode", str(imagined_run), "--decode-questions", "2"]
+    assert loop.main(flags) == 0
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| round ")]
+    assert len(table) == 2 * (1 + 2 * 5) and {row[1] for row in table} == {"greedy", *loop.VOTES, "beam", "mcts"}
+    each = float(table[1][3].replace(",", "")) / 2
+    for row in table[1:11]:
+        if row[1] in loop.VOTES:
+            assert float(row[3].replace(",", "")) == pytest.approx(each * int(row[2]), rel=0.1)
+    before = {p: p.stat().st_mtime_ns for p in (imagined_run / "decode").iterdir()}
+    assert loop.main(flags) == 0
+    again = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| round ")]
+    assert again == table and before == {p: p.stat().st_mtime_ns for p in (imagined_run / "decode").iterdir()}
