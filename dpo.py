@@ -182,8 +182,8 @@ def store_reference(model: GPT, rows: list, tokens: int = 16384) -> None:
 
 @torch.no_grad()
 def node_features(model: GPT, rows: list, tokens: int = 16384) -> list:
-    """What critics read: for each row (packed nodes, C + 4), the hidden states from which the last token of each node is
-    drawn and numbers about its path's log-probs, as `critic.critic_features` finds them while sampling."""
+    """What critics read: for each row (packed nodes, C + 4), the hidden states from which the last token of each node
+    is drawn and numbers about its path's log-probs, as `critic.critic_features` finds them while sampling."""
     found = {}
     for group in by_length(rows, tokens):
         batch = collate(group, model.device)
@@ -395,7 +395,7 @@ def load_weights(model: GPT, weights: dict, exact=None) -> None:
 
 
 def packed_parts(rows: list, tokens: int, device) -> list:
-    """A batch of packed trees in parts of at most `tokens` padded tokens: [(Batch, tokens)], made as they are asked for."""
+    """A batch of packed trees in parts of at most `tokens` padded tokens: (Batch, tokens), made as they are asked."""
     return ((collate(part, device), sum(len(r.packed.ids) for r in part)) for part in by_length(rows, tokens))
 
 

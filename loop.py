@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdown, Critic, Exercises, Homework, Question, auc, calculations
-from critic import confidence, critic_labels, critic_loss, critic_report, critic_values, extract_answer, find_answer
-from critic import label_pits, mcnemar, self_evaluation, solution_over, wilson
+from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdown, Critic, Exercises, Homework
+from critic import Question, auc, calculations, confidence, critic_labels, critic_loss, critic_report
+from critic import critic_values, extract_answer, find_answer, label_pits, mcnemar, self_evaluation, solution_over, wilson
 from dpo import Pair, Row, default_lr, load_weights, node_features, preference_loss, sft_loss, store_reference, text_row
 from dpo import train, tree_row
 from mcts import Forest, Steps, draw, expand, fixed_width, grow, importance_width, length_prior, pack, plant
@@ -132,7 +132,9 @@ class Config:
 
 
 FREE = ("out", "base", "compare", "seeds", "evaluate", "decode", "decode_questions", "preset",
-        "save_seconds")     # not part of a run's identity
+        "save_seconds")       # not part of a run's identity
+SEARCH_FLAGS = ("alpha", "most_width", "c_uct", "value_weight", "process_weight", "leaf_score", "merge", "widen",
+                "root_width", "critic_steps", "critic_window", "chunk")         # --decode takes these from its flags
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8,
              width=32, layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, critic_steps=30,
              threads=1, save_seconds=0.1)
@@ -144,7 +146,8 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
               c_puct=(0.0, 1000.0), greedy_child=(0, 1),
               judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
-              imitate=(0.0, 0.99), imitate_rounds=(0, 1000), critic_share=(0.05, 0.95), critic_steps=(1, 10**6), critic_window=(1, 1000),
+              imitate=(0.0, 0.99), imitate_rounds=(0, 1000), critic_share=(0.05, 0.95), critic_steps=(1, 10**6),
+              critic_window=(1, 1000),
               imagined=(0, 10**7), alpha=(0.0, 1e6), most_width=(1, 256), c_uct=(0.0, 1000.0), keep=(0.0, 1.0),
               value_weight=(0.0, 1000.0), process_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
@@ -798,24 +801,27 @@ def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
 
 
 def fit_critic(run: Run, round_: int, trees: list) -> tuple:
-    """Critics for the model as it is now, from graded forests: -> (Critic, report). Every fifth tree is kept for the report;
-    a head that cannot tell right from wrong there (AUC below .55, or one class only) gets no weight. Kept in
-    critic_RR.safetensors and critic_RR.json."""
-    file, critic = run.dir / f"critic_{round_:02d}.json", Critic(run.model.config.hidden_size + LOG_PROB_FEATURES, seed=run.c.seed)
-    critic.to(run.model.device)
+    """Critics for the model as it is now, from graded forests: -> (Critic, report). One question in five, by hash, is
+    kept for the report; a head that cannot tell right from wrong there (AUC below .55, or one class only) gets no
+    weight. Kept in critic_RR.safetensors and critic_RR.json."""
+    file = run.dir / f"critic_{round_:02d}.json"
+    critic = Critic(run.model.config.hidden_size + LOG_PROB_FEATURES, seed=run.c.seed).to(run.model.device)
     if file.exists():
         critic.load_state_dict(read_safetensors(file.with_suffix(".safetensors"))[0])
         return critic, read_json(file)
-    labelled = [critic_labels(t.forest, t.b, run.c.completions) for t in trees]
-    packed, rows = [Row(pack(t.forest, t.b, nodes)) for t, (nodes, *_) in zip(trees, labelled)], []
-    for row, x, (nodes, *label) in zip(packed, node_features(run.model, packed), labelled):
+    labelled = [(t, *critic_labels(t.forest, t.b, run.c.completions)) for t in trees if t.forest.leaves(t.b)]
+    packed = [Row(pack(t.forest, t.b, nodes)) for t, nodes, *_ in labelled]
+    seen, kept = [], []
+    for row, x, (t, nodes, *label) in zip(packed, node_features(run.model, packed), labelled):
         x = x[[row.packed.place[n] for n in nodes]]
-        rows.append((x, *(torch.from_numpy(a).to(x.device) for a in label)))
+        side = seen if hashlib.sha256(t.question.text.encode()).digest()[1] % 5 else kept
+        side.append((x, *(torch.from_numpy(a).to(x.device) for a in label)))
     stack = lambda rows: tuple(torch.cat([r[i] for r in rows]) for i in range(4))
-    seen, kept = [r for i, r in enumerate(rows) if i % 5], rows[::5]
-    critic.prepare(seen or rows)
-    train(critic, Batches(seen or rows, 32, run.c.critic_steps, mix(run.c.seed, round_, 7)), critic_loss, 3e-3,
-          label=f"round {round_}: critics", split=lambda rows, _, device: [(stack(rows), sum(len(r[0]) for r in rows))])
+    seen, kept = seen or kept, kept or seen             # a handful of questions may all fall on one side
+    critic.prepare(seen)
+    train(critic, Batches(seen, 32, run.c.critic_steps, mix(run.c.seed, round_, 7)), critic_loss, 3e-3,
+          label=f"round {round_}: critics",
+          split=lambda rows, _, device: [(stack(rows), sum(len(r[0]) for r in rows))])
     features, *label = stack(kept)
     report = critic_report(critic.score(features), *(a.cpu().numpy() for a in label))
     for i, head in enumerate(HEADS):
@@ -828,8 +834,10 @@ def fit_critic(run: Run, round_: int, trees: list) -> tuple:
     return critic, report
 
 
-def critic_search(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list, progress, budget: float) -> tuple:
-    """Search with critics in place of answers (AlphaLLM's eta-MCTS): UCT, adaptive width, state merge; returns in [0, 1]."""
+def critic_search(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list, progress,
+                  budget: float) -> tuple:
+    """Search with critics in place of answers (AlphaLLM's eta-MCTS): UCT, adaptive width, state merge; returns lie in
+    [0, 1]. -> ([], the best path of each tree)."""
     c = run.c
 
     def evaluate(forest, ends):
@@ -838,8 +846,8 @@ def critic_search(run: Run, critic: Critic, questions: list, forest: Forest, see
     width = importance_width((c.root_width, 4 * c.most_width), (1, c.most_width), c.alpha, c.widen)
     same = lambda ids: calculations(run.tokenizer.decode([int(i) for i in ids if i not in run.model.stop_ids]))
     proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
-    search(forest, proposer, evaluate, c.simulations, uct, c.c_uct, width, budget=budget, same=same if c.merge else None,
-           patience=PATIENCE)
+    search(forest, proposer, evaluate, c.simulations, uct, c.c_uct, width, budget=budget, patience=PATIENCE,
+           same=same if c.merge else None)
     best = [best_trajectory(run, forest, b) for b in range(len(forest))]
     return [], [[] if leaf is None else forest.path(b, leaf) for b, leaf in enumerate(best)]
 
@@ -849,7 +857,8 @@ PATIENCE = 16                 # simulations in a row without a new step after wh
 
 def best_trajectory(run: Run, forest: Forest, b: int, keep: float = 0.0) -> int | None:
     """The leaf a searched tree stands for: of the answer with most visit-weighted score, the end of highest score. None
-    when no end was reached, or that answer has not half of the visits at ends, or its score is below `keep`."""
+    when no end was reached; with keep > 0 also when that answer has not half of the visits at ends (the search is not
+    consistent), or the score is below `keep`."""
     votes, ends = {}, [n for n in forest.leaves(b) if forest.visits[b, n]]
     for n in ends:
         answer = answer_of(run, forest, b, n)
@@ -864,7 +873,7 @@ def best_trajectory(run: Run, forest: Forest, b: int, keep: float = 0.0) -> int 
 
 
 def answer_of(run: Run, forest: Forest, b: int, n: int) -> str | None:
-    """The answer an end gives. note: all of countdown's ends claim the target, so there a solution is its own answer."""
+    """The answer an end gives. note: all ends of countdown claim the target, so there a solution is its own answer."""
     text = forest.text(b, n, run.tokenizer, run.model.stop_ids)
     return text if isinstance(run.task, Countdown) else extract_answer(text)
 
@@ -876,8 +885,8 @@ def imagine(run: Run, round_: int) -> list:
     def write(prompts):
         """The line the model goes on with behind each prompt."""
         run.sampler.reset()
-        requests = [Request(run.sampler.prompt(run.tokenizer.encode_prompt(p)), mix(run.c.seed, round_, i, 8), run.c.max_tokens)
-                    for i, p in enumerate(prompts)]
+        paths = [run.sampler.prompt(run.tokenizer.encode_prompt(p)) for p in prompts]
+        requests = [Request(path, mix(run.c.seed, round_, i, 8), run.c.max_tokens) for i, path in enumerate(paths)]
         return [run.tokenizer.decode(o.ids) for o in run.sampler.extend(requests, run.c.temperature, to_end=False)]
     if not file.exists():
         old = run.task.train_questions(round_)
@@ -913,7 +922,8 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
 
 
 # HACK HERE: add a recipe of your own
-RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo, alphallm=alphallm)
+RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo,
+               alphallm=alphallm)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1036,7 +1046,7 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     run.dir, run.work = folder, folder / "work"
     if (folder / "log.jsonl").exists():
         saved = read_json(folder / "config.json")["settings"]
-        drop = {*FREE, "device", "dtype", "threads", "eval_questions"}
+        drop = {*FREE, "device", "dtype", "threads", "eval_questions", *(SEARCH_FLAGS if config.decode else ())}
         config = replace(config, **{k: v for k, v in saved.items() if k not in drop})
         last = len(read_lines(folder / "log.jsonl")) - 1
         folder = folder / f"round_{last if round_ is None else round_}"
@@ -1098,7 +1108,8 @@ def sampled_ends(run: Run, critic: Critic, questions: list, forest: Forest, seed
 
 
 def beam(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list, progress, n: int) -> list:
-    """Step beam by the critics: n steps a level, shared by the n / 4 best prefixes; -> [leaf of highest score or None]."""
+    """Step beam by the critics: n steps a level, shared by the n / 4 best prefixes -> [leaf of highest score, or
+    None]."""
     proposer = Steps(forest, run.sampler, seeds, run.c.max_tokens, run.c.temperature, progress=progress)
     open_, seen = {b: [0] for b in range(len(questions))}, [{0} for _ in questions]
     while open_:
@@ -1113,15 +1124,17 @@ def beam(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list,
         for e, score in zip(new, critic_values(critic, run.sampler, forest, new, rule=run.c.leaf_score)):
             forest.score[e] = score
             seen[e[0]].add(e[1])
-        go_on = {b: sorted((m for t, m in new if t == b and not forest.terminal[t, m]), key=lambda m: -forest.score[b, m])
-                 for b in open_}
-        open_ = {b: nodes[:max(1, n // 4)] for b, nodes in go_on.items() if nodes}
+        go_on = {b: [] for b in open_}
+        for b, m in sorted(new, key=lambda e: -forest.score[e]):
+            if not forest.terminal[b, m] and len(go_on[b]) < max(1, n // 4):
+                go_on[b].append(m)
+        open_ = {b: nodes for b, nodes in go_on.items() if nodes}
     return [max(forest.leaves(b), key=lambda m: forest.score[b, m], default=None) for b in range(len(questions))]
 
 
 def decode_cell(run: Run, critic: Critic, round_: int, method: str, n: int, budget: float) -> list:
-    """Rows of one method at one budget, chunk by chunk; kept in decode/. method samples: a list of rows a question."""
-    file = run.dir / "decode" / f"{round_:02d}_{method}_{n}.jsonl"
+    """Rows of one method at one budget, one a question (method samples: a list of rows a question); kept in run.dir."""
+    file = run.dir / f"{round_:02d}_{method}_{n}.jsonl"
     if not file.exists():
         questions, rows = run.task.eval_questions()[:run.c.decode_questions], []
         bar = tqdm(desc=f"round {round_}: {method} {n}", unit=" tokens", unit_scale=True, leave=False)
@@ -1149,25 +1162,28 @@ def decode_cell(run: Run, critic: Critic, round_: int, method: str, n: int, budg
 
 
 def decode(config: Config) -> None:
-    """--decode RUN: what search with critics buys at test time, at equal sampled tokens, for the first and the last model
-    of a run: accuracy on held-out questions, intervals, and McNemar tests against best-of-n of the same budget."""
-    folder = Path(config.decode)
+    """--decode RUN: what search with critics buys at test time, at equal sampled tokens, for the first and the last
+    model of a run: accuracy on held-out questions, intervals, McNemar tests against best-of-n of the same budget.
+    Every cell is kept in RUN/decode_HASH (of the settings), so a killed table goes on where it stopped."""
+    folder, table = Path(config.decode), []
+    if not [*folder.glob("trees_*.jsonl")] or not (folder / "log.jsonl").exists():
+        raise BadInput(f"--decode {folder}: no run with trees is there; give the folder of a run of any recipe but "
+                       "sft: the critics learn from its trees.")
     last = len(read_lines(folder / "log.jsonl")) - 1
-    table = []
+    settings = {k: getattr(config, k) for k in (*SEARCH_FLAGS, "decode_questions")} | {"budgets": SOLUTIONS}
+    kept = folder / f"decode_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
+    kept.mkdir(exist_ok=True)
+    write_text(kept / "settings.json", json.dumps(settings, indent=1) + "\n")
     for round_ in sorted({0, last}):
         run = bare_run(config, folder, round_)
-        (run.dir / "decode").mkdir(exist_ok=True)
+        run.dir = kept
         files = sorted(folder.glob("trees_*.jsonl"))
         files = files[-run.c.critic_window:] if round_ else files[:1]   # the base's own, or the last ones
-        if not files:
-            raise BadInput(f"{folder} holds no trees for critics to learn from: decode a run of another recipe than sft.")
-        run.dir = folder / "decode"
-        critic, report = fit_critic(run, round_, [t for file in files for t in read_trees(file)])
-        run.dir = folder
+        critic, _ = fit_critic(run, round_, [t for file in files for t in read_trees(file)])
         samples = decode_cell(run, critic, round_, "samples", SOLUTIONS[-1], 0)
         each = float(np.mean([s["tokens"] for row in samples for s in row]))
         questions = run.task.eval_questions()[:run.c.decode_questions]
-        right = [r["right"] for r in (result(run.task, q, *found) for q, found in zip(questions, greedy(run, questions)))]
+        right = [result(run.task, q, *found)["right"] for q, found in zip(questions, greedy(run, questions))]
         table.append((round_, "greedy", 1, right, each, right))
         for n in SOLUTIONS:
             cells = {m: [(vote(row[:n], m) or {"right": False})["right"] for row in samples] for m in VOTES}
@@ -1176,11 +1192,13 @@ def decode(config: Config) -> None:
                 rows = decode_cell(run, critic, round_, m, n, each * n)
                 cells[m], spent[m] = [r["right"] for r in rows], np.mean([r["tokens"] for r in rows])
             table += [(round_, m, n, hits, spent[m], cells["best_of_n"]) for m, hits in cells.items()]
-    print("| model | method | solutions' worth | tokens | accuracy | 95% interval | McNemar against best_of_n |\n|---|---|---|---|---|---|---|")
+    print("| model | method | solutions' worth | tokens | accuracy | 95% interval | McNemar against best_of_n |\n"
+          "|---|---|---|---|---|---|---|")
     for round_, method, n, hits, tokens, against in table:
         low, high = wilson(sum(hits), len(hits))
         p = "-" if hits is against else f"p = {mcnemar(hits, against):.2g}"
-        print(f"| round {round_} | {method} | {n} | {tokens:,.0f} | {100 * np.mean(hits):.1f} | {100 * low:.1f} - {100 * high:.1f} | {p} |")
+        print(f"| round {round_} | {method} | {n} | {tokens:,.0f} | {100 * np.mean(hits):.1f} "
+              f"| {100 * low:.1f} - {100 * high:.1f} | {p} |")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1190,7 +1208,8 @@ def main(arguments: list) -> int:
     """Exit code 0, 2 for bad input (one sentence), 130 when interrupted (the same command goes on)."""
     try:
         config = parse_flags(arguments)
-        (evaluate_folder if config.evaluate else decode if config.decode else compare if config.compare else run_loop)(config)
+        other = evaluate_folder if config.evaluate else decode if config.decode else compare if config.compare else None
+        (other or run_loop)(config)
         return 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

@@ -243,10 +243,11 @@ def fixed_width(root: int, below: int, every: int = 0):
 
 
 def importance_width(root: tuple, below: tuple, alpha: float, every: int = 0):
-    """AlphaLLM's adaptive width (2404.12253 eq. 3), one new step a simulation: n(s) = max(c_min, min(floor(alpha I) + 1,
-    c_max)), I = max |v(child) - v(s)| over the evaluated children; (c_min, c_max) at the root and below it. With alpha
-    1 and values in [0, 1] nothing ever widens: alpha about c_max - 1 uses the whole range. An equal step drawn again
-    counts as drawn, so a sure-footed policy is asked c_max times at most, and again after each `every` visits (0: never)."""
+    """AlphaLLM's adaptive width (2404.12253 eq. 3), one new step a simulation: n(s) = max(c_min, min(floor(alpha I) +
+    1, c_max)), I = max |v(child) - v(s)| over the evaluated children; (c_min, c_max) at the root and below it. With
+    alpha 1 and values in [0, 1] nothing ever widens: alpha about c_max - 1 uses the whole range. An equal step drawn
+    again counts as drawn, so a sure-footed policy is asked c_max times at most, and as often again after each
+    `every` visits (0: never)."""
     def width(forest, b, n):
         """Steps node n should have drawn by now."""
         kids, drawn, (least, most) = forest.children[b][n], int(forest.drawn[b, n]), below if n else root
@@ -336,8 +337,8 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
     (AlphaZero style); else all are done from the first root. width(forest, tree, node): steps a node should have drawn
     by now; a simulation that comes by asks for what is missing. budget: sampled tokens of a tree; no simulation begins
     that would, at twice the mean cost so far, exceed it. same: see `expand`.
-    patience: with so many simulations in a row that sampled nothing the tree is exhausted, and done; 0: never. A tree never waits for another, and its result does not
-    depend on the others.
+    patience: with so many simulations in a row that sampled nothing the tree is exhausted, and done; 0: never. A
+    tree never waits for another, and its result does not depend on the others.
 
     Four simulations by hand, evaluated at birth, c = 1; root r, children a (P .6) and b (P .4):
         1  r expanded; a (P): returns 1           N r1 a1      Q r 1    a 1

@@ -15,8 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loop  # noqa: E402
-from critic import HEADS, LOG_PROB_FEATURES, Countdown, Critic, Exercises, Homework, Question, critic_features  # noqa: E402
-from critic import critic_labels, critic_loss, critic_report, critic_values, log_prob_features, parse  # noqa: E402
+from critic import HEADS, LOG_PROB_FEATURES, Countdown, Critic, Exercises, Homework, Question  # noqa: E402
+from critic import critic_features, critic_labels, critic_loss, critic_report, critic_values  # noqa: E402
+from critic import log_prob_features, parse  # noqa: E402
 from dpo import Row, node_features, train  # noqa: E402
 from loop import Batches, Config, vote  # noqa: E402
 from mcts import Forest, grow, importance_width, pack, plant, puct, uct  # noqa: E402
@@ -44,8 +45,8 @@ def hand_tree():
 
 
 def test_labels_by_hand():
-    """Value = share of right ends below; a step is good if a right end is below it, bad if none of k = 4 is, unknown with
-    fewer; ends have outcome and process but no value; below a pit nothing is said of later steps."""
+    """Value = share of right ends below; a step is good if a right end is below it, bad if none of k = 4 is, unknown
+    with fewer; ends have outcome and process but no value; below a pit nothing is said of later steps."""
     f, (a, d, e), (good, bad, pit_end, _) = hand_tree()
     nodes, labels, weights, depths = critic_labels(f, 0, k=4)
     at = dict(zip(nodes, labels.tolist()))
@@ -102,8 +103,8 @@ def test_heads_overfit_32_prefixes():
     report = critic_report(scores[0], y.numpy(), np.ones(32), np.zeros(32))
     assert np.array_equal(*scores) and all(report[h]["auc"] == 1 and report[h]["brier"] < 0.01 for h in HEADS)
     fresh = Critic(12)
-    noise = [(torch.randn(4000, 12, generator=rng), (torch.rand(4000, 3, generator=rng) < 0.1).float(), torch.ones(4000),
-              torch.zeros(4000, dtype=torch.int64))]
+    noise = [(torch.randn(4000, 12, generator=rng), (torch.rand(4000, 3, generator=rng) < 0.1).float(),
+              torch.ones(4000), torch.zeros(4000, dtype=torch.int64))]
     fresh.prepare(noise)
     train(fresh, Batches(noise, 1, 60, 0), critic_loss, 1e-3, split=lambda rows, _, device: [(rows[0], 4000)])
     assert np.allclose(fresh.score(noise[0][0]).mean(0), noise[0][1].mean(0).numpy(), atol=0.02)
@@ -144,15 +145,16 @@ def test_report_by_hand():
     value = report["value"]
     brier = (0.01 + 0.64 + 0.4225 + 3 * 0.01) / 6
     assert value["auc"] == 0.75 and value["brier"] == pytest.approx(brier, abs=1e-4)
-    assert value["lift"] == pytest.approx(1 - brier / (2 / 9), abs=1e-4) and value["auc_by_depth"] == {"1": 1.0, "2": 1.0}
+    assert value["lift"] == pytest.approx(1 - brier / (2 / 9), abs=1e-4)
+    assert value["auc_by_depth"] == {"1": 1.0, "2": 1.0}
     assert [b[2] for b in value["calibration"]] == [1, 1, 1, 1] and value["calibration"][0][:2] == [0.1, 0]
     assert report["process"]["auc"] is None and report["process"]["lift"] is None and report["outcome"]["auc"] is None
 
 
 # -- search with critics ----------------------------------------------------------------------------------
 def test_importance_width():
-    """n(s) grows with the spread of the children's values, stays within (c_min, c_max), and asks for one step at a time,
-    none while the last new child is untried; with `every` it opens again."""
+    """n(s) grows with the spread of the children's values, stays within (c_min, c_max), and asks for one step at a
+    time, none while the last new child is untried; with `every` it opens again."""
     f, (a, d, e), _ = hand_tree()
     f.drawn[0, 0], f.visits[0, [0, a, d, e]], f.value_sum[0, 0] = 3, [3, 1, 1, 1], 1.5
     widths = []
@@ -163,7 +165,7 @@ def test_importance_width():
             assert w == f.drawn[0, 0] + 1
             f.drawn[0, 0] = w
         widths.append(int(f.drawn[0, 0]))
-    assert widths == [3, 3, 6, 9]                                       # at least what was drawn, then floor(19 I) + 1, 9
+    assert widths == [3, 3, 6, 9]                                       # what was drawn, then floor(19 I) + 1, then 9
     assert importance_width((2, 9), (1, 1), 19.0, every=3)(f, 0, 0) == 10
     f.visits[0, e] = 0
     assert importance_width((2, 99), (1, 1), 1e3)(f, 0, 0) == f.drawn[0, 0]
@@ -194,8 +196,8 @@ def test_merge_conserves_counts():
 
 
 def test_constant_critic_leaves_the_prior():
-    """When every node is worth the same, PUCT's visits go by P: a higher prior never has fewer visits (but for the one of
-    rounding), and Q is that constant."""
+    """When every node is worth the same, PUCT's visits go by P: a higher prior never has fewer visits (but for the
+    one of rounding), and Q is that constant."""
     class Flat(Game):
         def value(self, path):
             return 0.5
@@ -241,9 +243,10 @@ def test_imagined_questions(task):
 
 
 def test_imagined_real_questions(tmp_path):
-    """Of what the model writes only new questions with a number and a question mark are kept; near copies of training and
-    held-out questions are not."""
-    train_text, eval_text = "Tom has 3 red apples and 4 green pears in a bag. How many?", "Ann buys 7 books on each of 2 days. How many?"
+    """Of what the model writes only new questions with a number and a question mark are kept; near copies of training
+    and held-out questions are not."""
+    train_text = "Tom has 3 red apples and 4 green pears in a bag. How many?"
+    eval_text = "Ann buys 7 books on each of 2 days. How many?"
     for name, text in (("a", train_text), ("b", eval_text)):
         (tmp_path / name).write_text(json.dumps({"question": text, "answer": "7"}) + "\n")
     task = Exercises(Config(data=str(tmp_path / "a"), eval_data=str(tmp_path / "b")), Tokenizer.bytes_only(), 512)
@@ -270,7 +273,7 @@ def test_votes_by_hand():
 
 @pytest.fixture(scope="module")
 def imagined_run(tmp_path_factory):
-    """A finished smoke run of alphallm whose grader raises when it is asked about a question nobody has an answer to."""
+    """A finished smoke run of alphallm whose grader raises when asked about a question nobody has an answer to."""
     folder, real = tmp_path_factory.mktemp("alphallm"), Homework.reward
 
     def honest(self, question, text, answer):
@@ -287,8 +290,8 @@ def imagined_run(tmp_path_factory):
 
 
 def test_alphallm_leaves_what_it_says(imagined_run):
-    """Synthesised questions without answers, searched trees with scores in [0, 1] and no grade, critics with a report, log
-    keys; tokens of both kinds of forest are counted, none is encoded twice, the budget holds."""
+    """Synthesised questions without answers, searched trees with scores in [0, 1] and no grade, critics with a report,
+    log keys; tokens of both kinds of forest are counted, none is encoded twice, the budget holds."""
     rows = [json.loads(line) for line in (imagined_run / "log.jsonl").read_text().splitlines()]
     trees = [json.loads(line) for line in (imagined_run / "imagined_02.jsonl").read_text().splitlines()]
     for t in trees:
@@ -318,7 +321,7 @@ def test_decode_table(imagined_run, capsys, monkeypatch):
     for row in table[1:11]:
         if row[1] in loop.VOTES:
             assert float(row[3].replace(",", "")) == pytest.approx(each * int(row[2]), rel=0.1)
-    before = {p: p.stat().st_mtime_ns for p in (imagined_run / "decode").iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in imagined_run.glob("decode_*/*sonl")}
     assert loop.main(flags) == 0
     again = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| round ")]
-    assert again == table and before == {p: p.stat().st_mtime_ns for p in (imagined_run / "decode").iterdir()}
+    assert again == table and before == {p: p.stat().st_mtime_ns for p in imagined_run.glob("decode_*/*sonl")}

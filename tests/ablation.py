@@ -1,0 +1,51 @@
+"""What each part of the search with critics adds, on the base of finished runs: python tests/ablation.py RUN [RUN ...]
+
+For each run (best: one recipe with several seeds) critics are trained on the trees of round 1, which the base sampled;
+then held-out questions are searched, every variant with the same budget in sampled tokens: 16 solutions' worth.
+Prints one JSON object, then a table: accuracy with a Wilson interval over all runs, McNemar against the line above."""
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import loop  # noqa: E402
+from critic import mcnemar, wilson  # noqa: E402
+
+PLAIN = dict(leaf_score="sum", process_weight=0.0, alpha=0.0, merge=0, widen=8)
+VARIANTS = {"value head only": {}, "+ adaptive width": dict(alpha=10.0), "+ process head": dict(process_weight=1.0),
+            "+ state merge": dict(merge=1), "+ weakest link instead of the sum": dict(leaf_score="weakest")}
+WORTH, QUESTIONS = 16, 200
+
+
+def main(folders: list) -> None:
+    """Search every variant on every run."""
+    right, tokens = {name: [] for name in VARIANTS}, {name: [] for name in VARIANTS}
+    for folder in map(Path, folders):
+        run, now = loop.bare_run(loop.Config(), folder, 0), dict(PLAIN)
+        trees = loop.read_trees(folder / "trees_01.jsonl")
+        each = np.mean([len(t.forest.path_of(t.b, n, "ids", root=False)) for t in trees for n in t.forest.leaves(t.b)])
+        for name, change in VARIANTS.items():
+            now |= change
+            run.c, run.chunk = replace(run.c, decode_questions=QUESTIONS, **now), QUESTIONS
+            with tempfile.TemporaryDirectory() as kept:
+                run.dir = Path(kept)
+                critic, _ = loop.fit_critic(run, 0, trees)
+                rows = loop.decode_cell(run, critic, 0, "mcts", WORTH, WORTH * float(each))
+            right[name] += [r["right"] for r in rows]
+            tokens[name] += [r["tokens"] for r in rows]
+            print(folder, name, np.mean([r["right"] for r in rows]), file=sys.stderr)
+    print(json.dumps({name: dict(accuracy=np.mean(right[name]), tokens=np.mean(tokens[name])) for name in VARIANTS}))
+    print("| search | accuracy | 95% interval | tokens | McNemar against the line above |\n|---|---|---|---|---|")
+    for above, name in zip([None, *VARIANTS], VARIANTS):
+        low, high = wilson(sum(right[name]), len(right[name]))
+        p = f"p = {mcnemar(right[name], right[above]):.2g}" if above else "-"
+        print(f"| {name} | {100 * np.mean(right[name]):.1f} | {100 * low:.1f} - {100 * high:.1f} "
+              f"| {np.mean(tokens[name]):,.0f} | {p} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
