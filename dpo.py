@@ -337,7 +337,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: i
     while step < len(batches):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * schedule(step, len(batches), warmup)
-        stats = _gradients(model, batches[step], loss_fn, params, masters, tokens, split or packed_parts)
+        stats = _gradients(model, batches[step], loss_fn, params, masters, tokens, split)
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), clip).item()
         if math.isfinite(stats["loss"]) and math.isfinite(norm):
             for optimizer in optimizers:
@@ -399,12 +399,12 @@ def packed_parts(rows: list, tokens: int, device) -> list:
     return ((collate(part, device), sum(len(r.packed.ids) for r in part)) for part in by_length(rows, tokens))
 
 
-def _gradients(model, rows, loss_fn, params, masters, tokens, split):
+def _gradients(model, rows, loss_fn, params, masters, tokens, split=None):
     """Accumulate the gradient of one batch in the masters; returns its statistics, all per unit of weight."""
     for p in masters.values():
         p.grad = None
     total, weight, sums, count = 0.0, 0.0, {}, 0
-    for batch, size in split(rows, tokens, model.device):
+    for batch, size in (split or packed_parts)(rows, tokens, model.device):
         loss, w, stats = loss_fn(model, batch)
         loss.backward()
         for n, p in params.items():

@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdown, Critic, Exercises, Homework
 from critic import Question, auc, calculations, confidence, critic_labels, critic_loss, critic_report
-from critic import critic_values, extract_answer, find_answer, label_pits, mcnemar, self_evaluation, solution_over, wilson
+from critic import critic_values, extract_answer, find_answer, label_pits, mcnemar, self_evaluation, solution_over
+from critic import wilson
 from dpo import Pair, Row, default_lr, load_weights, node_features, preference_loss, sft_loss, store_reference, text_row
 from dpo import train, tree_row
 from mcts import Forest, Steps, draw, expand, fixed_width, grow, importance_width, length_prior, pack, plant
