@@ -9,6 +9,8 @@ What is different here
   2. All wrong solutions of all trees of a chunk are labelled together, and completions are branches of the tree:
      what one label finds (a right end below a shared prefix) is used by all others.
   3. The last step of a wrong solution is a failure without sampling; bisection may replace the linear scan.
+  4. The three critics of AlphaLLM (value, process, outcome) are small heads on states the sampler has anyway, and a
+     solution is worth what its weakest link is worth.
 
 Chapters: 1 Grading   2 The first pit   3 Self-evaluation   4 Three critics and statistics   5 Tasks   6 Demo
 Try:  python critic.py        (labels the pit of one wrong solution; 1 second)
@@ -767,15 +769,19 @@ class Exercises:
         return order[start % len(self.train):][:self.c.questions]
 
     def imagine(self, old: list, count: int, rng: random.Random, write) -> list:
-        """AlphaLLM's first step on real questions: shown three, the model writes a fourth (the paper rephrases one or
-        turns it round; a base model cannot be asked to, but goes on with a list). write([prompt]) -> [the line it goes
-        on with]. Kept: one line that ends in "?", holds a number, fits the context, and shares fewer than half of its
-        word triples with any question known here, held-out ones included. `answer` is empty: nothing may read it."""
+        """AlphaLLM's first step on real questions: shown three (fewer in a short context), the model writes one more
+        (the paper rephrases one or turns it round; a base model cannot be asked to, but goes on with a list).
+        write([prompt]) -> [the line it goes on with]. Kept: one line that ends in "?", holds a number, fits the
+        context, and shares fewer than half of its word triples with any question known here, held-out ones included.
+        `answer` is empty: nothing may read it."""
         triples = lambda text: {*zip(*[text.split()[i:] for i in range(3)])} or {text}
+        fits = lambda text: len(self.tokenizer.encode_prompt(text)) < self.context // 2     # half is for the new one
         found, known = [], [triples(q.text) for q in self.train + self.test]
         for _ in range(4):
             picks = [rng.sample(old, min(3, len(old))) for _ in range(count - len(found))]
-            for text in write(["".join(f"Question: {q.text}\n\n" for q in pick) + "Question:" for pick in picks]):
+            prompts = [next(filter(fits, ("".join(f"Question: {q.text}\n\n" for q in pick[i:]) + "Question:"
+                                          for i in range(len(pick)))), None) for pick in picks]
+            for text in write([p for p in prompts if p]):
                 q, words = Question(text.strip(), "", 0), triples(text.strip())
                 if q.text.endswith("?") and re.search("[0-9]", q.text) and \
                         len(self.tokenizer.encode_prompt(self.prompt(q))) < self.context and \

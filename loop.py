@@ -15,7 +15,9 @@ Chapters: 1 Config   2 Files of a run   3 One chunk of questions   4 Evaluation 
 Try:  python loop.py                              Self-Explore on homework, about 5 minutes on two cores
       python loop.py --preset smoke               the same in seconds, too small to learn anything
       python loop.py --recipe rft --seed 1        another method
+      python loop.py --recipe alphallm            questions nobody has the answer to, searched with critics
       python loop.py --compare rft,self_explore --seeds 3
+      python loop.py --decode RUN                 search with critics at test time, at equal sampled tokens
 """
 import argparse
 import difflib

@@ -506,7 +506,8 @@ def draw(forest: Forest, b: int, tokenizer: Tokenizer, pits=(), stop_ids=(), wid
     about `limit` lines: whole paths to the chosen end, the pits and the most sampled leaves."""
     right, lines, shown = forest.below(b), [], {0, *chosen}
     order = lambda n: (-forest.visits[b, n], -forest.count[b, n], n)
-    for leaf in sorted(forest.leaves(b), key=lambda n: (n not in pits, *order(n))):
+    ends = forest.leaves(b) or [n for n, kids in enumerate(forest.children[b]) if not kids]     # none: a cut search
+    for leaf in sorted(ends, key=lambda n: (n not in pits, *order(n))):
         if len(shown) < limit:
             shown.update(forest.path(b, leaf))
     for p in pits:

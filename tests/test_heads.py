@@ -260,6 +260,8 @@ def test_imagined_real_questions(tmp_path):
     new = task.imagine(task.train, 3, random.Random(0), write)
     assert new == [Question("A train goes 60 miles an hour for 2 hours. How far?", "", 0)]
     assert len(asked) == 4 and asked[0][0] == f"Question: {train_text}\n\nQuestion:"
+    task.context = 100                                                  # no example fits in half of it: nothing is asked
+    assert task.imagine(task.train, 3, random.Random(0), write) == [] and asked[-1] == []
 
 
 # -- votes and runs ---------------------------------------------------------------------------------------

@@ -433,7 +433,7 @@ def test_readme_commands_and_names(smoke, tmp_path):
         name, flags = command[0], command[1:]
         if name == "loop.py":
             loop.parse_flags([f.strip('"') for f in flags])
-        if not any(f in command for f in ("--model", "--data", "--evaluate", "--compare")) and name != "tests/bench.py":
+        if not any(f in command for f in ("--model", "--data", "--evaluate", "--decode", "--compare")) and name != "tests/bench.py":
             extra = [*SMOKE, "--rounds", "1", "--questions", "16", "--steps", "4", "--budget", "200"] * (name == "loop.py")
             key = (name, *[f for f in flags if f not in SMOKE])
             if key not in ran:

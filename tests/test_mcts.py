@@ -422,3 +422,5 @@ def test_draw():
     lone = Forest(1)
     lone.add(0, -1, [10])
     assert draw(lone, 0, Plain(), width=20) == "(empty)     0 samples"
+    lone.add(0, 0, [65])
+    assert "`- A" in draw(lone, 0, Plain(), width=20)                   # a search that was cut before any end
