@@ -1135,11 +1135,11 @@ def beam(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list,
     return [max(forest.leaves(b), key=lambda m: forest.score[b, m], default=None) for b in range(len(questions))]
 
 
-def decode_cell(run: Run, critic: Critic, round_: int, method: str, n: int, budget: float) -> list:
+def decode_cell(run: Run, critic: Critic, questions: list, round_: int, method: str, n: int, budget: float) -> list:
     """Rows of one method at one budget, one a question (method samples: a list of rows a question); kept in run.dir."""
     file = run.dir / f"{round_:02d}_{method}_{n}.jsonl"
     if not file.exists():
-        questions, rows = run.task.eval_questions()[:run.c.decode_questions], []
+        rows = []
         bar = tqdm(desc=f"round {round_}: {method} {n}", unit=" tokens", unit_scale=True, leave=False)
         for first in range(0, len(questions), run.chunk):
             group = questions[first:first + run.chunk]
@@ -1183,16 +1183,16 @@ def decode(config: Config) -> None:
         files = sorted(folder.glob("trees_*.jsonl"))
         files = files[-run.c.critic_window:] if round_ else files[:1]   # the base's own, or the last ones
         critic, _ = fit_critic(run, round_, [t for file in files for t in read_trees(file)])
-        samples = decode_cell(run, critic, round_, "samples", SOLUTIONS[-1], 0)
-        each = float(np.mean([s["tokens"] for row in samples for s in row]))
         questions = run.task.eval_questions()[:run.c.decode_questions]
+        samples = decode_cell(run, critic, questions, round_, "samples", SOLUTIONS[-1], 0)
+        each = float(np.mean([s["tokens"] for row in samples for s in row]))
         right = [result(run.task, q, *found)["right"] for q, found in zip(questions, greedy(run, questions))]
         table.append((round_, "greedy", 1, right, each, right))
         for n in SOLUTIONS:
             cells = {m: [(vote(row[:n], m) or {"right": False})["right"] for row in samples] for m in VOTES}
             spent = dict.fromkeys(VOTES, each * n)
             for m in ("beam", "mcts"):
-                rows = decode_cell(run, critic, round_, m, n, each * n)
+                rows = decode_cell(run, critic, questions, round_, m, n, each * n)
                 cells[m], spent[m] = [r["right"] for r in rows], np.mean([r["tokens"] for r in rows])
             table += [(round_, m, n, hits, spent[m], cells["best_of_n"]) for m, hits in cells.items()]
     print("| model | method | solutions' worth | tokens | accuracy | 95% interval | McNemar against best_of_n |\n"

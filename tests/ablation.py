@@ -26,15 +26,16 @@ def main(folders: list) -> None:
     right, tokens = {name: [] for name in VARIANTS}, {name: [] for name in VARIANTS}
     for folder in map(Path, folders):
         run, now = loop.bare_run(loop.Config(), folder, 0), dict(PLAIN)
+        questions = run.task.eval_questions()[:QUESTIONS]
         trees = loop.read_trees(folder / "trees_01.jsonl")
         each = np.mean([len(t.forest.path_of(t.b, n, "ids", root=False)) for t in trees for n in t.forest.leaves(t.b)])
         for name, change in VARIANTS.items():
             now |= change
-            run.c, run.chunk = replace(run.c, decode_questions=QUESTIONS, **now), QUESTIONS
+            run.c, run.chunk = replace(run.c, **now), QUESTIONS
             with tempfile.TemporaryDirectory() as kept:
                 run.dir = Path(kept)
                 critic, _ = loop.fit_critic(run, 0, trees)
-                rows = loop.decode_cell(run, critic, 0, "mcts", WORTH, WORTH * float(each))
+                rows = loop.decode_cell(run, critic, questions, 0, "mcts", WORTH, WORTH * float(each))
             right[name] += [r["right"] for r in rows]
             tokens[name] += [r["tokens"] for r in rows]
             print(folder, name, np.mean([r["right"] for r in rows]), file=sys.stderr)
