@@ -98,7 +98,7 @@ def test_heads_overfit_32_prefixes():
     for _ in range(2):
         critic = Critic(12)
         critic.prepare([row])
-        train(critic, Batches([row], 1, 300, 0), critic_loss, 1e-2, split=split)
+        train(critic, Batches([row], 1, 200, 0), critic_loss, 2e-2, split=split)
         scores.append(critic.score(x))
     report = critic_report(scores[0], y.numpy(), np.ones(32), np.zeros(32))
     assert np.array_equal(*scores) and all(report[h]["auc"] == 1 and report[h]["brier"] < 0.01 for h in HEADS)
@@ -283,7 +283,7 @@ def imagined_run(tmp_path_factory):
         return real(self, question, text, answer)
     Homework.reward = honest
     try:
-        flags = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "150", "--keep", "0.01",
+        flags = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "60", "--keep", "0.01",
                  "--out", str(folder / "r"), "--base", str(folder / "base")]
         assert loop.main(flags) == 0
     finally:
