@@ -385,7 +385,7 @@ def critic_features(sampler: Sampler, forest: Forest, wants: list) -> torch.Tens
 
 
 def critic_values(critic: Critic, sampler: Sampler, forest: Forest, wants: list, weights=(1.0, 1.0),
-                  rule: str = "weakest") -> np.ndarray:
+                  rule: str = "weakest", known=None) -> np.ndarray:
     """One number in [0, 1] for each [(tree, node)], a leaf of a search or a finished solution.
 
     weakest (ours): the lowest of all that the heads say along the path: process of every step, value of every
@@ -394,14 +394,16 @@ def critic_values(critic: Critic, sampler: Sampler, forest: Forest, wants: list,
     72%, by the weakest link 89%.
     sum (AlphaLLM): b_v value + b_prm process of the node alone, divided by the weights (mixed scales are a known
     trap); outcome for an end.
-    weights: (b_v, b_prm); 0 leaves a head out, as does too low an AUC (`trusted`); with none left all are worth .5."""
+    weights: (b_v, b_prm); 0 leaves a head out, as does too low an AUC (`trusted`); with none left all are worth .5.
+    known: {(tree, node): what the heads said}, kept by the caller through a search, so that a node is read once."""
     paths = [forest.path(b, n)[1 if n else 0:] if rule == "weakest" else [n] for b, n in wants]
-    asked = {e: i for i, e in enumerate(dict.fromkeys((b, m) for (b, _), path in zip(wants, paths) for m in path))}
-    scores = critic.score(critic_features(sampler, forest, [*asked]))
+    known = {} if known is None else known
+    asked = [e for e in dict.fromkeys((b, m) for (b, _), path in zip(wants, paths) for m in path) if e not in known]
+    known.update(zip(asked, critic.score(critic_features(sampler, forest, asked)) if asked else []))
     value, process, outcome = (np.array([*weights, 1.0]) * critic.trusted.cpu().numpy()).tolist()
     found = []
     for (b, n), path in zip(wants, paths):
-        rows, end = scores[[asked[b, m] for m in path]], bool(forest.terminal[b, n])
+        rows, end = np.array([known[b, m] for m in path]), bool(forest.terminal[b, n])
         prefixes = rows[:len(rows) - end, 0] if value else []
         if rule == "weakest":
             said = [*prefixes, *(rows[:, 1] if process and n else []), *([rows[-1, 2]] if end and outcome else [])]

@@ -841,11 +841,11 @@ def critic_search(run: Run, critic: Critic, questions: list, forest: Forest, see
                   budget: float) -> tuple:
     """Search with critics in place of answers (AlphaLLM's eta-MCTS): UCT, adaptive width, state merge; returns lie in
     [0, 1]. -> ([], the best path of each tree)."""
-    c = run.c
+    c, known = run.c, {}
 
     def evaluate(forest, ends):
         """Leaf scores."""
-        return critic_values(critic, run.sampler, forest, ends, (c.value_weight, c.process_weight), c.leaf_score)
+        return critic_values(critic, run.sampler, forest, ends, (c.value_weight, c.process_weight), c.leaf_score, known)
     width = importance_width((c.root_width, 4 * c.most_width), (1, c.most_width), c.alpha, c.widen)
     same = lambda ids: calculations(run.tokenizer.decode([int(i) for i in ids if i not in run.model.stop_ids]))
     proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
@@ -1114,7 +1114,7 @@ def beam(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list,
     """Step beam by the critics: n steps a level, shared by the n / 4 best prefixes -> [leaf of highest score, or
     None]."""
     proposer = Steps(forest, run.sampler, seeds, run.c.max_tokens, run.c.temperature, progress=progress)
-    open_, seen = {b: [0] for b in range(len(questions))}, [{0} for _ in questions]
+    open_, seen, known = {b: [0] for b in range(len(questions))}, [{0} for _ in questions], {}
     while open_:
         wants = [(b, m, max(1, n // len(nodes))) for b, nodes in open_.items() for m in nodes]
         proposer.submit(wants)
@@ -1124,7 +1124,8 @@ def beam(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list,
                 expand(forest, b, m, found, length_prior)
                 waiting -= 1
         new = [(b, m) for b in open_ for m in range(int(forest.size[b])) if m not in seen[b]]
-        for e, score in zip(new, critic_values(critic, run.sampler, forest, new, rule=run.c.leaf_score)):
+        for e, score in zip(new, critic_values(critic, run.sampler, forest, new, rule=run.c.leaf_score,
+                                                known=known)):
             forest.score[e] = score
             seen[e[0]].add(e[1])
         go_on = {b: [] for b in open_}

@@ -4,7 +4,8 @@
 
 sampling: continuing pit prefixes from the sampler's store, against encoding every prefix again for every branch.
 search: trees by MCTS with a briefly trained base, against the same search with prefixes encoded again at each expansion,
-and against one tree at a time; how time grows with simulations and trees; share of time outside the sampler.
+and against one tree at a time; how time grows with simulations and trees; share of time outside the sampler; share that
+critics take in a search with them.
 training: whole trees packed in one row, against a chosen row and a rejected row per pair.
 limit: what one thread does in plain fp32 matrix products of the model's shape."""
 import json
@@ -18,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from dpo import Pair, collate, preference_loss, sft_loss, store_reference, train, tree_row  # noqa: E402
-from critic import Homework, solution_over  # noqa: E402
+from critic import LOG_PROB_FEATURES, Critic, Homework, critic_values, solution_over  # noqa: E402
 from loop import Config, Corpus  # noqa: E402
-from mcts import Forest, Steps, fixed_width, plant, search  # noqa: E402
+from mcts import Forest, Steps, fixed_width, importance_width, plant, search, uct  # noqa: E402
 from model import GPT, GPTConfig, Request, Sampler, mix  # noqa: E402
 
 
@@ -77,6 +78,25 @@ def searches(task, questions, model, simulations, proposer=Steps, rows=256):
                 occupancy=c["live"] / c["room"])
 
 
+def critic_share(task, questions, model, budget=900.0):
+    """Share of a search with critics (`loop.critic_search`'s) that the critics take; heads untrained: the same work."""
+    sampler, forest, inside = Sampler(model, task.tokenizer, 100_000, 256, solution_over), Forest(len(questions)), [0.0]
+    for b, q in enumerate(questions):
+        plant(forest, b, sampler, task.tokenizer.encode(task.prompt(q)))
+    critic, known = Critic(model.config.hidden_size + LOG_PROB_FEATURES), {}
+
+    def evaluate(forest, ends):
+        """Leaf scores, with a stopwatch."""
+        start = time.perf_counter()
+        found = critic_values(critic, sampler, forest, ends, known=known)
+        inside[0] += time.perf_counter() - start
+        return found
+    start = time.perf_counter()
+    search(forest, Steps(forest, sampler, [mix(7, b) for b in range(len(questions))], 128), evaluate, 1000, uct, 0.1,
+           importance_width((5, 40), (1, 10), 10.0, 8), budget=budget, patience=16)
+    return round(inside[0] / (time.perf_counter() - start), 3)
+
+
 def search_report():
     """The search part of the object."""
     task = Homework(Config(questions=256, base_steps=150))
@@ -98,7 +118,9 @@ def search_report():
             "seconds_a_simulation_twice_the_simulations": round(deeper["seconds"] / 2 / plain["seconds"], 2),
             "seconds_a_tree_twice_the_trees": round(wider["seconds"] / 2 / plain["seconds"], 2),
             "search_share_outside_the_sampler": round(plain["outside"], 3),
-            "occupancy_64_trees": round(plain["occupancy"], 3), "occupancy_256_trees": round(many["occupancy"], 3)}
+            "occupancy_64_trees": round(plain["occupancy"], 3), "occupancy_256_trees": round(many["occupancy"], 3),
+            "critic_share_64_trees": critic_share(task, questions[:64], model),
+            "critic_share_256_trees": critic_share(task, questions, model)}
 
 
 def student_forest(task, sampler, questions, branches=4):

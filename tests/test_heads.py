@@ -131,6 +131,8 @@ def test_leaf_scores_by_hand(monkeypatch):
     assert value([a, good], weights=(0, 1)) == [0.9, 0.8]
     assert value([a, d, good], rule="sum") == pytest.approx([0.8, 0.4, 0.95])
     assert value([a], weights=(3, 1), rule="sum") == pytest.approx([0.75])
+    known = {(0, a): np.array((0.1, 0.1, 0.1))}                         # what is known already is not asked again
+    assert value([d, good], known=known) == [0.2, 0.1] and set(known) == {(0, a), (0, d), (0, good)}
     told.trusted[:] = torch.tensor([0.0, 1, 0])
     assert value([a, good], rule="sum") == pytest.approx([0.9, 0.8]) and value([d, good]) == [0.6, 0.8]
     told.trusted[:] = 0
