@@ -20,6 +20,7 @@ import json
 import math
 import random
 import re
+import time
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import permutations
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mcts import Forest, draw
+from mcts import Forest, draw, grow
 from model import BadInput, Sampler, Tokenizer, mix
 
 # ----------------------------------------------------------------------------------------------------------
@@ -240,6 +241,7 @@ def label_pits(forest: Forest, wrong: list, complete, k: int, search: str = "lin
 # 3 · Self-evaluation (MCTS-DPO, 2405.00451): the policy judges its own solution so far
 # ----------------------------------------------------------------------------------------------------------
 JUDGE = "\n\nIs the solution so far correct?\n(A) {}\n(B) {}\nThe solution so far is ("
+JUDGE_STEP = "\n\nIs the last step correct?\n(A) {}\n(B) {}\nThe last step is ("
 REFERENCE = "\n\nReference solution:\n{}"
 
 
@@ -250,7 +252,7 @@ def confidence(forest: Forest, wants: list) -> list:
     return [math.exp(float(m.mean())) if len(m) else 1.0 for m in means]
 
 
-def self_evaluation(forest: Forest, wants: list, sampler: Sampler, references=None) -> list:
+def self_evaluation(forest: Forest, wants: list, sampler: Sampler, references=None, question: str = JUDGE) -> list:
     """C(s), the policy's own P(correct) of solutions so far: [(tree, node)] -> numbers in (0, 1).
 
     The judging question is put behind the solution, so the prefix's keys and values are used again; the next token's
@@ -268,7 +270,7 @@ def self_evaluation(forest: Forest, wants: list, sampler: Sampler, references=No
         path = path[:-1] if sampler.ids[path[-1]] in model.stop_ids else path      # judge before the end-of-text
         shown = REFERENCE.format(references[b]) if references else ""
         for options in (("incorrect", "correct"), ("correct", "incorrect")):
-            ids = tokenizer.encode(shown + JUDGE.format(*options))
+            ids = tokenizer.encode(shown + question.format(*options))
             fits = len(path) + len(ids) < model.config.max_positions
             paths.append(sampler.follow(path, ids) if fits else None)
     there = [p for p in paths if p is not None]
@@ -321,6 +323,10 @@ class Critic(torch.nn.Module):
         """(M, C) -> (M, 3) probabilities: the shares of right and wrong that balancing hid are put back."""
         return torch.sigmoid(self(features) + self.odds).double().cpu().numpy()
 
+    def read(self, sampler: Sampler, forest: Forest, wants: list) -> np.ndarray:
+        """What the heads say of [(tree, node)]: (M, 3) probabilities."""
+        return self.score(critic_features(sampler, forest, wants))
+
     def prepare(self, rows: list) -> None:
         """Scale of the features and balance of the labels, from the rows [(features (M, C), labels (M, 3), weights
         (M,), depths (M,))] that it will be trained on."""
@@ -330,6 +336,64 @@ class Critic(torch.nn.Module):
             known = ~labels[:, head].isnan()
             right, every = (labels[known, head] * weights[known]).sum(), weights[known].sum()
             self.odds[head] = ((right + 0.5) / (every - right + 0.5)).log()
+
+
+class Judge:
+    """AlphaLLM's critics as it has them, by asking a language model, here the policy itself: value and outcome are its
+    P(correct) of the solution so far, process its P(correct) of the last step (`self_evaluation`). Nothing to train,
+    four short questions a node to encode; for models that can judge."""
+
+    def __init__(self):
+        self.trusted = torch.ones(3)
+
+    def read(self, sampler: Sampler, forest: Forest, wants: list) -> np.ndarray:
+        """As `Critic.read`."""
+        whole = self_evaluation(forest, wants, sampler)
+        return np.array([whole, self_evaluation(forest, wants, sampler, question=JUDGE_STEP), whole]).T
+
+
+class Rollouts:
+    """AlphaLLM's fast rollouts: a smaller policy finishes a leaf n times; the mean of what the outcome critic says of
+    these ends is one more opinion about the leaf. That critic is a head on the small model's own states, so the policy
+    never encodes their tokens; they are in this sampler's `counts`, apart from the policy's. A forest beside the searched
+    one keeps prefixes: here, too, nothing is encoded twice. Both models must have the same tokenizer."""
+
+    def __init__(self, critic: Critic, sampler: Sampler, n: int, max_tokens: int, temperature: float = 1.0):
+        self.critic, self.sampler, self.n, self.max_tokens, self.temperature = critic, sampler, n, max_tokens, temperature
+        self.seconds = 0.0        # spent on rollouts so far
+
+    def begin(self, forest: Forest, seeds: list) -> None:
+        """Roots of the trees of a chunk; forgets those before."""
+        self.sampler.reset()
+        self.seeds, self.mine, self.place = seeds, Forest(len(forest)), [{0: 0} for _ in seeds]     # node -> my node
+        for b in range(len(forest)):
+            self.mine.add(b, -1, forest.ids[b][0], slots=self.sampler.prompt(forest.ids[b][0]))
+
+    def score(self, forest: Forest, wants: list) -> list:
+        """[(tree, node that is no end)] -> the mean outcome of n rollouts of each, in [0, 1]."""
+        start, nodes = time.perf_counter(), [self._copy(forest, b, n) for b, n in wants]
+        self.sampler.encode([self.mine.path_of(b, m, "slots") for (b, _), m in zip(wants, nodes)])
+        for (b, _), m in zip(wants, nodes):
+            for k in self.mine.path(b, m)[1:]:
+                if not len(self.mine.logps[b][k]):      # steps of the policy: what does the small model think of them
+                    above = self.mine.path_of(b, int(self.mine.parent[b, k]), "slots")
+                    self.mine.logps[b][k] = self.sampler.log_probs(above, self.mine.slots[b][k])
+        leaves = grow(self.mine, self.sampler, [(b, m, self.n) for (b, _), m in zip(wants, nodes)], self.seeds,
+                      self.max_tokens, self.temperature)
+        ends = [(b, leaf) for (b, _), found in zip(wants, leaves) for leaf in found]
+        outcome = self.critic.read(self.sampler, self.mine, ends)[:, 2].reshape(len(wants), self.n)
+        self.seconds += time.perf_counter() - start
+        return outcome.mean(1).tolist()
+
+    def _copy(self, forest, b, n):
+        for k in forest.path(b, n)[1:]:
+            if k not in self.place[b]:
+                up, ids = self.place[b][int(forest.parent[b, k])], forest.ids[b][k]
+                above = self.mine.path_of(b, up, "slots")
+                there = self.mine.known[b].get((up, tuple(map(int, ids)), ""))              # a rollout went there
+                slots = () if there is not None else self.sampler.follow(above, ids)[len(above):]
+                self.place[b][k] = self.mine.add(b, up, ids, slots=slots)
+        return self.place[b][n]
 
 
 def critic_loss(critic: Critic, batch: tuple):
@@ -384,34 +448,39 @@ def critic_features(sampler: Sampler, forest: Forest, wants: list) -> torch.Tens
     return torch.cat((hidden, torch.tensor(numbers, device=hidden.device)), 1)
 
 
-def critic_values(critic: Critic, sampler: Sampler, forest: Forest, wants: list, weights=(1.0, 1.0),
-                  rule: str = "weakest", known=None) -> np.ndarray:
+def critic_values(critic, sampler: Sampler, forest: Forest, wants: list, weights=(1.0, 1.0, 1.0),
+                  rule: str = "weakest", known=None, rollouts=None) -> np.ndarray:
     """One number in [0, 1] for each [(tree, node)], a leaf of a search or a finished solution.
 
     weakest (ours): the lowest of all that the heads say along the path: process of every step, value of every
     prefix, outcome of the end. One false line ruins a solution, and where many samples are tried some critic errs
     upwards for one of them. Measured on homework, 160 questions, base 46%: best of 64 samples by the outcome head
     72%, by the weakest link 89%.
-    sum (AlphaLLM): b_v value + b_prm process of the node alone, divided by the weights (mixed scales are a known
-    trap); outcome for an end.
-    weights: (b_v, b_prm); 0 leaves a head out, as does too low an AUC (`trusted`); with none left all are worth .5.
-    known: {(tree, node): what the heads said}, kept by the caller through a search, so that a node is read once."""
+    sum (AlphaLLM): b_v value + b_prm process of the node alone + b_orm mean outcome of its rollouts, divided by the
+    weights (mixed scales are a known trap); outcome for an end.
+    critic: Critic or Judge. weights: (b_v, b_prm, b_orm); 0 leaves a critic out, as does too low an AUC (`trusted`); with
+    none left all are worth .5. known: {(tree, node): what the critics said}, kept by the caller through a search, so that
+    a node is read once. rollouts: `Rollouts` to ask about leaves that are no ends, or None."""
     paths = [forest.path(b, n)[1 if n else 0:] if rule == "weakest" else [n] for b, n in wants]
     known = {} if known is None else known
     asked = [e for e in dict.fromkeys((b, m) for (b, _), path in zip(wants, paths) for m in path) if e not in known]
-    known.update(zip(asked, critic.score(critic_features(sampler, forest, asked)) if asked else []))
-    value, process, outcome = (np.array([*weights, 1.0]) * critic.trusted.cpu().numpy()).tolist()
+    known.update(zip(asked, critic.read(sampler, forest, asked) if asked else []))
+    open_ = [e for e in wants if not forest.terminal[e]] if rollouts is not None and weights[2] else []
+    rolled = dict(zip(open_, rollouts.score(forest, open_) if open_ else []))
+    value, process, outcome = (np.array([*weights[:2], 1.0]) * critic.trusted.cpu().numpy()).tolist()
     found = []
     for (b, n), path in zip(wants, paths):
         rows, end = np.array([known[b, m] for m in path]), bool(forest.terminal[b, n])
-        prefixes = rows[:len(rows) - end, 0] if value else []
+        prefixes, ends = rows[:len(rows) - end, 0] if value else [], [rolled[b, n]] if (b, n) in rolled else []
+        ends += [rows[-1, 2]] if end and outcome else []
         if rule == "weakest":
-            said = [*prefixes, *(rows[:, 1] if process and n else []), *([rows[-1, 2]] if end and outcome else [])]
+            said = [*prefixes, *(rows[:, 1] if process and n else []), *ends]
             found.append(min(said, default=0.5))
-        elif end and outcome:
-            found.append(rows[-1, 2])
+        elif end and ends:
+            found.append(ends[0])
         else:
-            found.append((value * rows[-1, 0] + process * rows[-1, 1]) / (value + process) if value + process else 0.5)
+            said = [(weight, x) for weight, x in zip((value, process, weights[2]), (*rows[-1, :2], *ends)) if weight]
+            found.append(sum(w * x for w, x in said) / sum(w for w, _ in said) if said else 0.5)
     return np.array(found)
 
 
@@ -492,14 +561,26 @@ def due(x: list) -> int:
     return x.index("*") if "*" in x else 1
 
 
-def value(x: list, bounded: bool = True) -> int | None:
-    """Value by precedence; bounded: None when some value on the way leaves 0..99."""
+def value(x: list, bounded: bool = True, order=due) -> int | None:
+    """Value by precedence, or by another order; bounded: None when some value on the way leaves 0..99."""
     while len(x) > 1:
-        i = due(x)
+        i = order(x)
         x = reduce_at(x, i)
         if bounded and not 0 <= x[i - 1] <= 99:
             return None
     return x[0]
+
+
+def traps(x: list) -> int:
+    """Lines on which the operation due is not the leftmost; 0, too, when the student who always does the leftmost
+    comes out right, or leaves 0..99 and so begins anew with care."""
+    wrong, found = value(x, order=lambda y: 1), 0
+    if wrong in (None, value(x)):
+        return 0
+    while len(x) > 1:
+        found += due(x) != 1
+        x = reduce_at(x, due(x))
+    return found
 
 
 def parse(text: str) -> list | None:
@@ -592,13 +673,14 @@ class Homework(Builtin):
 
     def draw(self, rng: random.Random) -> Question:
         """A random expression; every value of its right evaluation lies in 0..99. The first operator is + or -, the
-        second often *: else the leftmost were too often the right one, and the base as good as its teacher."""
+        second often *: else the leftmost were too often the right one, and the base as good as its teacher. With
+        --traps all have so many at least: right is only who resists each of them, about (1 - careless)^traps."""
         while True:
             x = [rng.randint(1, 9)]
             for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
-                op = rng.choice(("+-", "+-**", "+-*")[min(i, 2)])
+                op = rng.choice(("+-", "+-**", "+-**" if self.c.traps else "+-*")[min(i, 2)])
                 x += [op, rng.randint(2 if op == "*" else 1, 9)]
-            if value(x) is not None:
+            if value(x) is not None and traps(x) >= self.c.traps:
                 return Question("".join(map(str, x)), str(value(x)), len(x) // 2)
 
     def vary(self, question: Question, rng: random.Random) -> str:

@@ -36,8 +36,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdown, Critic, Exercises, Homework
-from critic import Question, auc, calculations, confidence, critic_labels, critic_loss, critic_report
+from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdown, Critic, Exercises, Homework, Judge
+from critic import Question, Rollouts, auc, calculations, confidence, critic_labels, critic_loss, critic_report
 from critic import critic_values, extract_answer, find_answer, label_pits, mcnemar, self_evaluation, solution_over
 from critic import wilson
 from dpo import Pair, Row, default_lr, load_weights, node_features, preference_loss, sft_loss, store_reference, text_row
@@ -98,8 +98,12 @@ class Config:
     alpha: float = 10.0           # adaptive width: 1 never widens, 10 uses the whole range (1, most_width)
     most_width: int = 10          # c_max below the root (four times that at the root)
     c_uct: float = 0.1            # exploration of UCT; returns lie in [0, 1]
+    critic: str = "heads"         # heads on the policy's states, or judge: the policy is asked (open weights that can)
     value_weight: float = 1.0     # b_v of a leaf's score
     process_weight: float = 1.0   # b_prm
+    rollouts: int = 0             # fast rollouts of each leaf by a smaller policy (the paper); 0: none
+    rollout_weight: float = 1.0   # b_orm of their mean outcome
+    rollout_model: str = ""       # the smaller policy's folder; empty, built-in task: a base of one layer
     leaf_score: str = "weakest"   # of a search with critics: weakest link of the path, or sum (the paper)
     critic_window: int = 3        # critics learn from the forests of the last so many rounds
     merge: int = 1                # 1: steps with the same calculation are one child
@@ -123,21 +127,23 @@ class Config:
     careless: float = 0.8         # share of lines on which a student of the corpus ignores precedence
     min_operators: int = 3        # of a homework question
     max_operators: int = 4
+    traps: int = 0                # lines of a homework question, at least, on which the leftmost operation is wrong
     numbers: int = 3              # of a countdown question
     # -- evaluation
     eval_questions: int = 2000
     base: str = ""                # folder of the cached base; default next to the run, named by its settings
     compare: str = ""             # recipes to run or resume and compare: rft,self_explore,...
     seeds: int = 3                # seeds of --compare: 0, 1, ...
+    regimes: str = ""             # with --compare: on each of these settings: often,some,rare,countdown
     decode: str = ""              # only compare search at test time with votes, on this run's first and last model
     decode_questions: int = 300   # held-out questions for it
     evaluate: str = ""            # only evaluate this model folder or the last round of this run
 
 
-FREE = ("out", "base", "compare", "seeds", "evaluate", "decode", "decode_questions", "preset",
+FREE = ("out", "base", "compare", "seeds", "regimes", "evaluate", "decode", "decode_questions", "preset",
         "save_seconds")       # not part of a run's identity
-SEARCH_FLAGS = ("alpha", "most_width", "c_uct", "value_weight", "process_weight", "leaf_score", "merge", "widen",
-                "root_width", "critic_steps", "critic_window", "chunk")         # --decode takes these from its flags
+SEARCH_FLAGS = ("alpha", "most_width", "c_uct", "critic", "value_weight", "process_weight", "rollouts", "rollout_weight",
+                "rollout_model", "leaf_score", "merge", "widen", "root_width", "critic_steps", "critic_window", "chunk")         # --decode takes these from its flags
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8,
              width=32, layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, critic_steps=30,
              threads=1, save_seconds=0.1)
@@ -145,19 +151,19 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
               batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
               sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
-              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), numbers=(2, 5),
+              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), traps=(0, 2), numbers=(2, 5),
               simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
               c_puct=(0.0, 1000.0), greedy_child=(0, 1),
               judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
               imitate=(0.0, 0.99), imitate_rounds=(0, 1000), critic_share=(0.05, 0.95), critic_steps=(1, 10**6),
               critic_window=(1, 1000),
               imagined=(0, 10**7), alpha=(0.0, 1e6), most_width=(1, 256), c_uct=(0.0, 1000.0), keep=(0.0, 1.0),
-              value_weight=(0.0, 1000.0), process_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7),
+              value_weight=(0.0, 1000.0), process_weight=(0.0, 1000.0), rollouts=(0, 1024), rollout_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
 CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
                recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo", "alphallm"), loss=("sigmoid", "ipo"),
                dtype=("auto", "float32", "bfloat16"), self_eval=("off", "logp", "judge"), pair_nodes=("path", "all"),
-               reference=("round", "base"), leaf_score=("weakest", "sum"))
+               reference=("round", "base"), leaf_score=("weakest", "sum"), critic=("heads", "judge"))
 
 
 def parse_flags(arguments: list) -> Config:
@@ -193,6 +199,13 @@ def check_config(c: Config) -> Config:
         raise BadInput("--model needs --eval-data FILE.jsonl: held-out questions, same form as --data.")
     if not c.model and (c.data or c.eval_data):
         raise BadInput("--data and --eval-data need --model FOLDER: the tiny base only knows the built-in task.")
+    if c.rollouts and c.model and not c.rollout_model:
+        raise BadInput("--rollouts with --model needs --rollout-model FOLDER: a smaller model with the same tokenizer.")
+    if c.traps >= c.max_operators:
+        raise BadInput(f"--traps = {c.traps} needs --max-operators of {c.traps + 1} or more: the first is no product.")
+    for regime in filter(None, c.regimes.split(",")):
+        if regime not in REGIMES or c.model or not c.compare:
+            raise BadInput(f"--regimes {c.regimes}: with --compare and a built-in task, any of {', '.join(REGIMES)}.")
     if c.width % 8:
         raise BadInput(f"--width = {c.width} must be a multiple of 8 (four heads of an even width).")
     for recipe in filter(None, c.compare.split(",")):
@@ -243,11 +256,13 @@ def publish(temporary: Path, final: Path) -> None:
 class Run:
     """What all stages of one run share: settings, folder, task, model, sampler."""
 
+    fast = None                   # critic.Rollouts, when the search has a smaller policy at hand
+
     def __init__(self, config: Config):
         self.c = config
         name = Path(config.model).name or config.task
         self.dir = Path(config.out or f"runs/{name}_{config.recipe}_seed{config.seed}")
-        self.work = self.dir / "work"
+        self.work, self.near = self.dir / "work", self.dir.parent
         self.lock = lock(self.dir)
         self.settings()
         self.work.mkdir(exist_ok=True)
@@ -260,7 +275,7 @@ class Run:
         else:
             self.task = TASKS[self.c.task](self.c)
             self.tokenizer = self.task.tokenizer
-            self.model = base_model(self)
+            self.model = base_model(self.c, self.task, self.near, self.round_dir(0).exists())
         self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, solution_over)
         self.chunk = self.plan()
 
@@ -350,16 +365,16 @@ def measured(c: Config) -> dict:
     return dict(device=device, dtype=dtype, threads=threads)
 
 
-def base_model(run: Run) -> GPT:
-    """The tiny base of a built-in task, trained once per settings and seed and kept for all runs next to this one."""
-    c, task = run.c, run.task
+def base_model(c: Config, task: Builtin, near: Path, begun: bool = False) -> GPT:
+    """The tiny base of a built-in task, trained once per settings and seed and kept for all runs in `near`. begun: the
+    run has weights of its own, which `Run.load` fills in."""
     names = ("task", "seed", "width", "layers", "base_steps", "base_batch", "base_lr", "careless", "min_operators",
-             "max_operators", "numbers", "threads", "device", "dtype")
+             "max_operators", "traps", "numbers", "threads", "device", "dtype")
     about = json.dumps({n: getattr(c, n) for n in names})
-    folder = Path(c.base) if c.base else run.dir.parent / f"base_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
+    folder = Path(c.base) if c.base else near / f"base_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
     model = GPT(GPTConfig.tiny(task.tokenizer.n_ids, c.width, c.layers)).initialise(c.seed)
     model = model.to(c.device).bind(task.tokenizer)
-    if run.round_dir(0).exists():                                       # begun already: `Run.load` fills the weights
+    if begun:
         return model
     held = lock(folder, wait=True)
     if not (folder / "done" / "model.safetensors").exists():
@@ -443,11 +458,14 @@ def work_chunk(run: Run, round_: int, first: int, questions: list, how, bar) -> 
     number of sampled tokens per question (within the rounding of the last wave)."""
     forest, seeds = Forest(len(questions)), [mix(run.c.seed, round_, first + b, 3) for b in range(len(questions))]
     run.sampler.reset()
-    before = dict(run.sampler.counts)
+    before, fast = dict(run.sampler.counts), run.fast and (run.fast.sampler.counts["sampled"], run.fast.seconds)
     for b, q in enumerate(questions):
         plant(forest, b, run.sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
     labels, paths = how(run, questions, forest, seeds, bar.update)
-    return forest, labels, paths, {k: run.sampler.counts[k] - v for k, v in before.items()}
+    counts = {k: run.sampler.counts[k] - v for k, v in before.items()}
+    if fast:                      # tokens of the smaller policy are counted apart
+        counts |= dict(rollout=run.fast.sampler.counts["sampled"] - fast[0], rollout_seconds=run.fast.seconds - fast[1])
+    return forest, labels, paths, counts
 
 
 def sample_trees(run: Run, questions: list, forest: Forest, seeds: list, progress) -> tuple:
@@ -545,7 +563,7 @@ def sample_round(run: Run, round_: int, questions: list, how, name: str = "trees
 def round_counts(run: Run) -> dict:
     """Sampler counts and seconds of all forests grown this round."""
     counts = [read_lines(p)[0] for p in sorted(run.work.glob("*.counts")) if p.stem in ("trees", "imagined")]
-    return {k: sum(x[k] for x in counts) for k in counts[0]} if counts else {}
+    return {k: sum(x.get(k, 0) for x in counts) for k in {k for x in counts for k in x}}
 
 
 def read_trees(file: Path, questions=None) -> list:
@@ -803,49 +821,119 @@ def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
     return second, state
 
 
-def fit_critic(run: Run, round_: int, trees: list) -> tuple:
-    """Critics for the model as it is now, from graded forests: -> (Critic, report). One question in five, by hash, is
-    kept for the report; a head that cannot tell right from wrong there (AUC below .55, or one class only) gets no
-    weight. Kept in critic_RR.safetensors and critic_RR.json."""
-    file = run.dir / f"critic_{round_:02d}.json"
-    critic = Critic(run.model.config.hidden_size + LOG_PROB_FEATURES, seed=run.c.seed).to(run.model.device)
+def fit_critic(run: Run, round_: int, trees: list, model: GPT | None = None, name: str = "critic") -> tuple:
+    """Critics for the model as it is now (or another that reads the same trees), from graded forests: -> (Critic,
+    report). One question in five, by hash, is kept for the report. Kept in NAME_RR.safetensors and NAME_RR.json."""
+    file, model = run.dir / f"{name}_{round_:02d}.json", model or run.model
+    if run.c.critic == "judge" and model is run.model:
+        return ask_judge(run, round_, trees, file)
+    critic = Critic(model.config.hidden_size + LOG_PROB_FEATURES, seed=run.c.seed).to(model.device)
     if file.exists():
         critic.load_state_dict(read_safetensors(file.with_suffix(".safetensors"))[0])
         return critic, read_json(file)
     labelled = [(t, *critic_labels(t.forest, t.b, run.c.completions)) for t in trees if t.forest.leaves(t.b)]
     packed = [Row(pack(t.forest, t.b, nodes)) for t, nodes, *_ in labelled]
     seen, kept = [], []
-    for row, x, (t, nodes, *label) in zip(packed, node_features(run.model, packed), labelled):
+    for row, x, (t, nodes, *label) in zip(packed, node_features(model, packed), labelled):
         x = x[[row.packed.place[n] for n in nodes]]
-        side = seen if hashlib.sha256(t.question.text.encode()).digest()[1] % 5 else kept
+        side = kept if for_report(t.question) else seen
         side.append((x, *(torch.from_numpy(a).to(x.device) for a in label)))
     stack = lambda rows: tuple(torch.cat([r[i] for r in rows]) for i in range(4))
     seen, kept = seen or kept, kept or seen             # a handful of questions may all fall on one side
     critic.prepare(seen)
     train(critic, Batches(seen, 32, run.c.critic_steps, mix(run.c.seed, round_, 7)), critic_loss, 3e-3,
-          label=f"round {round_}: critics",
+          label=f"round {round_}: {name}",
           split=lambda rows, _, device: [(stack(rows), sum(len(r[0]) for r in rows))])
     features, *label = stack(kept)
-    report = critic_report(critic.score(features), *(a.cpu().numpy() for a in label))
-    for i, head in enumerate(HEADS):
-        critic.trusted[i] = report[head]["trusted"] = (report[head]["auc"] or 0) >= LEAST_AUC
-        if not critic.trusted[i]:
-            print(f"round {round_}: the {head} critic is not listened to: AUC {report[head]['auc']} on "
-                  f"{report[head]['nodes']} nodes it was not trained on")
+    report = trust(round_, name, critic, critic.score(features), [a.cpu().numpy() for a in label])
     write_safetensors(file.with_suffix(".safetensors"), {k: v.cpu() for k, v in critic.state_dict().items()})
     write_text(file, json.dumps(report, indent=1) + "\n")
     return critic, report
 
 
-def critic_search(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list, progress,
-                  budget: float) -> tuple:
-    """Search with critics in place of answers (AlphaLLM's eta-MCTS): UCT, adaptive width, state merge; returns lie in
-    [0, 1]. -> ([], the best path of each tree)."""
-    c, known = run.c, {}
+def for_report(question: Question) -> bool:
+    """Is this one of the questions that critics are not trained on, but reported on?"""
+    return hashlib.sha256(question.text.encode()).digest()[1] % 5 == 0
+
+
+def trust(round_: int, name: str, critic, scores: np.ndarray, label: list) -> dict:
+    """The report of a critic; a head that cannot tell right from wrong (AUC below .55, or one class only) gets no
+    weight and is named once."""
+    report = critic_report(scores, *label)
+    for i, head in enumerate(HEADS):
+        critic.trusted[i] = report[head]["trusted"] = (report[head]["auc"] or 0) >= LEAST_AUC
+        if not critic.trusted[i]:
+            print(f"round {round_}: the {head} {name} is not listened to: AUC {report[head]['auc']} on "
+                  f"{report[head]['nodes']} nodes it was not trained on")
+    return report
+
+
+JUDGED = 32                   # questions at most that the judge's report is about
+
+
+def ask_judge(run: Run, round_: int, trees: list, file: Path) -> tuple:
+    """The policy as its own judge (`critic.Judge`): nothing is trained, but its report decides whom to believe."""
+    judge = Judge()
+    if not file.exists():
+        run.sampler.reset()
+        scores, labels = [], []
+        graded = [t for t in trees if t.forest.leaves(t.b)]
+        for t in ([t for t in graded if for_report(t.question)] or graded)[:JUDGED]:
+            f, b = t.forest, t.b
+            for n in range(int(f.size[b])):             # trees of a file have lost their place in the sampler's store
+                above = f.path_of(b, int(f.parent[b, n]), "slots").astype(np.int64) if n else np.zeros(0, np.int64)
+                f.slots[b][n] = run.sampler.follow(above, f.ids[b][n])[len(above):]
+            nodes, *label = critic_labels(f, b, run.c.completions)
+            scores.append(judge.read(run.sampler, f, [(b, n) for n in nodes]))
+            labels.append(label)
+        label = [np.concatenate(parts) for parts in zip(*labels)]
+        write_text(file, json.dumps(trust(round_, "judge", judge, np.concatenate(scores), label), indent=1) + "\n")
+    report = read_json(file)
+    judge.trusted = torch.tensor([float(report[head]["trusted"]) for head in HEADS])
+    return judge, report
+
+
+def fast_rollouts(run: Run, round_: int, trees: list) -> Rollouts | None:
+    """AlphaLLM's smaller policy with an outcome critic of its own; None without --rollouts, or when that critic tells
+    nothing. For a built-in task it is a base of one layer, trained on the same corpus."""
+    c = run.c
+    if not c.rollouts:
+        return None
+    if c.rollout_model:
+        small, tokenizer = GPT.from_pretrained(c.rollout_model, c.device, run.model.dtype), \
+            Tokenizer.from_pretrained(c.rollout_model)
+        if tokenizer.bytes != run.tokenizer.bytes:
+            raise BadInput(f"--rollout-model {c.rollout_model} has another tokenizer than the model: its rollouts could "
+                           "not go on from the policy's steps; choose a smaller model of the same family.")
+        small.bind(tokenizer)
+    else:
+        small = base_model(replace(c, layers=1, base="", device=run.model.device.type, dtype="float32"), run.task, run.near)
+    critic, report = fit_critic(run, round_, trees, small, "rollout_critic")
+    sampler = Sampler(small, run.tokenizer, 4096, c.rows, solution_over)
+    return Rollouts(critic, sampler, c.rollouts, c.max_tokens, c.temperature) if report["outcome"]["trusted"] else None
+
+
+def agreement(run: Run, rollouts: Rollouts, questions: list) -> float:
+    """Share of questions to which the smaller policy greedily gives the policy's own greedy answer."""
+    said = []
+    for sampler in (run.sampler, rollouts.sampler):
+        sampler.reset()
+        paths = [sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))) for q in questions]
+        found = sampler.extend([Request(path, 0, run.c.max_tokens) for path in paths], 0)
+        said.append([extract_answer(run.tokenizer.decode(i for i in f.ids if i not in run.model.stop_ids)) for f in found])
+    return float(np.mean([a == b for a, b in zip(*said)]))
+
+
+def critic_search(run: Run, critic, questions: list, forest: Forest, seeds: list, progress, budget: float) -> tuple:
+    """Search with critics in place of answers (AlphaLLM's eta-MCTS): UCT, adaptive width, state merge, fast rollouts if
+    the run has any; returns lie in [0, 1]. -> ([], the best path of each tree)."""
+    c, known, weights = run.c, {}, (run.c.value_weight, run.c.process_weight, run.c.rollout_weight)
+    if run.fast:
+        run.fast.begin(forest, [mix(s, 2) for s in seeds])
 
     def evaluate(forest, ends):
         """Leaf scores."""
-        return critic_values(critic, run.sampler, forest, ends, (c.value_weight, c.process_weight), c.leaf_score, known)
+        return critic_values(critic, run.sampler, forest, ends, weights, c.leaf_score, known, run.fast)
     width = importance_width((c.root_width, 4 * c.most_width), (1, c.most_width), c.alpha, c.widen)
     same = lambda ids: calculations(run.tokenizer.decode([int(i) for i in ids if i not in run.model.stop_ids]))
     proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
@@ -905,13 +993,16 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
     earlier = [t for r in range(max(1, round_ - run.c.critic_window + 1), round_)
                for t in read_trees(run.dir / f"trees_{r:02d}.jsonl")]
     critic, report = fit_critic(run, round_, trees + earlier)
+    run.fast = fast_rollouts(run, round_, trees + earlier)
     new = imagine(run, round_)
     budget = (run.c.budget * run.c.questions - read_lines(run.work / "trees.counts")[0]["sampled"]) / max(1, len(new))
     how = lambda run, questions, forest, seeds, progress: critic_search(
         run, critic, questions, forest, [mix(s, 1) for s in seeds], progress, budget)
-    rows, kept = [], []
+    rows, kept, same = [], [], None
     if new and budget > 0:
         sample_round(run, round_, new, how, "imagined")
+    if run.fast:
+        same, run.fast = agreement(run, run.fast, run.task.train_questions(round_)[:64]), None
     for r in range(1, round_ + 1):
         rows += right_rows(run, trees if r == round_ else read_trees(run.dir / f"trees_{r:02d}.jsonl"))
         file = run.dir / f"imagined_{r:02d}.jsonl"
@@ -920,7 +1011,7 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
             kept += [leaf is not None] * (r == round_)
             rows += [tree_row(t.forest, t.b, paths=[leaf])] if leaf is not None else []
     learnt, state = learn(run, round_, "alphallm", rows, sft_loss, "sft", run.c.steps)
-    return learnt | {"imagined": len(new), "imagined_kept": sum(kept),
+    return learnt | {"imagined": len(new), "imagined_kept": sum(kept), "rollout_agreement": same,
                      "critic_auc": {head: report[head]["auc"] for head in HEADS}}, state
 
 
@@ -945,7 +1036,9 @@ def finish_round(run: Run, round_: int, start: float, report: dict, sampled: dic
                                               "pit_agreement", "simulations", "committed_right", "self_eval_auc")},
                **{k: report.get(k) for k in ("pairs", "steps", "loss", "dpo", "margin", "preference_accuracy",
                                              "chosen_shift", "rejected_shift", "chosen_length", "rejected_length",
-                                             "grad_norm", "skipped", "imagined", "imagined_kept", "critic_auc")},
+                                             "grad_norm", "skipped", "imagined", "imagined_kept", "critic_auc",
+                                             "rollout_agreement")},
+               rollout_tokens=sampled.get("rollout"), rollout_seconds=sampled.get("rollout_seconds"),
                sampling_seconds=sampled.get("seconds", 0.0), train_seconds=report.get("train_seconds", 0.0),
                seconds=time.time() - start)
     write_lines(run.dir / "log.jsonl", rows + [row])
@@ -1014,39 +1107,73 @@ def summary(run: Run) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # 7 · Comparing
 # ----------------------------------------------------------------------------------------------------------
+REGIMES = dict(often=dict(), some=dict(traps=1, careless=0.85), rare=dict(traps=2), countdown=dict(task="countdown"))
+
+
 def compare(config: Config) -> None:
-    """Run or resume every recipe on every seed, then one table: mean accuracy after the last round with a Wilson
-    interval over all questions, and an exact McNemar test against rft (or the first recipe) on the same ones."""
-    names, root = config.compare.split(","), Path(config.out or f"runs/compare_{config.task}")
-    results, logs = {}, {}
+    """--compare: run or resume every recipe on every seed, then one table: mean accuracy after the last round with a
+    Wilson interval over all questions, and an exact McNemar test against rft (or the first recipe) on the same ones.
+    With --regimes the same on each of these settings, and one map of them all after every seed."""
+    names, regimes = config.compare.split(","), [r for r in config.regimes.split(",") if r] or [""]
+    root, rows, hits = Path(config.out or f"runs/compare_{config.regimes and 'regimes' or config.task}"), {}, {}
     for seed in range(config.seeds):
-        for name in names:
-            out = str(root / f"{name}_seed{seed}")
-            print(f"\n== {name}, seed {seed}")
-            rows = run_loop(replace(config, recipe=name, seed=seed, out=out, compare=""))
-            logs.setdefault(name, []).append(rows)
-            last = read_lines(Path(out) / f"eval_{rows[-1]['round']:02d}.jsonl")
-            results.setdefault(name, []).extend(r["right"] for r in last)
+        for regime in regimes:
+            for name in names:
+                folder = root / regime / f"{name}_seed{seed}"
+                print(f"\n== {regime} {name}, seed {seed}")
+                settings = REGIMES.get(regime, {}) | dict(recipe=name, seed=seed, out=str(folder), compare="")
+                log = run_loop(replace(config, **settings))
+                rows.setdefault((regime, name), []).append(log)
+                last = read_lines(folder / f"eval_{log[-1]['round']:02d}.jsonl")
+                hits.setdefault((regime, name), []).extend(r["right"] for r in last)
+        if config.regimes:
+            print_map(names, regimes, rows, hits)
+    if not config.regimes:
+        print_table(names, {n: rows["", n] for n in names}, {n: hits["", n] for n in names})
+
+
+def against_rft(names: list, hits: dict, name: str) -> str:
+    """McNemar's p of a recipe against rft, or the first one, as text."""
     against = "rft" if "rft" in names else names[0]
-    print(f"\n| recipe | accuracy, mean of {config.seeds} seeds | 95% interval | each seed | sampled tokens "
-          f"| minutes | McNemar against {against} |\n|---|---|---|---|---|---|---|")
+    p = mcnemar(hits[name], hits[against])
+    return "-" if name == against else f"p = {p:.2g}" if p > 1e-99 else "p < 1e-99"
+
+
+def print_table(names: list, logs: dict, hits: dict) -> None:
+    """A line per recipe. logs: {recipe: [log rows of each seed]}, hits: {recipe: [right? of every question]}."""
+    print(f"\n| recipe | accuracy, mean of {len(logs[names[0]])} seeds | 95% interval | each seed | sampled tokens "
+          f"| minutes | McNemar against {'rft' if 'rft' in names else names[0]} |\n|---|---|---|---|---|---|---|")
     for name in names:
-        low, high = wilson(sum(results[name]), len(results[name]))
+        low, high = wilson(sum(hits[name]), len(hits[name]))
         each = " ".join(f"{100 * rows[-1]['accuracy']:.1f}" for rows in logs[name])
         tokens = np.mean([rows[-1]["sampled_tokens_total"] for rows in logs[name]])
         minutes = np.mean([sum(r["seconds"] for r in rows) for rows in logs[name]]) / 60
-        p = mcnemar(results[name], results[against])
-        p = "-" if name == against else f"p = {p:.2g}" if p > 1e-99 else "p < 1e-99"
-        print(f"| {name} | {100 * np.mean(results[name]):.1f} | {100 * low:.1f} - {100 * high:.1f} | {each} "
-              f"| {tokens:,.0f} | {minutes:.1f} | {p} |")
+        print(f"| {name} | {100 * np.mean(hits[name]):.1f} | {100 * low:.1f} - {100 * high:.1f} | {each} "
+              f"| {tokens:,.0f} | {minutes:.1f} | {against_rft(names, hits, name)} |")
     base = np.mean([rows[0]["accuracy"] for rows in logs[names[0]]])
     print(f"\nbase: {100 * base:.1f}% (mean of the seeds), same base and questions for all recipes of a seed")
+
+
+def print_map(names: list, regimes: list, rows: dict, hits: dict) -> None:
+    """The map of regimes: a line per regime, a column per recipe; keys of rows and hits: (regime, recipe)."""
+    print(f"\n| regime | base, sampled | base, greedy | {' | '.join(names)} |\n|{'---|' * (3 + len(names))}")
+    for regime in regimes:
+        logs, mine = rows[regime, names[0]], {n: hits[regime, n] for n in names}
+        base = [100 * log[0]["accuracy"] for log in logs]
+        sampled = [100 * log[1]["sampled_accuracy"] for log in logs if log[1:] and log[1]["sampled_accuracy"] is not None]
+        cells = []
+        for n in names:
+            low, high = wilson(sum(mine[n]), len(mine[n]))
+            p = "" if against_rft(names, mine, n) == "-" else f", {against_rft(names, mine, n)}"
+            cells.append(f"{100 * np.mean(mine[n]):.1f} [{100 * low:.1f}, {100 * high:.1f}{p}]")
+        print(f"| {regime} | {np.mean(sampled or [np.nan]):.1f} | {np.mean(base):.1f} | {' | '.join(cells)} |")
+    print(f"{len(logs)} seed{'s' * (len(logs) > 1)}", flush=True)
 
 
 def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     """A model folder, or a round (the last) of a run with that run's settings, ready to sample; nothing is written."""
     run = object.__new__(Run)
-    run.dir, run.work = folder, folder / "work"
+    run.dir, run.work, run.near = folder, folder / "work", folder.parent
     if (folder / "log.jsonl").exists():
         saved = read_json(folder / "config.json")["settings"]
         drop = {*FREE, "device", "dtype", "threads", "eval_questions", *(SEARCH_FLAGS if config.decode else ())}
@@ -1183,7 +1310,9 @@ def decode(config: Config) -> None:
         run.dir = kept
         files = sorted(folder.glob("trees_*.jsonl"))
         files = files[-run.c.critic_window:] if round_ else files[:1]   # the base's own, or the last ones
-        critic, _ = fit_critic(run, round_, [t for file in files for t in read_trees(file)])
+        trees = [t for file in files for t in read_trees(file)]
+        critic, _ = fit_critic(run, round_, trees)
+        run.fast = fast_rollouts(run, round_, trees)
         questions = run.task.eval_questions()[:run.c.decode_questions]
         samples = decode_cell(run, critic, questions, round_, "samples", SOLUTIONS[-1], 0)
         each = float(np.mean([s["tokens"] for row in samples for s in row]))

@@ -1061,6 +1061,14 @@ class Sampler:
         self._load([before for before, _ in batch], first)
         self._forward(slots, cols, real, first)
 
+    @torch.no_grad()
+    def log_probs(self, above: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """(n,) log-probs at temperature 1 of encoded tokens `slots` behind the path `above`, whoever wrote them."""
+        before = torch.from_numpy(np.concatenate((above[-1:], slots[:-1]))).to(self.model.device)
+        logits = self.model.token_logits(self.hidden[before])
+        ids = torch.from_numpy(self.ids[slots]).to(self.model.device)
+        return (logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)).cpu().numpy()
+
     # -- sampling ------------------------------------------------------------------------------------------
     def extend(self, requests: list, temperature: float = 1.0, to_end: bool = True, progress=None) -> list:
         """Sample one continuation per request, in the order of the requests: `submit` and `step` to the end.

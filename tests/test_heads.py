@@ -8,6 +8,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loop  # noqa: E402
-from critic import HEADS, LOG_PROB_FEATURES, Countdown, Critic, Exercises, Homework, Question  # noqa: E402
+from critic import HEADS, JUDGE_STEP, LOG_PROB_FEATURES, Countdown, Critic, Exercises, Homework, Judge  # noqa: E402
+from critic import Question, Rollouts, self_evaluation  # noqa: E402
 from critic import critic_features, critic_labels, critic_loss, critic_report, critic_values  # noqa: E402
 from critic import log_prob_features, parse  # noqa: E402
 from dpo import Row, node_features, train  # noqa: E402
 from loop import Batches, Config, vote  # noqa: E402
 from mcts import Forest, grow, importance_width, pack, plant, puct, uct  # noqa: E402
-from model import Sampler, Tokenizer  # noqa: E402
+from model import GPT, GPTConfig, Sampler, Tokenizer  # noqa: E402
+from countdown_search import reaches  # noqa: E402
 from test_mcts import LETTERS, PROMPTS  # noqa: E402
 from test_model import language_model  # noqa: E402
 from test_search import Game, play  # noqa: E402
@@ -128,15 +131,148 @@ def test_leaf_scores_by_hand(monkeypatch):
     told = Told({0: (0.4, 0.1, 0), a: (0.7, 0.9, 0), d: (0.2, 0.6, 0), good: (0, 0.8, 0.95), bad: (1, 0.9, 0.3)})
     value = lambda wants, **k: critic_values(told, None, f, [(0, n) for n in wants], **k).tolist()
     assert value([a, d, good, bad]) == [0.7, 0.2, 0.7, 0.3] and value([0]) == [0.4]     # a question is no step
-    assert value([a, good], weights=(0, 1)) == [0.9, 0.8]
+    assert value([a, good], weights=(0, 1, 1)) == [0.9, 0.8]
     assert value([a, d, good], rule="sum") == pytest.approx([0.8, 0.4, 0.95])
-    assert value([a], weights=(3, 1), rule="sum") == pytest.approx([0.75])
+    assert value([a], weights=(3, 1, 1), rule="sum") == pytest.approx([0.75])
     known = {(0, a): np.array((0.1, 0.1, 0.1))}                         # what is known already is not asked again
     assert value([d, good], known=known) == [0.2, 0.1] and set(known) == {(0, a), (0, d), (0, good)}
     told.trusted[:] = torch.tensor([0.0, 1, 0])
     assert value([a, good], rule="sum") == pytest.approx([0.9, 0.8]) and value([d, good]) == [0.6, 0.8]
     told.trusted[:] = 0
     assert value([a, good], rule="sum") == value([a, good]) == [0.5, 0.5]
+
+
+def test_leaf_scores_with_rollouts_by_hand(monkeypatch):
+    """The mean outcome of rollouts is one more link, or one more summand with its weight; ends are not rolled out, and
+    weight 0 asks for none."""
+    monkeypatch.setattr("critic.critic_features", lambda sampler, forest, wants: wants)
+    f, (a, d, _), (good, *_) = hand_tree()
+    told, asked = Told({a: (0.7, 0.9, 0), d: (0.2, 0.6, 0), good: (0, 0.8, 0.95)}), []
+
+    class Fast:
+        """Rollouts that know what they find."""
+        def score(self, forest, wants):
+            asked.append(wants)
+            return [{a: 0.5, d: 0.8}[n] for _, n in wants]
+    value = lambda wants, **k: critic_values(told, None, f, [(0, n) for n in wants], rollouts=Fast(), **k).tolist()
+    assert value([a, good, d]) == [0.5, 0.7, 0.2] and asked == [[(0, a), (0, d)]]
+    assert value([a, good, d], rule="sum") == pytest.approx([2.1 / 3, 0.95, 1.6 / 3])
+    assert value([a], rule="sum", weights=(1, 1, 2)) == pytest.approx([2.6 / 4])
+    told.trusted[:] = 0                                                 # the policy's heads; rollouts have their own
+    assert value([a, good], rule="sum") == [0.5, 0.5] and value([d]) == [0.8]
+    asked.clear()
+    assert value([good]) == [0.5] and value([a], weights=(1, 1, 0)) == [0.5] and asked == []
+
+
+def grown(kind="llama", seed=1):
+    """A model, its sampler and a forest of three questions with nine samples each."""
+    model = language_model(kind, seed).bind(LETTERS)
+    sampler, forest = Sampler(model, LETTERS, 16, 8), Forest(3, 2)
+    for b in range(3):
+        plant(forest, b, sampler, PROMPTS[b])
+    grow(forest, sampler, [(b, 0, 9) for b in range(3)], [1, 2, 3], 16)
+    return model, sampler, forest
+
+
+def test_rollouts():
+    """A small model goes on from the policy's steps: the ends hang below copies of the same ids; their log-probs,
+    the policy's tokens included, are those of a plain forward of the small model; the score is the mean of the critic
+    over n ends; nothing is encoded twice, the policy encodes nothing, and asking in two calls encodes no more than in
+    one. A leaf that a rollout has been through is found, not made again."""
+    _, sampler, forest = grown()
+    small = language_model("gpt2", 5).bind(LETTERS)
+    wants = [(b, n) for b in range(3) for n in range(1, int(forest.size[b])) if not forest.terminal[b, n]]
+    policy, counts = dict(sampler.counts), []
+
+    class Length(Critic):
+        """Outcome: a number of the path alone."""
+        def read(self, sampler, forest, ends):
+            self.ends = ends
+            return np.array([[0, 0, len(forest.path_of(b, n, "ids")) % 7 / 7] for b, n in ends])
+    for parts in ([wants], [wants[::2], wants[1::2]]):
+        fast = Rollouts(Length(1), Sampler(small, LETTERS, 16, 8), 3, 16)
+        fast.begin(forest, [7, 8, 9])
+        for part in parts:
+            found = fast.score(forest, part)
+            f, each = fast.mine, [part[i // 3] for i in range(3 * len(part))]
+            for (b, end), (_, n) in zip(fast.critic.ends, each):
+                ids = forest.path_of(b, n, "ids")
+                assert f.terminal[b, end] and f.path_of(b, end, "ids")[:len(ids)].tolist() == ids.tolist()
+            lengths = [len(f.path_of(b, n, "ids")) % 7 / 7 for b, n in fast.critic.ends]
+            assert found == pytest.approx(np.reshape(lengths, (-1, 3)).mean(1))
+            for b, end in fast.critic.ends[::5]:
+                ids = torch.tensor(f.path_of(b, end, "ids"))[None]
+                want = small.token_logits(small(ids)).log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+                got = f.path_of(b, end, "logps")
+                assert np.allclose(got, want[-len(got):].detach().numpy(), atol=1e-4)
+        c = fast.sampler.counts
+        assert 0 < c["processed"] <= c["prompt"] + c["sampled"] and fast.seconds > 0
+        counts.append(c["prompt"])
+    assert sampler.counts == policy and abs(counts[1] - counts[0]) <= 0.1 * counts[0]
+    for b in range(3):
+        f, keys = fast.mine, set()
+        for n in range(int(f.size[b])):
+            keys.add((int(f.parent[b, n]), tuple(f.ids[b][n].tolist()), int(f.end[b, n])))
+        assert len(keys) == int(f.size[b])
+
+
+def test_judge(tmp_path):
+    """Value and outcome are C(s) of the solution so far, process C of its last step: another question. The judge's
+    report is made of the trees of a file, whose tokens have to be encoded anew: it is that of trees still in the
+    sampler's store; read again it gives the same trust."""
+    tokenizer = Tokenizer.bytes_only()
+    model = GPT(GPTConfig.tiny(tokenizer.n_ids, 32, 2)).initialise(3).bind(tokenizer)
+    for p in model.parameters():
+        p.data *= 1.5                                                   # else every judgement is .5
+    sampler, forest = Sampler(model, tokenizer, 64, rows=4), Forest(2)
+    for b, text in enumerate(("7+1?", "9*2?")):
+        plant(forest, b, sampler, tokenizer.encode(text))
+    for b, found in enumerate(grow(forest, sampler, [(0, 0, 6), (1, 0, 6)], [1, 2], 12)):
+        for i, n in enumerate(found):
+            forest.right[b, n] = i % 2
+    per_tree = [critic_labels(forest, b, 2) for b in range(2)]
+    wants = [(b, n) for b in range(2) for n in per_tree[b][0]]
+    rows = Judge().read(sampler, forest, wants)
+    whole = self_evaluation(forest, wants, sampler)
+    assert rows[:, 0].tolist() == rows[:, 2].tolist() == whole
+    assert rows[:, 1].tolist() == self_evaluation(forest, wants, sampler, question=JUDGE_STEP)
+    assert np.abs(rows[:, 1] - whole).max() > 1e-3
+    want = critic_report(rows, *(np.concatenate([t[i] for t in per_tree]) for i in (1, 2, 3)))
+    read = Forest.from_json([forest.to_json(b) for b in range(2)])
+    trees = [loop.Worked(Question(f"q{b}", "", 0), read, b, [], []) for b in range(2)]
+    run = SimpleNamespace(sampler=Sampler(model, tokenizer, 64, rows=4), c=Config(completions=2, critic="judge"), model=model,
+                          dir=tmp_path)
+    judge, report = loop.fit_critic(run, 1, trees)
+    assert {h: report[h]["auc"] for h in HEADS} == {h: pytest.approx(want[h]["auc"], abs=1e-3) for h in HEADS}
+    assert loop.fit_critic(run, 1, trees)[0].trusted.tolist() == judge.trusted.tolist() == \
+        [float((want[h]["auc"] or 0) >= 0.55) for h in HEADS]
+
+
+def test_labels_against_the_truth_of_countdown():
+    """Brute force knows whether a position of countdown can still win. On forests of random legal play: a node with a
+    right end below it, a good process label, a value above 0: the position can win; one that cannot has value 0 and
+    no good label; with every move tried often the converse holds, too, and values of winning positions are above 0."""
+    task, rng = Countdown(Config(task="countdown")), random.Random(4)
+    encode = task.tokenizer.encode
+    for q in task.train_questions(1)[:12]:
+        forest, state = Forest(1), {0: task.numbers(q.text)}
+        forest.add(0, -1, encode(task.prompt(q)))
+        for _ in range(600):
+            n, numbers = 0, state[0]
+            while len(numbers) > 1:
+                line, numbers = rng.choice(task.moves(numbers))
+                n = forest.add(0, n, encode(line))
+                state[n] = numbers
+            n = forest.add(0, n, encode(f"#### {numbers[0]}"), end="answer")
+            forest.right[0, n] = task.reward(q.text, forest.text(0, n, task.tokenizer), q.answer)
+        nodes, labels, _, _ = critic_labels(forest, 0, k=4)
+        for n, (value, process, outcome) in zip(nodes, labels):
+            if n in state:
+                wins = reaches(task, state[n], int(q.answer))
+                assert (value > 0) == wins and (np.isnan(process) or (process == 1) == wins)
+            else:
+                assert outcome == process == (state[int(forest.parent[0, n])] == (int(q.answer),)) or np.isnan(process)
+
 
 
 def test_report_by_hand():
