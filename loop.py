@@ -151,7 +151,7 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
               batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
               sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
-              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), traps=(0, 2), numbers=(2, 5),
+              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), traps=(0, 7), numbers=(2, 5),
               simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
               c_puct=(0.0, 1000.0), greedy_child=(0, 1),
               judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
@@ -862,7 +862,7 @@ def trust(round_: int, name: str, critic, scores: np.ndarray, label: list) -> di
     report = critic_report(scores, *label)
     for i, head in enumerate(HEADS):
         critic.trusted[i] = report[head]["trusted"] = (report[head]["auc"] or 0) >= LEAST_AUC
-        if not critic.trusted[i]:
+        if not critic.trusted[i] and (head == "outcome" or name != "rollout_critic"):       # of those it has no other
             print(f"round {round_}: the {head} {name} is not listened to: AUC {report[head]['auc']} on "
                   f"{report[head]['nodes']} nodes it was not trained on")
     return report
@@ -1158,16 +1158,17 @@ def print_map(names: list, regimes: list, rows: dict, hits: dict) -> None:
     """The map of regimes: a line per regime, a column per recipe; keys of rows and hits: (regime, recipe)."""
     print(f"\n| regime | base, sampled | base, greedy | {' | '.join(names)} |\n|{'---|' * (3 + len(names))}")
     for regime in regimes:
-        logs, mine = rows[regime, names[0]], {n: hits[regime, n] for n in names}
+        logs, mine = [log for n in names for log in rows[regime, n]], {n: hits[regime, n] for n in names}
         base = [100 * log[0]["accuracy"] for log in logs]
-        sampled = [100 * log[1]["sampled_accuracy"] for log in logs if log[1:] and log[1]["sampled_accuracy"] is not None]
+        plain = [log[1] for log in logs if log[1:] and log[0]["recipe"] in ("rft", "outcome_dpo", "alphallm")]
+        sampled = [100 * row["sampled_accuracy"] for row in plain]
         cells = []
         for n in names:
             low, high = wilson(sum(mine[n]), len(mine[n]))
             p = "" if against_rft(names, mine, n) == "-" else f", {against_rft(names, mine, n)}"
             cells.append(f"{100 * np.mean(mine[n]):.1f} [{100 * low:.1f}, {100 * high:.1f}{p}]")
-        print(f"| {regime} | {np.mean(sampled or [np.nan]):.1f} | {np.mean(base):.1f} | {' | '.join(cells)} |")
-    print(f"{len(logs)} seed{'s' * (len(logs) > 1)}", flush=True)
+        print(f"| {regime} | {f'{np.mean(sampled):.1f}' if sampled else '-'} | {np.mean(base):.1f} | {' | '.join(cells)} |")
+    print(f"seeds: {len(rows[regimes[0], names[0]])}", flush=True)
 
 
 def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:

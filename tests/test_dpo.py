@@ -469,14 +469,13 @@ def test_schedule():
 
 
 def test_default_learning_rates():
-    """The papers' 1e-6 and 1e-5 at 7B; ten times that at a thousandth of the size for DPO
-    (parameters^-1/3), at a hundredth for SFT (^-1/2)."""
+    """The papers' 1e-6 and 1e-5 at 7B; ten times that at a thousandth of the size (parameters^-1/3)."""
     size = lambda n: SimpleNamespace(numel=lambda: n)
     of = lambda *sizes: SimpleNamespace(parameters=lambda: map(size, sizes))
     assert default_lr(of(7 * 10 ** 9), "dpo") == pytest.approx(1e-6)
     assert default_lr(of(7 * 10 ** 9), "sft") == pytest.approx(1e-5)
     assert default_lr(of(4 * 10 ** 6, 3 * 10 ** 6), "dpo") == pytest.approx(1e-5)
-    assert default_lr(of(7 * 10 ** 7), "sft") == pytest.approx(1e-4)
+    assert default_lr(of(7 * 10 ** 6), "sft") == pytest.approx(1e-4)
     with pytest.raises(KeyError):
         default_lr(of(1), "ppo")
 

@@ -414,18 +414,18 @@ def test_votes_by_hand():
 @pytest.fixture(scope="module")
 def imagined_run(tmp_path_factory):
     """A finished smoke run of alphallm whose grader raises when asked about a question nobody has an answer to."""
-    folder, real = tmp_path_factory.mktemp("alphallm"), Homework.reward
+    folder, real, least = tmp_path_factory.mktemp("alphallm"), Homework.reward, loop.LEAST_AUC
 
     def honest(self, question, text, answer):
         assert answer != "", "the answer of a synthesised question was looked up"
         return real(self, question, text, answer)
-    Homework.reward = honest
+    Homework.reward, loop.LEAST_AUC = honest, 0.0                        # so small a run has no head worth listening to
     try:
         flags = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "60", "--keep", "0.01",
-                 "--out", str(folder / "r"), "--base", str(folder / "base")]
+                 "--rollouts", "1", "--max-tokens", "32", "--out", str(folder / "r"), "--base", str(folder / "base")]
         assert loop.main(flags) == 0
     finally:
-        Homework.reward = real
+        Homework.reward, loop.LEAST_AUC = real, least
     return folder / "r"
 
 
@@ -446,7 +446,9 @@ def test_alphallm_leaves_what_it_says(imagined_run):
     sampled = sum(len(i) * c for t in trees for i, c in list(zip(t["tree"]["ids"], t["tree"]["count"]))[1:])
     assert sampled < rows[2]["sampled_tokens"]
     report = json.loads((imagined_run / "critic_02.json").read_text())
-    assert all(report[h]["trusted"] == ((report[h]["auc"] or 0) >= 0.55) for h in HEADS)
+    assert all(report[h]["trusted"] for h in HEADS)
+    assert all(r["rollout_tokens"] > 0 and r["rollout_seconds"] > 0 and 0 <= r["rollout_agreement"] <= 1 for r in rows[1:])
+    assert (imagined_run / "rollout_critic_02.json").exists() and len([*imagined_run.parent.glob("base_*")]) == 1
 
 
 def test_decode_table(imagined_run, capsys, monkeypatch):

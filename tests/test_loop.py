@@ -122,6 +122,24 @@ def test_truth_table(text, step):
 
 
 # -- statistics and pairs ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("traps, careless", [(1, 0.85), (2, 0.8)])
+def test_traps(traps, careless):
+    """A student who always does the leftmost operation gets every question with traps wrong without leaving 0..99, worked
+    out by Python itself; the corpus is right about as often as (1 - careless)^traps: .15 and .04, and a little luck."""
+    task, rng = Homework(Config(traps=traps, careless=careless, questions=400)), random.Random(1)
+    questions, right = task.train_questions(1), 0
+    for q in questions:
+        left = 0
+        for sign, digit in re.findall(r"([-+*]?)([0-9])", q.text):
+            left = left * int(digit) if sign == "*" else left + int(sign + digit)
+            assert 0 <= left <= 99
+        products = [int(np.prod([int(x) for x in part.split("*")])) for part in re.split("[-+]", q.text)]
+        signs = [1, *(1 if sign == "+" else -1 for sign in re.findall("[-+]", q.text))]
+        assert left != np.dot(signs, products) == int(q.answer) and q.text.count("*") >= traps
+        right += sum(task.reward(q.text, task.solve(q, rng), q.answer) for _ in range(5))
+    assert (1 - careless) ** traps - 0.01 < right / 2000 < (1 - careless) ** traps + 0.08
+
+
 def test_wilson_and_mcnemar():
     """Known values: Wilson 95% of 81/263 (Newcombe 1998: .2553 - .3662); exact McNemar as two-sided binomial."""
     assert np.allclose(loop.wilson(81, 263), (0.2553, 0.3662), atol=5e-5)
@@ -287,21 +305,36 @@ def test_finished_run_called_again(smoke):
     assert out[out.index("A question of round 1"):] == again.stdout[again.stdout.index("A question of round 1"):]
 
 
+FORKING = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import loop                       # once: every child begins with torch imported
+kills, wait = 0, 1.5
+while True:
+    child, start = os.fork(), time.time()
+    if not child:
+        os._exit(loop.main(sys.argv[2:]))
+    done = code = 0
+    while not done and time.time() < start + wait:
+        time.sleep(0.01)
+        done, code = os.waitpid(child, os.WNOHANG)
+    if done:
+        print(kills)
+        sys.exit(code != 0)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    kills, wait = kills + 1, 1.6 * wait
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_run_ends_in_the_same_bytes(smoke, tmp_path):
     """kill -9 again and again, at growing times, then the same command: weights, optimizer, pairs, trees and
     per-question files equal those of the run that was left alone (the base is trained anew here, too)."""
-    reference, kills, wait = comparable(smoke[0] / "runs" / "a"), 0, 4.0
-    command = [sys.executable, str(ROOT / "loop.py"), *SMOKE, "--rounds", "2", "--out", "runs/a"]
-    while True:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            assert process.wait(timeout=wait) == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills, wait = kills + 1, wait + 1.2
-    assert kills >= 1 and comparable(tmp_path / "runs" / "a") == reference
+    done = subprocess.run([sys.executable, "-c", FORKING, str(ROOT), *SMOKE, "--rounds", "2", "--out", "runs/a"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and int(done.stdout.split()[-1]) >= 1, done.stderr[-1000:]
+    assert comparable(tmp_path / "runs" / "a") == comparable(smoke[0] / "runs" / "a")
     base = [next(f.glob("runs/base_*/done/model.safetensors")).read_bytes() for f in (tmp_path, smoke[0])]
     assert base[0] == base[1]
 
@@ -348,6 +381,29 @@ def questions_file(path: Path, count: int = 16) -> Path:
     return path
 
 
+def test_map_of_regimes(tmp_path):
+    """--regimes runs every recipe in every setting and prints one map: base and cells are those of the logs, the settings
+    those of the regimes; a cell of a run that exists already is not run again."""
+    command = ("loop.py", *SMOKE, "--compare", "sft,rft", "--regimes", "often,rare", "--seeds", 1, "--out", "m", "--questions",
+               8, "--eval-questions", 8, "--base-steps", 3, "--steps", 1, "--threads", 1)
+    first = inside(*command, cwd=tmp_path)
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("m/*/*/log.jsonl")}
+    second = inside(*command, cwd=tmp_path)
+    assert first.returncode == 0 and len(times) == 4, first.stderr[-2000:]
+    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("m/*/*/log.jsonl")}
+    tables = [[line.strip("| ").split(" | ") for line in done.stdout.splitlines() if re.match(r"\| (often|rare) \|", line)]
+              for done in (first, second)]
+    assert tables[0] == tables[1] and [row[0] for row in tables[0]] == ["often", "rare"]
+    for name, *cells in tables[0]:
+        logs = [[json.loads(line) for line in (tmp_path / f"m/{name}/{r}_seed0/log.jsonl").read_text().splitlines()]
+                for r in ("sft", "rft")]
+        settings = json.loads((tmp_path / f"m/{name}/rft_seed0/config.json").read_text())["settings"]
+        assert settings["traps"] == {"often": 0, "rare": 2}[name]
+        want = [f"{100 * logs[1][1]['sampled_accuracy']:.1f}", f"{100 * logs[0][0]['accuracy']:.1f}"]
+        assert cells[:2] == want and [c.split(" ")[0] for c in cells[2:]] == [f"{100 * log[-1]['accuracy']:.1f}" for log in logs]
+        assert re.fullmatch(r"[0-9.]+ \[[0-9.]+, [0-9.]+, p = 1\]", cells[2]) and "p" not in cells[3]
+
+
 def test_open_weights_and_real_questions(smoke, tmp_path):
     """The same loop on a model folder and files of GSM8K's form; --evaluate of the result; model.py on its folder."""
     model = smoke[0] / "runs" / "a" / "round_0"
@@ -375,7 +431,10 @@ def refused(words, *arguments, cwd):
     ("did you mean --rounds", ["--round", "3"]), ("out of range", ["--rounds", "-1"]), ("out of range", ["--temperature", "0"]),
     ("invalid choice", ["--recipe", "dpo"]), ("invalid int", ["--steps", "many"]), ("--model needs --data", ["--model", "x"]),
     ("need --model", ["--data", "x.jsonl"]), ("below --min-operators", ["--max-operators", "2"]),
-    ("unknown recipe 'ppo'", ["--compare", "rft,ppo"]), ("multiple of 8", ["--width", "30"])])
+    ("unknown recipe 'ppo'", ["--compare", "rft,ppo"]), ("multiple of 8", ["--width", "30"]),
+    ("--max-operators of 5", ["--traps", "4"]), ("out of range", ["--traps", "9"]), ("any of often", ["--regimes", "often"]),
+    ("any of often", ["--compare", "rft", "--regimes", "seldom"]),
+    ("--rollout-model folder", ["--model", "x", "--data", "x", "--eval-data", "x", "--rollouts", "2"])])
 def test_flags_are_refused(words, flags):
     """A wrong flag is named together with what would be right."""
     with pytest.raises(loop.BadInput, match=re.compile(re.escape(words), re.I)):
