@@ -269,7 +269,7 @@ def default_lr(model: GPT, kind: str) -> float:
     """Learning rate by size: the papers' 1e-6 (DPO) and 1e-5 (SFT) at 7B grow with parameters^-1/3; at 0.56M that is
     2.3e-5 and 2.3e-4. Measured there: DPO at 1e-4 or more pushes pit steps so far down (-0.4 nats a token and beyond)
     that good lines which look like them go with them, and accuracy falls by 3 to 18 points. SFT on the model's own
-    right solutions at 1e-3 mends its choices, too, but wears off arithmetic it had learnt: README, "What is hard"."""
+    right solutions at 1e-3 mends its choices, too, but wears off arithmetic it had learnt: README, "Results"."""
     return {"dpo": 1e-6, "sft": 1e-5}[kind] * (7e9 / sum(p.numel() for p in model.parameters())) ** (1 / 3)
 
 

@@ -45,7 +45,7 @@ from dpo import train, tree_row
 from mcts import Forest, Steps, draw, expand, fixed_width, grow, importance_width, length_prior, pack, plant
 from mcts import search, uct
 from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, read_safetensors
-from model import write_safetensors, write_text
+from model import step_rule, write_safetensors, write_text
 
 # ----------------------------------------------------------------------------------------------------------
 # 1 · Config: every setting of a run, one flag each
@@ -73,6 +73,7 @@ class Config:
     pit_search: str = "linear"    # linear (the paper) or bisect
     temperature: float = 1.0      # the published 0.7 suits 7B models; a tiny one is not diverse enough there
     max_tokens: int = 128         # of one solution
+    step: str = "line"            # what trees branch at: a line, a paragraph (with a formula), or a number of tokens
     chunk: int = 64               # questions worked together; results are saved after each chunk
     rows: int = 256               # solutions (steps, in a search) decoded at once
     # -- search (mcts_dpo)
@@ -199,6 +200,7 @@ def check_config(c: Config) -> Config:
         raise BadInput("--model needs --eval-data FILE.jsonl: held-out questions, same form as --data.")
     if not c.model and (c.data or c.eval_data):
         raise BadInput("--data and --eval-data need --model FOLDER: the tiny base only knows the built-in task.")
+    step_rule(c.step, Tokenizer.bytes_only())
     if c.rollouts and c.model and not c.rollout_model:
         raise BadInput("--rollouts with --model needs --rollout-model FOLDER: a smaller model with the same tokenizer.")
     if c.traps >= c.max_operators:
@@ -276,7 +278,7 @@ class Run:
             self.task = TASKS[self.c.task](self.c)
             self.tokenizer = self.task.tokenizer
             self.model = base_model(self.c, self.task, self.near, self.round_dir(0).exists())
-        self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, solution_over)
+        self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, solution_over, self.c.step)
         self.chunk = self.plan()
 
     def settings(self) -> None:
@@ -582,7 +584,7 @@ def sampling_report(run: Run, trees: list) -> dict:
     right, wrong = (sum(int(t.forest.below(t.b, r)[0]) for t in trees) for r in (1, 0))
     answers = [len({extract_answer(text(t, n)) for n in t.forest.leaves(t.b)}) for t in trees]
     true = [run.task.first_false_step(t.question, text(t, p["leaf"])) == p["step"] for t, p in found] \
-        if isinstance(run.task, Homework) else []
+        if isinstance(run.task, Homework) and run.c.step == "line" else []
     forest = trees[0].forest
     ends = [(t.b, n) for t in trees for n in forest.leaves(t.b) if forest.visits[t.b, n]]
     scores = [forest.score[e] - (2.0 * forest.right[e] - 1.0) for e in ends]            # C alone
@@ -909,7 +911,7 @@ def fast_rollouts(run: Run, round_: int, trees: list) -> Rollouts | None:
     else:
         small = base_model(replace(c, layers=1, base="", device=run.model.device.type, dtype="float32"), run.task, run.near)
     critic, report = fit_critic(run, round_, trees, small, "rollout_critic")
-    sampler = Sampler(small, run.tokenizer, 4096, c.rows, solution_over)
+    sampler = Sampler(small, run.tokenizer, 4096, c.rows, solution_over, c.step)
     return Rollouts(critic, sampler, c.rollouts, c.max_tokens, c.temperature) if report["outcome"]["trusted"] else None
 
 
@@ -975,10 +977,10 @@ def imagine(run: Run, round_: int) -> list:
 
     def write(prompts):
         """The line the model goes on with behind each prompt."""
-        run.sampler.reset()
-        paths = [run.sampler.prompt(run.tokenizer.encode_prompt(p)) for p in prompts]
+        sampler = Sampler(run.model, run.tokenizer, 4096, run.c.rows)   # its steps are lines, whatever --step says
+        paths = [sampler.prompt(run.tokenizer.encode_prompt(p)) for p in prompts]
         requests = [Request(path, mix(run.c.seed, round_, i, 8), run.c.max_tokens) for i, path in enumerate(paths)]
-        return [run.tokenizer.decode(o.ids) for o in run.sampler.extend(requests, run.c.temperature, to_end=False)]
+        return [run.tokenizer.decode(o.ids) for o in sampler.extend(requests, run.c.temperature, to_end=False)]
     if not file.exists():
         old = run.task.train_questions(round_)
         new = run.task.imagine(old, run.c.imagined or len(old), random.Random(mix(run.c.seed, round_, 10)), write)
@@ -1187,7 +1189,7 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     run.task = TASKS[config.task](config)
     if config.eval_data:
         run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions)
-    run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, solution_over)
+    run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, solution_over, config.step)
     return run
 
 

@@ -175,27 +175,35 @@ def grow(forest: Forest, sampler: Sampler, wants: list, seeds: list, max_tokens:
     wants: [(tree, node, how many)]; seeds: one number per tree (run and question), mixed with node and sample.
     max_tokens bounds the whole solution, question not counted. Returns the leaves, a list per want, in sample
     order (not in order of finishing, so that a tree does not depend on who else is in the batch)."""
-    requests = [r for b, n, count in wants for r in _requests(forest, b, n, count, seeds[b], max_tokens)]
+    requests = [r for b, n, count in wants for r in _requests(forest, b, n, count, seeds[b], max_tokens,
+                                                                          sampler.newline)]
     done = iter(sampler.extend(requests, temperature, progress=progress))
-    return [[_hang(forest, b, n, next(done), sampler.newline) for _ in range(count)] for b, n, count in wants]
+    return [[_hang(forest, b, n, next(done), sampler.step_over) for _ in range(count)] for b, n, count in wants]
 
 
-def _requests(forest, b, n, count, seed, max_tokens, greedy=False):
+def _requests(forest, b, n, count, seed, max_tokens, newline, greedy=False):
     """`count` requests to go on from a node, numbered on from what was drawn there before."""
     path, first = forest.path_of(b, n, "slots"), int(forest.drawn[b, n])
+    solution = forest.path_of(b, n, "ids", root=False).tolist()
+    begun = max((i + 1 for i, token in enumerate(solution) if token in newline), default=0)
+    line = tuple(solution[begun:])                                      # a step need not end with its line
     left = max(1, max_tokens - (len(path) - len(forest.slots[b][0])))
     forest.drawn[b, n] += count
-    return [Request(path, mix(seed, n, i), left, greedy and i == 0) for i in range(first, first + count)]
+    return [Request(path, mix(seed, n, i), left, greedy and i == 0, line) for i in range(first, first + count)]
 
 
-def split_steps(ids, newline: set) -> list:
-    """[(first, past the last)] of each step: a step ends after the first token whose bytes hold a newline."""
-    cuts = [i + 1 for i, token in enumerate(ids) if int(token) in newline]
-    return [(a, b) for a, b in zip([0, *cuts], [*cuts, len(ids)]) if a < b]
+def split_steps(ids, over) -> list:
+    """[(first, past the last)] of each step; over(ids of a step so far) says that it ends there (model.step_rule)."""
+    ids, first, spans = [int(i) for i in ids], 0, []
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or over(ids[first:i]):
+            spans.append((first, i))
+            first = i
+    return spans
 
 
-def _hang(forest, b, n, new, newline):
-    spans = split_steps(new.ids, newline)
+def _hang(forest, b, n, new, over):
+    spans = split_steps(new.ids, over)
     for i, (first, last) in enumerate(spans):
         end = new.why if i == len(spans) - 1 and new.why != "step" else ""
         n = forest.add(b, n, new.ids[first:last], new.logps[first:last], new.slots[first:last], end)
@@ -417,7 +425,8 @@ class Steps:
     def submit(self, wants: list) -> None:
         """Queue the samples of [(tree, node, how many)]; nothing is computed yet."""
         for b, n, count in wants:
-            requests = _requests(self.forest, b, n, count, self.seeds[b], self.max_tokens, self.greedy)
+            requests = _requests(self.forest, b, n, count, self.seeds[b], self.max_tokens, self.sampler.newline,
+                                 self.greedy)
             self.open[b, n] = [None] * count
             for i, ticket in enumerate(self.sampler.submit(requests, self.temperature, to_end=False)):
                 self.owner[ticket] = (b, n, i)

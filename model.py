@@ -26,6 +26,7 @@ import sys
 import time
 import unicodedata
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -867,6 +868,7 @@ class Request:
     seed: int                     # 64 bits; the draw of token t depends on (seed, t) alone
     max_tokens: int
     greedy: bool = False          # argmax, whatever the temperature of the others
+    line: tuple = ()              # ids of a line of the solution that the path leaves unfinished
 
 
 @dataclass
@@ -875,7 +877,7 @@ class Continuation:
     ids: np.ndarray               # (n,) sampled ids, the end-of-text id included
     logps: np.ndarray             # (n,) log-probs at temperature 1 over the tokenizer's ids
     slots: np.ndarray             # (n,)
-    why: str                      # "eos", "answer" (final line written), "step" (newline), "length"
+    why: str                      # "eos", "answer" (final line written), "step", "length"
 
 
 def mix(*parts: int) -> int:
@@ -901,6 +903,24 @@ def uniforms(seeds: np.ndarray, t: np.ndarray) -> np.ndarray:
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0 ** -53
 
 
+def step_rule(kind: str, tokenizer) -> Callable:
+    """When a step, the action of every search here (AlphaLLM's option), is over: f(ids of the step so far) -> bool.
+
+    line: after the first token that holds a newline; paragraph: after an empty line, when a formula is above it (a digit
+    and a "="); a number: after so many tokens. Raises BadInput for anything else."""
+    newline = set(tokenizer.newline_ids)
+
+    def paragraph(ids):
+        """Asked after every token, so text is made of ids only where a newline came."""
+        text = tokenizer.decode(ids) if ids[-1] in newline else ""
+        return text.endswith("\n\n") and "=" in text and any(c.isdigit() for c in text)
+    if kind.isdecimal() and int(kind):
+        return lambda ids: len(ids) >= int(kind)
+    if kind not in ("line", "paragraph"):
+        raise BadInput(f"--step {kind}: a step is a line, a paragraph or a number of tokens, such as 16.")
+    return paragraph if kind == "paragraph" else lambda ids: ids[-1] in newline
+
+
 class Sampler:
     """Continues prefixes for one model, keeping the keys and values of every token it has encoded.
 
@@ -911,12 +931,12 @@ class Sampler:
     leaf is never encoded. `reset` forgets everything: call it after every change of the weights.
 
     slots: tokens to hold at first; the store grows. rows: rows decoded at once. finished(line) -> bool, asked when a
-    line is complete, says that the solution is over (the answer line was written)."""
+    line is complete, says that the solution is over (the answer line was written). step: as for `step_rule`."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int, rows: int = 256, finished=None):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int, rows: int = 256, finished=None, step: str = "line"):
         c = model.config
         self.model, self.tokenizer, self.rows, self.finished = model, tokenizer, rows, finished or (lambda line: False)
-        self.newline = set(tokenizer.newline_ids)
+        self.newline, self.step_over = set(tokenizer.newline_ids), step_rule(step, tokenizer)
         self.new = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
         # note: zeros, not empty: a masked column has weight 0, and 0 * NaN of stale memory is NaN
         self.key, self.value = (self.new(c.layers, slots, c.kv_heads, c.head_dim) for _ in range(2))
@@ -1073,7 +1093,7 @@ class Sampler:
     def extend(self, requests: list, temperature: float = 1.0, to_end: bool = True, progress=None) -> list:
         """Sample one continuation per request, in the order of the requests: `submit` and `step` to the end.
 
-        to_end False: stop after the first token that holds a newline (one step). temperature 0: argmax.
+        to_end False: stop when one step is over. temperature 0: argmax.
         `progress(tokens)` is called with the number of tokens just sampled."""
         self.encode([r.path for r in requests])         # all at once: fewer forwards than as rows get free
         tickets, results = self.submit(requests, temperature, to_end), {}
@@ -1154,12 +1174,12 @@ class Sampler:
             return "eos"
         full = row.columns >= self.model.config.max_positions           # then no further step would fit
         if token in self.newline:
-            line = self.tokenizer.decode(row.ids[row.line:])
+            line = self.tokenizer.decode([*row.request.line, *row.ids] if row.line is None else row.ids[row.line:])
             row.line = len(row.ids)
             if self.finished(line):
                 return "answer"
-            if not row.to_end and not full:
-                return "step"
+        if not row.to_end and not full and self.step_over(row.ids):
+            return "step"
         return "length" if full or len(row.ids) >= row.request.max_tokens else None
 
     def _close(self, live):
@@ -1187,7 +1207,8 @@ class _Row:
     def __init__(self, ticket, request, temperature, to_end):
         self.ticket, self.request, self.temperature, self.to_end = ticket, request, temperature, to_end
         self.why = None
-        self.ids, self.logps, self.slots, self.line = [], [], [], 0
+        self.ids, self.logps, self.slots = [], [], []
+        self.line = None          # where the line being written begins; None: above this row, with request.line
 
     @property
     def columns(self):

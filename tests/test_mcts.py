@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dpo import Pair, collate, tree_log_probs, tree_row  # noqa: E402
-from mcts import ENDS, Forest, draw, grow, pack, plant, split_steps  # noqa: E402
-from model import BadInput, Request, Sampler, mix  # noqa: E402
+from mcts import ENDS, Forest, Steps, draw, grow, pack, plant, split_steps  # noqa: E402
+from model import BadInput, Request, Sampler, Tokenizer, mix, step_rule  # noqa: E402
 from test_model import V, Letters, distinct, language_model, log_probs  # noqa: E402
 
 ARRAYS = ("parent", "depth", "count", "terminal", "end", "right", "drawn")
@@ -193,13 +193,50 @@ def test_json_that_is_no_forest(broken):
 
 def test_split_steps():
     """A step ends after each newline token; the rest, if there is one, is a step; the steps are the whole."""
-    assert split_steps([5, 1, 5, 5, 1, 1, 7], {1}) == [(0, 2), (2, 5), (5, 6), (6, 7)]
-    assert split_steps([5, 1], {1}) == [(0, 2)] and split_steps([], {1}) == []
-    assert split_steps([4], set()) == [(0, 1)]
+    one = lambda step: step[-1] == 1
+    assert split_steps([5, 1, 5, 5, 1, 1, 7], one) == [(0, 2), (2, 5), (5, 6), (6, 7)]
+    assert split_steps([5, 1], one) == [(0, 2)] and split_steps([], one) == []
+    assert split_steps([4], lambda step: False) == [(0, 1)]
+
+
+def test_step_rules():
+    """Lines, paragraphs with a formula, so many tokens: by hand on text; what is no rule is refused by name."""
+    tokenizer = Tokenizer.bytes_only()
+    text = "Take two.\n\n2+2 = 4\nso 4\n\nThat = it\n\nend"
+    cut = lambda kind: [text[a:b] for a, b in split_steps(tokenizer.encode(text), step_rule(kind, tokenizer))]
+    assert cut("line") == ["Take two.\n", "\n", "2+2 = 4\n", "so 4\n", "\n", "That = it\n", "\n", "end"]
+    assert cut("paragraph") == ["Take two.\n\n2+2 = 4\nso 4\n\n", "That = it\n\nend"]
+    assert [len(step) for step in cut("16")] == [16, 16, len(text) - 32] and "".join(cut("16")) == text
+    for kind in ("sentence", "0", "-1", "", "1.5"):
+        with pytest.raises(BadInput, match="a step is a line"):
+            step_rule(kind, tokenizer)
+
+
+@pytest.mark.parametrize("step", ("3", "paragraph"))
+def test_steps_that_are_no_lines(step):
+    """Whatever a step is, the solution is the same text: sampled step by step by greedy requests, the path is that of
+    one whole greedy continuation; it ends where its answer *line* ends, although that line is spread over steps."""
+    model = language_model("llama", 0).bind(LETTERS)
+    plain = Sampler(model, LETTERS, 16)
+    whole, = plain.extend([Request(plain.prompt(PROMPTS[0]), 0, 24)], 0)
+    want = LETTERS.decode(whole.ids)
+    answer = want.split("\n")[1]                                        # six letters: no step of 3 holds it
+    sampler, forest = Sampler(model, LETTERS, 16, 4, lambda line: line.strip() == answer, step), Forest(1)
+    plant(forest, 0, sampler, PROMPTS[0])
+    steps, n = Steps(forest, sampler, [1], 24, greedy=True), 0
+    while not forest.terminal[0, n]:
+        steps.submit([(0, n, 1)])
+        (_, _, (found,)), = steps.poll()
+        n = forest.add(0, n, found.ids, found.logps, found.slots, "" if found.why == "step" else found.why)
+    text = forest.text(0, n, LETTERS)
+    assert len(answer) == 6 and text == want[:want.index("\n", want.index(answer)) + 1]
+    assert forest.end[0, n] == ENDS.index("answer")
+    sizes = [len(forest.ids[0][m]) for m in forest.path(0, n)[1:]]
+    assert {*sizes[:-1]} == {3} if step == "3" else len(sizes) == 1     # letters hold no formula: one paragraph
     rng = np.random.default_rng(0)
     for _ in range(200):
         ids, newline = rng.integers(0, 6, rng.integers(0, 12)), {0, 3}
-        spans = split_steps(ids, newline)
+        spans = split_steps(ids, lambda step: step[-1] in newline)
         assert [i for a, b in spans for i in range(a, b)] == list(range(len(ids)))
         for a, b in spans:
             assert not newline & {*ids[a:b - 1].tolist()} and (ids[b - 1] in newline or b == len(ids))
