@@ -354,12 +354,13 @@ class Judge:
 
 class Rollouts:
     """AlphaLLM's fast rollouts: a smaller policy finishes a leaf n times; the mean of what the outcome critic says of
-    these ends is one more opinion about the leaf. That critic is a head on the small model's own states, so the policy
-    never encodes their tokens; they are in this sampler's `counts`, apart from the policy's. A forest beside the searched
-    one keeps prefixes: here, too, nothing is encoded twice. Both models must have the same tokenizer."""
+    these ends is one more opinion about the leaf. That critic is a head on the small model's own states, so the
+    policy never encodes their tokens; they are in this sampler's `counts`, apart from the policy's. A forest beside
+    the searched one keeps prefixes: here, too, nothing is encoded twice. Both models must have the same tokenizer."""
 
     def __init__(self, critic: Critic, sampler: Sampler, n: int, max_tokens: int, temperature: float = 1.0):
-        self.critic, self.sampler, self.n, self.max_tokens, self.temperature = critic, sampler, n, max_tokens, temperature
+        self.critic, self.sampler, self.n = critic, sampler, n
+        self.max_tokens, self.temperature = max_tokens, temperature
         self.seconds = 0.0        # spent on rollouts so far
 
     def begin(self, forest: Forest, seeds: list) -> None:
@@ -458,9 +459,9 @@ def critic_values(critic, sampler: Sampler, forest: Forest, wants: list, weights
     72%, by the weakest link 89%.
     sum (AlphaLLM): b_v value + b_prm process of the node alone + b_orm mean outcome of its rollouts, divided by the
     weights (mixed scales are a known trap); outcome for an end.
-    critic: Critic or Judge. weights: (b_v, b_prm, b_orm); 0 leaves a critic out, as does too low an AUC (`trusted`); with
-    none left all are worth .5. known: {(tree, node): what the critics said}, kept by the caller through a search, so that
-    a node is read once. rollouts: `Rollouts` to ask about leaves that are no ends, or None."""
+    critic: Critic or Judge. weights: (b_v, b_prm, b_orm); 0 leaves a critic out, as does too low an AUC (`trusted`);
+    with none left all are worth .5. known: {(tree, node): what the critics said}, kept by the caller through a search,
+    so that a node is read once. rollouts: `Rollouts` to ask about leaves that are no ends, or None."""
     paths = [forest.path(b, n)[1 if n else 0:] if rule == "weakest" else [n] for b, n in wants]
     known = {} if known is None else known
     asked = [e for e in dict.fromkeys((b, m) for (b, _), path in zip(wants, paths) for m in path) if e not in known]

@@ -143,8 +143,9 @@ class Config:
 
 FREE = ("out", "base", "compare", "seeds", "regimes", "evaluate", "decode", "decode_questions", "preset",
         "save_seconds")       # not part of a run's identity
-SEARCH_FLAGS = ("alpha", "most_width", "c_uct", "critic", "value_weight", "process_weight", "rollouts", "rollout_weight",
-                "rollout_model", "leaf_score", "merge", "widen", "root_width", "critic_steps", "critic_window", "chunk")         # --decode takes these from its flags
+SEARCH_FLAGS = ("alpha", "most_width", "c_uct", "critic", "value_weight", "process_weight", "rollouts",
+                "rollout_weight", "rollout_model", "leaf_score", "merge", "widen", "root_width", "critic_steps",
+                "critic_window", "chunk")       # --decode takes these from its flags
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64, steps=4, batch=8,
              width=32, layers=2, base_steps=40, base_batch=16, eval_questions=32, max_tokens=96, critic_steps=30,
              threads=1, save_seconds=0.1)
@@ -152,14 +153,16 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
               batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
               sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
-              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), traps=(0, 7), numbers=(2, 5),
+              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), traps=(0, 7),
+              numbers=(2, 5),
               simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
               c_puct=(0.0, 1000.0), greedy_child=(0, 1),
               judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
               imitate=(0.0, 0.99), imitate_rounds=(0, 1000), critic_share=(0.05, 0.95), critic_steps=(1, 10**6),
               critic_window=(1, 1000),
               imagined=(0, 10**7), alpha=(0.0, 1e6), most_width=(1, 256), c_uct=(0.0, 1000.0), keep=(0.0, 1.0),
-              value_weight=(0.0, 1000.0), process_weight=(0.0, 1000.0), rollouts=(0, 1024), rollout_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7),
+              value_weight=(0.0, 1000.0), process_weight=(0.0, 1000.0), rollouts=(0, 1024),
+              rollout_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
 CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
                recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo", "alphallm"), loss=("sigmoid", "ipo"),
@@ -902,14 +905,15 @@ def fast_rollouts(run: Run, round_: int, trees: list) -> Rollouts | None:
     if not c.rollouts:
         return None
     if c.rollout_model:
-        small, tokenizer = GPT.from_pretrained(c.rollout_model, c.device, run.model.dtype), \
-            Tokenizer.from_pretrained(c.rollout_model)
+        small = GPT.from_pretrained(c.rollout_model, run.model.device, run.model.dtype)
+        tokenizer = Tokenizer.from_pretrained(c.rollout_model)
         if tokenizer.bytes != run.tokenizer.bytes:
-            raise BadInput(f"--rollout-model {c.rollout_model} has another tokenizer than the model: its rollouts could "
-                           "not go on from the policy's steps; choose a smaller model of the same family.")
+            raise BadInput(f"--rollout-model {c.rollout_model} has another tokenizer than the model: its rollouts "
+                           "could not go on from the policy's steps; choose a smaller model of the same family.")
         small.bind(tokenizer)
     else:
-        small = base_model(replace(c, layers=1, base="", device=run.model.device.type, dtype="float32"), run.task, run.near)
+        c = replace(c, layers=1, base="", device=run.model.device.type, dtype="float32")
+        small = base_model(c, run.task, run.near)
     critic, report = fit_critic(run, round_, trees, small, "rollout_critic")
     sampler = Sampler(small, run.tokenizer, 4096, c.rows, solution_over, c.step)
     return Rollouts(critic, sampler, c.rollouts, c.max_tokens, c.temperature) if report["outcome"]["trusted"] else None
@@ -922,7 +926,8 @@ def agreement(run: Run, rollouts: Rollouts, questions: list) -> float:
         sampler.reset()
         paths = [sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))) for q in questions]
         found = sampler.extend([Request(path, 0, run.c.max_tokens) for path in paths], 0)
-        said.append([extract_answer(run.tokenizer.decode(i for i in f.ids if i not in run.model.stop_ids)) for f in found])
+        texts = [run.tokenizer.decode(i for i in f.ids if i not in run.model.stop_ids) for f in found]
+        said.append([extract_answer(text) for text in texts])
     return float(np.mean([a == b for a, b in zip(*said)]))
 
 
@@ -1169,7 +1174,8 @@ def print_map(names: list, regimes: list, rows: dict, hits: dict) -> None:
             low, high = wilson(sum(mine[n]), len(mine[n]))
             p = "" if against_rft(names, mine, n) == "-" else f", {against_rft(names, mine, n)}"
             cells.append(f"{100 * np.mean(mine[n]):.1f} [{100 * low:.1f}, {100 * high:.1f}{p}]")
-        print(f"| {regime} | {f'{np.mean(sampled):.1f}' if sampled else '-'} | {np.mean(base):.1f} | {' | '.join(cells)} |")
+        sampled = f"{np.mean(sampled):.1f}" if sampled else "-"
+        print(f"| {regime} | {sampled} | {np.mean(base):.1f} | {' | '.join(cells)} |")
     print(f"seeds: {len(rows[regimes[0], names[0]])}", flush=True)
 
 

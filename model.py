@@ -90,6 +90,7 @@ def read_json(path, raw: bytes | None = None) -> dict:
     """The object in a JSON file, or in `raw` (then the path is but a name). BadInput: absent, a git-LFS
     pointer, no UTF-8 JSON, no object, a key twice (readers differ in which counts: checked is not used)."""
     def unique(pairs):
+        """dict, that refuses a key it has."""
         need(len(found := dict(pairs)) == len(pairs), "a key appears twice in one JSON object")
         return found
     with about(path):
@@ -906,8 +907,8 @@ def uniforms(seeds: np.ndarray, t: np.ndarray) -> np.ndarray:
 def step_rule(kind: str, tokenizer) -> Callable:
     """When a step, the action of every search here (AlphaLLM's option), is over: f(ids of the step so far) -> bool.
 
-    line: after the first token that holds a newline; paragraph: after an empty line, when a formula is above it (a digit
-    and a "="); a number: after so many tokens. Raises BadInput for anything else."""
+    line: after the first token that holds a newline; paragraph: after an empty line, when a formula is above it (a
+    digit and a "="); a number: after so many tokens. Raises BadInput for anything else."""
     newline = set(tokenizer.newline_ids)
 
     def paragraph(ids):
@@ -933,7 +934,8 @@ class Sampler:
     slots: tokens to hold at first; the store grows. rows: rows decoded at once. finished(line) -> bool, asked when a
     line is complete, says that the solution is over (the answer line was written). step: as for `step_rule`."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int, rows: int = 256, finished=None, step: str = "line"):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int, rows: int = 256, finished=None,
+                 step: str = "line"):
         c = model.config
         self.model, self.tokenizer, self.rows, self.finished = model, tokenizer, rows, finished or (lambda line: False)
         self.newline, self.step_over = set(tokenizer.newline_ids), step_rule(step, tokenizer)
@@ -1212,6 +1214,7 @@ class _Row:
 
     @property
     def columns(self):
+        """Columns of the working cache that the row takes."""
         return len(self.request.path) + len(self.ids)
 
 

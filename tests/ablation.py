@@ -20,7 +20,8 @@ from critic import mcnemar, wilson  # noqa: E402
 PLAIN = dict(leaf_score="sum", process_weight=0.0, alpha=0.0, merge=0, widen=8, rollouts=4, rollout_weight=0.0)
 VARIANTS = {"value head only": {}, "+ adaptive width": dict(alpha=10.0), "+ process head": dict(process_weight=1.0),
             "+ fast rollouts": dict(rollout_weight=1.0), "+ state merge": dict(merge=1),
-            "+ weakest link instead of the sum": dict(leaf_score="weakest"), "- fast rollouts": dict(rollout_weight=0.0)}
+            "+ weakest link instead of the sum": dict(leaf_score="weakest"),
+            "- fast rollouts": dict(rollout_weight=0.0)}
 WORTH, QUESTIONS = 16, 200
 
 

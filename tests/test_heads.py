@@ -240,8 +240,8 @@ def test_judge(tmp_path):
     want = critic_report(rows, *(np.concatenate([t[i] for t in per_tree]) for i in (1, 2, 3)))
     read = Forest.from_json([forest.to_json(b) for b in range(2)])
     trees = [loop.Worked(Question(f"q{b}", "", 0), read, b, [], []) for b in range(2)]
-    run = SimpleNamespace(sampler=Sampler(model, tokenizer, 64, rows=4), c=Config(completions=2, critic="judge"), model=model,
-                          dir=tmp_path)
+    run = SimpleNamespace(sampler=Sampler(model, tokenizer, 64, rows=4), model=model, dir=tmp_path,
+                          c=Config(completions=2, critic="judge"))
     judge, report = loop.fit_critic(run, 1, trees)
     assert {h: report[h]["auc"] for h in HEADS} == {h: pytest.approx(want[h]["auc"], abs=1e-3) for h in HEADS}
     assert loop.fit_critic(run, 1, trees)[0].trusted.tolist() == judge.trusted.tolist() == \
