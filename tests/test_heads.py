@@ -421,7 +421,7 @@ def imagined_run(tmp_path_factory):
         return real(self, question, text, answer)
     Homework.reward, loop.LEAST_AUC = honest, 0.0                        # so small a run has no head worth listening to
     try:
-        flags = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "60", "--keep", "0.01",
+        flags = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "20", "--keep", "0.01",
                  "--rollouts", "1", "--max-tokens", "32", "--out", str(folder / "r"), "--base", str(folder / "base")]
         assert loop.main(flags) == 0
     finally:

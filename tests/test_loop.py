@@ -494,7 +494,8 @@ def test_readme_commands_and_names(smoke, tmp_path):
         if name == "loop.py":
             loop.parse_flags([f.strip('"') for f in flags])
         if not any(f in command for f in ("--model", "--data", "--evaluate", "--decode", "--compare")) and name != "tests/bench.py":
-            extra = [*SMOKE, "--rounds", "1", "--questions", "16", "--steps", "4", "--budget", "200"] * (name == "loop.py")
+            extra = (*SMOKE, *"--rounds 1 --questions 8 --steps 2 --budget 150 --base-steps 5 --eval-questions 8".split())
+            extra = extra if name == "loop.py" else ()
             key = (name, *[f for f in flags if f not in SMOKE])
             if key not in ran:
                 ran.add(key)
