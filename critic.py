@@ -594,9 +594,9 @@ def parse(text: str) -> list | None:
 class Builtin:
     """What the built-in tasks share: an endless stream of questions, split by hash, and a corpus for the base."""
 
-    def __init__(self, c):
+    def __init__(self, c, tokenizer: Tokenizer | None = None):
         self.c = c                    # settings, loop.Config
-        self.tokenizer = Tokenizer.bytes_only()
+        self.tokenizer = tokenizer or Tokenizer.bytes_only()            # of open weights, or bytes
 
     def prompt(self, question: Question) -> str:
         """What the model reads."""
@@ -655,7 +655,7 @@ class Builtin:
     def example(self, question: Question, rng: random.Random) -> tuple:
         """What the base is trained on: ids of the question, ids of a careless solution with end-of-text."""
         ids = self.tokenizer.encode(self.solve(question, rng))
-        return self.tokenizer.encode(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids)
+        return self.tokenizer.encode_prompt(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids)[:1]
 
     def reward(self, question: str, text: str, answer: str) -> bool:
         """Is the solution right? By its final answer alone."""

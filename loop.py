@@ -40,10 +40,10 @@ from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdow
 from critic import Question, Rollouts, auc, calculations, confidence, critic_labels, critic_loss, critic_report
 from critic import critic_values, extract_answer, find_answer, label_pits, mcnemar, self_evaluation, solution_over
 from critic import wilson
-from dpo import Pair, Row, default_lr, load_weights, node_features, preference_loss, sft_loss, store_reference, text_row
-from dpo import train, tree_row
+from dpo import LOGITS_AT_ONCE, Pair, Row, default_lr, load_weights, node_features, part_tokens, preference_loss
+from dpo import sft_loss, store_reference, text_row, train, tree_row
 from mcts import Forest, Steps, draw, expand, fixed_width, grow, importance_width, length_prior, pack, plant
-from mcts import search, uct
+from mcts import printable, search, uct
 from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, read_safetensors
 from model import step_rule, write_safetensors, write_text
 
@@ -56,7 +56,8 @@ class Config:
     task: str = "homework"        # the built-in task; ignored when --model is given
     model: str = ""               # folder with open weights (HF format); empty: train the tiny base from scratch
     data: str = ""                # training questions for --model: JSON lines with question and answer (GSM8K)
-    eval_data: str = ""           # held-out questions, same form
+    eval_data: str = ""           # held-out questions, same form; without both --model works on the built-in task
+    sft_data: str = ""            # --model is first fine-tuned on the solutions of this file, as in all three papers
     recipe: str = "self_explore"  # sft, rft, outcome_dpo, self_explore, mcts_dpo, alphallm
     rounds: int = 3
     seed: int = 0
@@ -74,7 +75,7 @@ class Config:
     temperature: float = 1.0      # the published 0.7 suits 7B models; a tiny one is not diverse enough there
     max_tokens: int = 128         # of one solution
     step: str = "line"            # what trees branch at: a line, a paragraph (with a formula), or a number of tokens
-    chunk: int = 64               # questions worked together; results are saved after each chunk
+    chunk: int = 200              # questions worked together; results are saved after each chunk
     rows: int = 256               # solutions (steps, in a search) decoded at once
     # -- search (mcts_dpo)
     simulations: int = 1000       # K, at most: of a tree; with --commit 1 before each commitment (paper: 5)
@@ -113,18 +114,19 @@ class Config:
     # -- learning
     steps: int = 80               # optimiser steps a round, the same for every recipe
     batch: int = 32               # trees (questions) per step
+    part_tokens: int = 0          # padded tokens of one forward in training; 0: 2,048 on a CPU, 16,384 on CUDA
     beta: float = 0.1             # DPO: how far from the reference (2305.18290)
     nll: float = 1.0              # weight of the NLL term on chosen sides
     loss: str = "sigmoid"         # sigmoid or ipo
     smoothing: float = 0.0        # conservative DPO: chance that a pit is false
     dpo_lr: float = 0.0           # 0: by model size, dpo.default_lr
     sft_lr: float = 0.0
-    # -- the tiny base
+    # -- the base: the tiny one from scratch, or open weights fine-tuned on the task's corpus or on --sft-data
     width: int = 128
     layers: int = 3
     base_steps: int = 1050
     base_batch: int = 32
-    base_lr: float = 4e-3
+    base_lr: float = 0.0          # 0: 4e-3 from scratch; open weights: dpo.default_lr
     careless: float = 0.8         # share of lines on which a student of the corpus ignores precedence
     min_operators: int = 3        # of a homework question
     max_operators: int = 4
@@ -142,7 +144,7 @@ class Config:
 
 
 FREE = ("out", "base", "compare", "seeds", "regimes", "evaluate", "decode", "decode_questions", "preset",
-        "save_seconds")       # not part of a run's identity
+        "save_seconds", "part_tokens")          # not part of a run's identity
 SEARCH_FLAGS = ("alpha", "most_width", "c_uct", "critic", "value_weight", "process_weight", "rollouts",
                 "rollout_weight", "rollout_model", "leaf_score", "merge", "widen", "root_width", "critic_steps",
                 "critic_window", "chunk")       # --decode takes these from its flags
@@ -151,9 +153,9 @@ SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk
              threads=1, save_seconds=0.1)
 RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=(1, 10**7), completions=(1, 1024),
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
-              batch=(1, 4096), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
+              batch=(1, 4096), part_tokens=(0, 1 << 24), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
               sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
-              base_lr=(1e-7, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), traps=(0, 7),
+              base_lr=(0.0, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), traps=(0, 7),
               numbers=(2, 5),
               simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
               c_puct=(0.0, 1000.0), greedy_child=(0, 1),
@@ -197,11 +199,13 @@ def check_config(c: Config) -> Config:
             raise BadInput(f"--{name.replace('_', '-')} = {getattr(c, name)} is out of range: {low} to {high}.")
     if c.max_operators < c.min_operators:
         raise BadInput(f"--max-operators = {c.max_operators} is below --min-operators = {c.min_operators}.")
-    if c.model and not c.evaluate and not c.data:
-        raise BadInput("--model needs --data FILE.jsonl (training questions) and --eval-data FILE.jsonl (held-out).")
-    if c.model and not c.eval_data:
-        raise BadInput("--model needs --eval-data FILE.jsonl: held-out questions, same form as --data.")
-    if not c.model and (c.data or c.eval_data):
+    if c.data and not c.eval_data:
+        raise BadInput("--data needs --eval-data FILE.jsonl: held-out questions, same form.")
+    if c.eval_data and not c.data and not c.evaluate:
+        raise BadInput("--eval-data needs --data FILE.jsonl: training questions, same form.")
+    if c.sft_data and not c.data:
+        raise BadInput("--sft-data needs --data and --eval-data; a built-in task has a corpus of its own.")
+    if not c.model and (c.data or c.eval_data and not c.evaluate):
         raise BadInput("--data and --eval-data need --model FOLDER: the tiny base only knows the built-in task.")
     step_rule(c.step, Tokenizer.bytes_only())
     if c.rollouts and c.model and not c.rollout_model:
@@ -272,15 +276,19 @@ class Run:
         self.settings()
         self.work.mkdir(exist_ok=True)
         torch.set_num_threads(self.c.threads)
+        model, self.tokenizer = None, None
         if self.c.model:
-            self.model = GPT.from_pretrained(self.c.model, self.c.device, getattr(torch, self.c.dtype))
+            model = GPT.from_pretrained(self.c.model, self.c.device, getattr(torch, self.c.dtype))
             self.tokenizer = Tokenizer.from_pretrained(self.c.model)
-            self.model.bind(self.tokenizer)
-            self.task = Exercises(self.c, self.tokenizer, self.model.config.max_positions)
+            model.bind(self.tokenizer)
+        if self.c.data:
+            self.task = Exercises(self.c, self.tokenizer, model.config.max_positions)
         else:
-            self.task = TASKS[self.c.task](self.c)
+            self.task = TASKS[self.c.task](self.c, self.tokenizer)
             self.tokenizer = self.task.tokenizer
-            self.model = base_model(self.c, self.task, self.near, self.round_dir(0).exists())
+        self.model = model if self.c.data and not self.c.sft_data else \
+            base_model(self.c, self.task, self.near, self.round_dir(0).exists(), model)
+        self.model.part_tokens = self.c.part_tokens or part_tokens(self.model)
         self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, solution_over, self.c.step)
         self.chunk = self.plan()
 
@@ -304,14 +312,38 @@ class Run:
         print(f"{self.dir}: " + (", ".join(f"{k} {v}" for k, v in saved.items() if v != default[k]) or "defaults"))
 
     def plan(self) -> int:
-        """Questions per chunk: as asked, halved until keys and values of a chunk fit half of the free memory."""
-        chunk, free = self.c.chunk, free_memory(self.model.device)
+        """Print what will lie in memory. -> questions per chunk: as asked, halved until keys and values of a chunk
+        fit half of the free memory."""
+        chunk, free, mib = self.c.chunk, free_memory(self.model.device), 2 ** 20
         per_question = self.sampler.bytes_per_slot(self.model) * (2 * self.c.budget + self.c.max_tokens)
         while chunk > 1 and chunk * per_question > free / 2:
             chunk //= 2
-        print(f"keys and values of a chunk of {chunk} questions: up to {chunk * per_question / 2**20:.0f} MiB of "
-              f"{free / 2**30:.1f} GiB free; {self.c.device}, {self.c.dtype}, {self.c.threads} threads")
+        size = sum(p.numel() for p in self.model.parameters())
+        half = self.model.dtype != torch.float32                        # then fp32 masters and their gradients, too
+        plan = dict(weights=size * self.model.dtype.itemsize, masters=4 * size * half,
+                    gradients=size * (4 + 2 * half), optimiser=8 * size,
+                    logits=8 * min(LOGITS_AT_ONCE, self.model.part_tokens * self.model.config.vocab_size))
+        print("memory: " + ", ".join(f"{k} {v / mib:,.0f}" for k, v in plan.items() if v) + f" MiB; keys and values of a "
+              f"chunk of {chunk} questions up to {chunk * per_question / mib:,.0f} MiB; {free / 2 ** 30:.1f} GiB free")
+        print(f"{self.c.device}, {self.c.dtype}, {self.c.threads} threads")
         return chunk
+
+    def fitting(self, work):
+        """work() with fewer rows decoded at once while the device runs out of memory: half as many each time, and from
+        then on. What a row samples does not depend on the others, so the result is the same."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                if self.sampler.rows == 1:
+                    raise BadInput("Out of memory with one solution at a time: lower --budget, --chunk or "
+                                   "--max-tokens, or take a smaller model.") from error
+            rows = self.sampler.rows // 2                               # behind the block, as in dpo.halving
+            self.sampler = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"out of memory: going on with {rows} rows at once")
+            self.sampler = Sampler(self.model, self.tokenizer, 4096, rows, solution_over, self.c.step)
 
     def log(self) -> list:
         """Rows so far."""
@@ -370,23 +402,32 @@ def measured(c: Config) -> dict:
     return dict(device=device, dtype=dtype, threads=threads)
 
 
-def base_model(c: Config, task: Builtin, near: Path, begun: bool = False) -> GPT:
-    """The tiny base of a built-in task, trained once per settings and seed and kept for all runs in `near`. begun: the
-    run has weights of its own, which `Run.load` fills in."""
+def base_model(c: Config, task, near: Path, begun: bool = False, model: GPT | None = None) -> GPT:
+    """The base, trained once per settings and seed and kept for all runs in `near`: the tiny one from scratch on the
+    built-in task's corpus; an open `model` fine-tuned on that corpus, or on --sft-data (rationales: all three papers
+    do so first). begun: the run has weights of its own, which `Run.load` fills in."""
     names = ("task", "seed", "width", "layers", "base_steps", "base_batch", "base_lr", "careless", "min_operators",
-             "max_operators", "traps", "numbers", "threads", "device", "dtype")
+             "max_operators", "traps", "numbers", "threads", "device", "dtype", "model", "sft_data")
     about = json.dumps({n: getattr(c, n) for n in names})
     folder = Path(c.base) if c.base else near / f"base_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
-    model = GPT(GPTConfig.tiny(task.tokenizer.n_ids, c.width, c.layers)).initialise(c.seed)
-    model = model.to(c.device).bind(task.tokenizer)
+    scratch = model is None
+    if scratch:
+        model = GPT(GPTConfig.tiny(task.tokenizer.n_ids, c.width, c.layers)).initialise(c.seed).to(c.device)
+        model.bind(task.tokenizer)
     if begun:
         return model
     held = lock(folder, wait=True)
     if not (folder / "done" / "model.safetensors").exists():
-        print(f"training the base from scratch: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{c.base_steps * c.base_batch:,} solutions by careless students (kept in {folder})")
-        state = folder / "training.safetensors"
-        report = train(model, Corpus(task, c), sft_loss, c.base_lr, muon=True, warmup=50, state=state,
+        print(f"training the base {'from scratch' if scratch else f'from {c.model}'}: "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters, {c.base_steps * c.base_batch:,} solutions "
+              f"{f'of {c.sft_data}' if c.sft_data else 'by careless students'} (kept in {folder})")
+        state, corpus = folder / "training.safetensors", Corpus(task, c)
+        if c.sft_data:
+            rng = random.Random(c.seed)
+            corpus = Batches([text_row(*task.example(q, rng)) for q in task.read(c.sft_data)], c.base_batch,
+                             c.base_steps, mix(c.seed, 7))
+        lr = c.base_lr or (4e-3 if scratch else default_lr(model, "sft"))
+        report = train(model, corpus, sft_loss, lr, muon=scratch, warmup=min(50, c.base_steps // 10), state=state,
                        save_seconds=c.save_seconds, label="base")
         shutil.rmtree(folder / "tmp", ignore_errors=True)
         model.save_pretrained(folder / "tmp")
@@ -546,7 +587,7 @@ def sample_round(run: Run, round_: int, questions: list, how, name: str = "trees
             part = run.work / f"{name}_{round_:02d}_{first:06d}.jsonl"
             if not part.exists():
                 start, group = time.time(), questions[first:first + run.chunk]
-                forest, pits, paths, counts = work_chunk(run, round_, first, group, how, bar)
+                forest, pits, paths, counts = run.fitting(partial(work_chunk, run, round_, first, group, how, bar))
                 rows = []
                 for b, q in enumerate(group):
                     labels = [{"leaf": int(p.leaf), "step": p.step, "node": p.node, "probes": p.probes}
@@ -623,7 +664,7 @@ def evaluate(run: Run, round_: int) -> dict:
             part = run.work / f"eval_{round_:02d}_{first:06d}.jsonl"
             if not part.exists():
                 group = questions[first:first + size]
-                solved = zip(group, greedy(run, group, bar.update))
+                solved = zip(group, run.fitting(partial(greedy, run, group, bar.update)))
                 write_lines(part, [result(run.task, q, *found) for q, found in solved])
         bar.close()
         write_lines(file, [row for first in range(0, len(questions), size)
@@ -663,6 +704,7 @@ def learn(run: Run, round_: int, stage: str, rows: list, loss_fn, kind: str, ste
               "the model stays as it is")
         return {}, None
     lr = (run.c.dpo_lr if kind == "dpo" else run.c.sft_lr) or default_lr(run.model, kind)
+    run.sampler.allocate(4096)                          # its memory is the training's now
     batches = Batches(rows, run.c.batch, steps, mix(run.c.seed, round_, 5))
     return train(run.model, batches, loss_fn, lr, state=state, save_seconds=run.c.save_seconds,
                  label=f"round {round_}: {stage}"), state
@@ -1105,7 +1147,7 @@ def summary(run: Run) -> None:
                    chosen=t.path))
         q = t.question
         answer = greedy(run, [q])[0][0].split("\n")
-        print("\nand as the improved model answers it:\n\n" + "\n".join("   " + line for line in answer))
+        print("\nand as the improved model answers it:\n\n" + "\n".join("   " + printable(line) for line in answer))
         ask = run.task.prompt(q).replace("\n", "\\n")
         print(f'\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.\n'
               f'Ask it:  python model.py --model {run.round_dir(len(run.log()) - 1)} --prompt "{ask}" --temperature 0')
@@ -1192,7 +1234,7 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     run.c, run.chunk = config, config.chunk
     run.model, run.tokenizer = GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     run.model.bind(run.tokenizer)
-    run.task = TASKS[config.task](config)
+    run.task = TASKS[config.task](config, run.tokenizer)
     if config.eval_data:
         run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions)
     run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, solution_over, config.step)

@@ -509,6 +509,11 @@ def note(forest: Forest, b: int, n: int, right_below: int, pits=(), chosen=()) -
     return "  ".join(said) + "   <== FIRST PIT: no branch from here was right" * (n in pits)
 
 
+def printable(text: str) -> str:
+    """A line for the terminal: a model may write anything, escape sequences that move the cursor included."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def draw(forest: Forest, b: int, tokenizer: Tokenizer, pits=(), stop_ids=(), width: int = 76, limit: int = 40,
          chosen=()) -> str:
     """The tree as text: one step a line with its `note`. Branches are ordered by simulations, then samples; at most
@@ -524,7 +529,7 @@ def draw(forest: Forest, b: int, tokenizer: Tokenizer, pits=(), stop_ids=(), wid
     todo = [(0, "", "")]                                                # not recursive: a path may have 1,000 steps
     while todo:
         n, stem, joint = todo.pop()
-        text = stem + joint + step_text(forest, b, n, tokenizer, stop_ids)
+        text = printable(stem + joint + step_text(forest, b, n, tokenizer, stop_ids))
         text = text[:width - 1] + "~" if len(text) > width else text
         lines.append(f"{text:<{width // 2}}  {note(forest, b, n, right[n], pits, chosen)}")
         kids = sorted((c for c in forest.children[b][n] if c in shown), key=order)

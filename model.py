@@ -940,10 +940,15 @@ class Sampler:
         self.model, self.tokenizer, self.rows, self.finished = model, tokenizer, rows, finished or (lambda line: False)
         self.newline, self.step_over = set(tokenizer.newline_ids), step_rule(step, tokenizer)
         self.new = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)
+        self.counts = dict(prompt=0, sampled=0, processed=0, live=0, room=0)
+        self.allocate(slots)
+
+    def allocate(self, slots: int) -> None:
+        """A store of so many tokens in place of the one there is: a small one leaves the memory to a training."""
+        c = self.model.config
         # note: zeros, not empty: a masked column has weight 0, and 0 * NaN of stale memory is NaN
         self.key, self.value = (self.new(c.layers, slots, c.kv_heads, c.head_dim) for _ in range(2))
         self.hidden = self.new(slots, c.hidden_size)
-        self.counts = dict(prompt=0, sampled=0, processed=0, live=0, room=0)
         self.reset()
 
     @staticmethod

@@ -101,7 +101,7 @@ def search_report():
     """The search part of the object."""
     task = Homework(Config(questions=256, base_steps=150))
     model = GPT(GPTConfig.tiny(task.tokenizer.n_ids)).initialise(0).bind(task.tokenizer)
-    train(model, Corpus(task, task.c), sft_loss, task.c.base_lr, muon=True, warmup=20, label="a base for the search")
+    train(model, Corpus(task, task.c), sft_loss, 4e-3, muon=True, warmup=20, label="a base for the search")
     questions = task.train_questions(1)
     rate = lambda r: round(r["tokens"] / r["seconds"])
     searches(task, questions[:16], model, 4)                            # not counted

@@ -365,7 +365,7 @@ def test_compare_and_other_recipes(smoke):
     rows = {n: json.loads((folder / f"runs/c/{n}_seed0/log.jsonl").read_text().splitlines()[-1]) for n in names}
     assert rows["sft"]["sampled_tokens"] == 0 and rows["rft"]["sampled_tokens"] == rows["outcome_dpo"]["sampled_tokens"]
     for name in names[1:]:
-        assert 0.7 * 16 * 300 < rows[name]["sampled_tokens"] < 1.3 * 16 * 300
+        assert 0.6 * 16 * 300 < rows[name]["sampled_tokens"] < 1.3 * 16 * 300
         assert rows[name]["processed_tokens"] <= rows[name]["prompt_tokens"] + rows[name]["sampled_tokens"]
     assert rows["mcts_dpo"]["simulations"] > 1 and rows["mcts_dpo"]["committed_right"] is not None
     trees = [json.loads(line) for line in (folder / "runs/c/mcts_dpo_seed0/trees_01.jsonl").read_text().splitlines()]
