@@ -261,7 +261,7 @@ def self_evaluation(forest: Forest, wants: list, sampler: Sampler, references=No
     in MCTS-DPO; say which was used. Where the question does not fit the context any more C is .5: nothing known.
     Raises BadInput when an option letter is not one token."""
     tokenizer, model, paths = sampler.tokenizer, sampler.model, []
-    letters = [tokenizer.encode(letter) for letter in "AB"]
+    letters = [tokenizer.encode_more(letter) for letter in "AB"]
     if any(len(ids) != 1 for ids in letters):
         raise BadInput("This tokenizer splits a single letter: self-evaluation cannot read its answer; use "
                        "--self-eval logp or off.")
@@ -270,7 +270,7 @@ def self_evaluation(forest: Forest, wants: list, sampler: Sampler, references=No
         path = path[:-1] if sampler.ids[path[-1]] in model.stop_ids else path      # judge before the end-of-text
         shown = REFERENCE.format(references[b]) if references else ""
         for options in (("incorrect", "correct"), ("correct", "incorrect")):
-            ids = tokenizer.encode(shown + question.format(*options))
+            ids = tokenizer.encode_more(shown + question.format(*options))
             fits = len(path) + len(ids) < model.config.max_positions
             paths.append(sampler.follow(path, ids) if fits else None)
     there = [p for p in paths if p is not None]
@@ -654,7 +654,7 @@ class Builtin:
 
     def example(self, question: Question, rng: random.Random) -> tuple:
         """What the base is trained on: ids of the question, ids of a careless solution with end-of-text."""
-        ids = self.tokenizer.encode(self.solve(question, rng))
+        ids = self.tokenizer.encode_more(self.solve(question, rng))
         return self.tokenizer.encode_prompt(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids)[:1]
 
     def reward(self, question: str, text: str, answer: str) -> bool:
@@ -883,7 +883,7 @@ class Exercises:
 
     def example(self, question: Question, rng: random.Random) -> tuple:
         """Ids of the question and of the reference solution, for the sft control."""
-        ids = self.tokenizer.encode(" " + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
+        ids = self.tokenizer.encode_more(" " + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
         return self.tokenizer.encode_prompt(self.prompt(question)), ids
 
     def reward(self, question: str, text: str, answer: str) -> bool:

@@ -649,7 +649,7 @@ def greedy(run: Run, questions: list, progress=None) -> list:
     run.sampler.reset()
     requests = [Request(run.sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))), 0, run.c.max_tokens)
                 for q in questions]
-    return [(run.tokenizer.decode([int(i) for i in o.ids if i not in run.model.stop_ids]), o.why, len(o.ids))
+    return [(run.tokenizer.decode_more([int(i) for i in o.ids if i not in run.model.stop_ids]), o.why, len(o.ids))
             for o in run.sampler.extend(requests, 0, progress=progress)]
 
 
@@ -791,8 +791,8 @@ def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int, foun
     found = found or [[] for _ in trees]
     rows = [tree_row(t.forest, t.b, pairs, leaves, each=True) for t, pairs, leaves in zip(trees, made, found)
             if pairs or leaves]
-    text = lambda forest, b, nodes: run.tokenizer.decode([int(i) for n in nodes for i in forest.ids[b][n]
-                                                          if i not in run.model.stop_ids])
+    text = lambda forest, b, nodes: run.tokenizer.decode_more([int(i) for n in nodes for i in forest.ids[b][n]
+                                                               if i not in run.model.stop_ids])
     write_lines(run.dir / f"pairs_{round_:02d}.jsonl", [
         dict(prompt=run.task.prompt(t.question)
              + t.forest.text(t.b, int(t.forest.parent[t.b, p.chosen[0]]), run.tokenizer),
@@ -968,7 +968,7 @@ def agreement(run: Run, rollouts: Rollouts, questions: list) -> float:
         sampler.reset()
         paths = [sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))) for q in questions]
         found = sampler.extend([Request(path, 0, run.c.max_tokens) for path in paths], 0)
-        texts = [run.tokenizer.decode(i for i in f.ids if i not in run.model.stop_ids) for f in found]
+        texts = [run.tokenizer.decode_more(i for i in f.ids if i not in run.model.stop_ids) for f in found]
         said.append([extract_answer(text) for text in texts])
     return float(np.mean([a == b for a, b in zip(*said)]))
 
@@ -984,7 +984,7 @@ def critic_search(run: Run, critic, questions: list, forest: Forest, seeds: list
         """Leaf scores."""
         return critic_values(critic, run.sampler, forest, ends, weights, c.leaf_score, known, run.fast)
     width = importance_width((c.root_width, 4 * c.most_width), (1, c.most_width), c.alpha, c.widen)
-    same = lambda ids: calculations(run.tokenizer.decode([int(i) for i in ids if i not in run.model.stop_ids]))
+    same = lambda ids: calculations(run.tokenizer.decode_more([int(i) for i in ids if i not in run.model.stop_ids]))
     proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
     search(forest, proposer, evaluate, c.simulations, uct, c.c_uct, width, budget=budget, patience=PATIENCE,
            same=same if c.merge else None)
@@ -1027,7 +1027,7 @@ def imagine(run: Run, round_: int) -> list:
         sampler = Sampler(run.model, run.tokenizer, 4096, run.c.rows)   # its steps are lines, whatever --step says
         paths = [sampler.prompt(run.tokenizer.encode_prompt(p)) for p in prompts]
         requests = [Request(path, mix(run.c.seed, round_, i, 8), run.c.max_tokens) for i, path in enumerate(paths)]
-        return [run.tokenizer.decode(o.ids) for o in sampler.extend(requests, run.c.temperature, to_end=False)]
+        return [run.tokenizer.decode_more(o.ids) for o in sampler.extend(requests, run.c.temperature, to_end=False)]
     if not file.exists():
         old = run.task.train_questions(round_)
         new = run.task.imagine(old, run.c.imagined or len(old), random.Random(mix(run.c.seed, round_, 10)), write)

@@ -111,7 +111,7 @@ class Forest:
 
     def text(self, b: int, n: int, tokenizer: Tokenizer, stop_ids=()) -> str:
         """Text of the solution down to n, without question and end-of-text."""
-        return tokenizer.decode([int(i) for i in self.path_of(b, n, "ids", root=False) if i not in stop_ids])
+        return tokenizer.decode_more([int(i) for i in self.path_of(b, n, "ids", root=False) if i not in stop_ids])
 
     def leaves(self, b: int) -> list:
         """Terminal nodes, in order of birth."""
@@ -490,7 +490,7 @@ def pack(forest: Forest, b: int, nodes) -> Packed:
 # ----------------------------------------------------------------------------------------------------------
 def step_text(forest: Forest, b: int, n: int, tokenizer: Tokenizer, stop_ids=()) -> str:
     """The text of one node's step on one line."""
-    step = tokenizer.decode([int(i) for i in forest.ids[b][n] if i not in stop_ids])
+    step = tokenizer.decode_more([int(i) for i in forest.ids[b][n] if i not in stop_ids])
     return step.strip().replace("\n", " / ") or "(empty)"
 
 

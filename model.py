@@ -18,6 +18,7 @@ Try:  python model.py                                                      (what
 """
 import argparse
 import functools
+import heapq
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 # OpenMP threads that spin while they wait are 10-50x slower beside other processes; torch reads this once
@@ -211,7 +212,7 @@ def weight_files(folder) -> dict[str, Path]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 2 · Tokenizer: byte-level BPE out of a tokenizer.json, id for id as Hugging Face `tokenizers` has it
+# 2 · Tokenizer: BPE over bytes or characters out of a tokenizer.json, id for id as Hugging Face has it
 # ----------------------------------------------------------------------------------------------------------
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]           # bytes that are spelled as themselves
 LETTERS = dict(zip(map(chr, PLAIN + [*range(256, 324)]), PLAIN + sorted({*range(256)} - {*PLAIN})))   # Ġ: 32
@@ -224,6 +225,8 @@ DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\s+(", r"\s+(?=\p{N})|\s+
 FAST = {(): r"[\s\S]+", (GPT2,): GPT2, (LLAMA3,): LLAMA3, (QWEN2,): QWEN2, (r"\p{N}", GPT2): DIGITS}
 LONG = 100_000      # characters; subtle: tiktoken's regex panics at a million spaces in a row (its stack)
 BPE = partial(tiktoken.Encoding, "bpe", special_tokens={})
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")                 # how SentencePiece spells a byte
+SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")   # as Rust has it
 
 
 @lru_cache(maxsize=64)
@@ -280,8 +283,25 @@ def steps(part, members: str, known: str) -> list[dict]:
     return [] if part is None else [part]
 
 
+def merge_pairs(model: dict) -> list[tuple]:
+    """The merges, first ones first: "a b", or ["a", "b"] in newer files, both being ("a", "b")."""
+    pairs = []
+    for merge in field(model, "merges", list):
+        pair = merge.split(" ") if isinstance(merge, str) else field({"merges": merge}, "merges", list)
+        pairs.append(tuple(map(str, pair)))
+        need(len(pair) == 2 and {*pairs[-1], "".join(pairs[-1])} <= model["vocab"].keys(),
+             "a merge is not of two tokens")
+    return pairs
+
+
+def well_formed(text: str) -> str:
+    """Halves of surrogate pairs become U+FFFD: they are no characters, and have no bytes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class Tokenizer:
     """Text <-> token ids. What we would read otherwise than a tokenizer.json's makers is refused by name.
+    This class is the byte-level kind; of a file of the other kind it makes a `SentencePiece`.
 
     n_ids, base_ids  largest id + 1, with and without added tokens; a model may have more rows: never sample
     holes            ids below n_ids that stand for nothing
@@ -294,9 +314,9 @@ class Tokenizer:
         spec, *others = [read_json(Path(folder, name), files.get(name, b"{}")) for name in self.FILES]
         with about(Path(folder, self.FILES[0])):
             model, cutting = field(spec, "model", dict), [spec.get("normalizer"), spec.get("pre_tokenizer")]
-            need(model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
-                 and not re.search(r"Metaspace|\\u2581", json.dumps(cutting)), "is of the SentencePiece "
-                 "kind or no BPE: not supported yet, planned for later; byte-level BPE is: GPT-2, Llama 3")
+            one_of("model.type", model.get("type", "BPE"), ["BPE"])
+            if model.get("byte_fallback") or re.search(r"Metaspace|\\u2581", json.dumps(cutting)):
+                self.__class__ = SentencePiece          # from here on the same fields are read its way
             for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):      # other merges
                 need(not model.get(key), f"model.{key} {model.get(key)!r:.60} is not supported")
             self._read_cuts(spec)
@@ -318,6 +338,7 @@ class Tokenizer:
         """self.cuts: regular expressions that cut text into pieces before merges; None: a space to each."""
         forms = steps(spec.get("normalizer"), "normalizers", "null NFC NFD NFKC NFKD")
         self.forms = [form["type"] for form in forms]
+        self.strange = ["lstrip", "rstrip"] + ["normalized"] * bool(forms)      # in added tokens
         need(len(steps(spec.get("decoder"), "decoders", "ByteLevel")) == 1, "decoder must be one ByteLevel")
         parts = steps(spec.get("pre_tokenizer"), "pretokenizers", "Split Digits ByteLevel")
         need([part["type"] == "ByteLevel" for part in parts] == [False] * (len(parts) - 1) + [True],
@@ -340,33 +361,38 @@ class Tokenizer:
 
     def _read_ids(self, added: list, vocab: dict) -> None:
         """Who has which id, and which bytes an id stands for."""
-        self.ids, names, late = dict(vocab), {}, {}
+        self.ids, names, read_as, tokens = dict(vocab), {}, {}, ({}, {})
         for token in added:
             name, id = field(token, "content", str), field(token, "id", int)
-            for key in ("single_word", "lstrip", "rstrip") + ("normalized",) * bool(self.forms):
+            for key in ["single_word", *self.strange]:
                 need(not token.get(key), f"added token {name!r:.60} with {key} is not supported")
-            need(name and self.ids.setdefault(name, id) == id, f"added token {name!r:.60}: empty, or two ids")
-            self.added[name], late[name] = id, bool(token.get("normalized"))
+            late = bool(token.get("normalized"))        # then it is looked for, and read, in its normalized form
+            sought = self._normal(name) if late else name
+            held = tokens[late].setdefault(sought, (id, bool(token.get("lstrip")), bool(token.get("rstrip"))))
+            need(sought and self.ids.setdefault(name, id) == held[0] == id,
+                 f"added token {name!r:.60}: empty, or two ids for one text")
+            self.added[name], read_as[id] = id, sought
         for name, id in self.ids.items():
             need(type(id) is int and 0 <= id < 2 ** 22 and names.setdefault(id, name) == name,
                  f"token {name[:60]!r} has an id that is none, too large or taken")
-        # as Hugging Face has it, a name with any letter outside the byte alphabet stands for its own text
-        self.bytes = {id: bytes(map(LETTERS.get, name)) if LETTERS.keys() >= {*name} else
-                      name.encode("utf-8", "replace") for id, name in names.items()}
+        self.names = names | read_as
+        self.bytes = {id: self._spelled(name) for id, name in self.names.items()}
         self.n_ids, self.base_ids = max(names, default=-1) + 1, max(vocab.values(), default=-1) + 1
         self.holes = [id for id in range(self.n_ids) if id not in names]        # a list: hence the 2 ** 22
         self.newline_ids = [id for id in sorted(names) if b"\n" in self.bytes[id]]
-        first = sorted(self.added, key=lambda name: (late[name], -len(name)))   # if two match: the longer one
-        self.finder = re.compile("(" + ("|".join(map(re.escape, first)) or "(?!)") + ")")
+        self.finders = [(re.compile("|".join(map(re.escape, sorted(sought, key=len, reverse=True))) or "(?!)"),
+                         sought) for sought in tokens]  # sorted: if two match, it is the longer one
+
+    def _spelled(self, name: str) -> bytes:
+        """What a token of this name stands for. As Hugging Face has it, one with any letter outside the byte
+        alphabet stands for its own text."""
+        return bytes(map(LETTERS.get, name)) if LETTERS.keys() >= {*name} else name.encode("utf-8", "replace")
 
     def _read_merges(self, model: dict) -> None:
         """self.bpe gets the live tokens: tiktoken merges to all it has, and takes whole pieces first. Others
         count with ignore_merges, as whole pieces: in self.whole are those it could also merge to."""
         vocab, order, self.whole = model["vocab"], {}, {}
-        for merge in field(model, "merges", list):      # "a b", or ["a", "b"] in newer files
-            pair = merge.split(" ") if isinstance(merge, str) else field({"merges": merge}, "merges", list)
-            pair = tuple(map(str, pair))
-            need(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys(), "a merge is not of two tokens")
+        for pair in merge_pairs(model):
             order[pair] = len(order)
         ids, made = [vocab["".join(pair)] for pair in order], live_tokens(order)
         need(ids == sorted(ids), "ids of the vocabulary are not in the order of the merges")
@@ -385,8 +411,27 @@ class Tokenizer:
                     (self.whole if len(parts) == 2 else ranks)[raw] = vocab[name]       # 2: one merge away
         self.bpe = BPE(pat_str=self.fast or r"[\s\S]+", mergeable_ranks=ranks)
 
-    def _merge(self, text: str) -> list[int]:
-        """Text without added tokens -> ids, in one call where tiktoken gets it right, or piecewise."""
+    def _normal(self, text: str) -> str:
+        """Text as the normalizer leaves it."""
+        for form in self.forms:
+            text = unicodedata.normalize(form, text)
+        return text
+
+    def _find(self, text: str, late: bool) -> list:
+        """Text -> [text, id, text, id ... text]: the added tokens in it, without the white space they strip."""
+        parts, at, (finder, sought) = [], 0, self.finders[late]
+        for match in finder.finditer(text):
+            id, left, right = sought[match[0]]
+            before = text[at:match.start()].rstrip(SPACES if left else "")
+            start = at + len(before) if left else match.start()
+            end = re.compile(f"[{SPACES}]*").match(text, match.end()).end() if right else match.end()
+            parts += [before, id] if start < end else []        # or else the one before it has stripped it
+            at = end
+        return [*parts, text[at:]]
+
+    def _merge(self, text: str, place=0) -> list[int]:
+        """Text without added tokens -> ids, in one call where tiktoken gets it right, or piecewise. (Where the
+        text stands is nothing to this kind.)"""
         raw = text.encode()
         if self.fast and len(text) <= LONG and raw.translate(None, self.lacking) == raw and not any(
                 token in raw for token in self.whole):
@@ -404,16 +449,17 @@ class Tokenizer:
 
     def encode(self, text: str, allow_special=False) -> list[int]:
         """Text -> ids. Added tokens are seen only where asked for: data must not open a turn of a chat."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")       # half a pair: U+FFFD
-        ids = []
-        for part in self.finder.split(text) if allow_special else [text]:
-            if allow_special and part in self.added:
-                ids.append(self.added[part])
-                continue
-            for form in self.forms:
-                part = unicodedata.normalize(form, part)
-            ids += self._merge(part) if part else []
+        ids, text = [], well_formed(text)
+        parts = self._find(text, late=False) if allow_special else [text]
+        parts = [[part] if isinstance(part, int) else self._find(self._normal(part), late=True) if allow_special
+                 else [self._normal(part)] for part in parts]
+        for i, part in enumerate(chain(*parts)):
+            ids += [part] if isinstance(part, int) else self._merge(part, int(i > 0)) if part else []
         return ids
+
+    def encode_more(self, text: str) -> list[int]:
+        """Ids of a text that goes on from another one: nothing of what a beginning gets."""
+        return self.encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that begins here: those of `begin` first. A new list, never self.begin itself."""
@@ -424,7 +470,12 @@ class Tokenizer:
         return self.bytes.get(int(id), b"")
 
     def decode(self, ids) -> str:
-        """Ids -> text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        """Ids of a whole text -> text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_more(ids)
+
+    def decode_more(self, ids) -> str:
+        """Ids that go on from others (a step, a solution behind its question) -> text, with the space it begins
+        with: texts of steps join to the text of their joined ids, unless a character lies across the border."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     @classmethod
@@ -452,6 +503,140 @@ class Tokenizer:
                     model=dict(type="BPE", unk_token=None, byte_fallback=False, vocab=vocab, merges=[]))
         config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=special[0] if special else None)
         return cls({name: json.dumps(part).encode() for name, part in zip(cls.FILES, [spec, config])})
+
+
+class SentencePiece(Tokenizer):
+    """The kind of Llama 2, Mistral and Llemma: BPE over characters, of a text as a whole. tiktoken has none.
+
+    A space is spelled ▁, and where a text begins one is put, so that a word is one token wherever it stands:
+        encode("the cat"), encode_more(" the cat") -> ▁the ▁cat         encode_more("the cat") -> the ▁cat
+    A character that is not in the vocabulary becomes its bytes, <0xE6> <0xB0> <0xB4>, or else the unknown token.
+    The first ▁ comes from the normalizer (older files) or a Metaspace (newer ones). The latter puts none before
+    a space, and with the scheme `first` none behind an added token."""
+
+    def _read_cuts(self, spec: dict) -> None:
+        """self.changes, self.undo: steps of normalizer and decoder, as they are. self.border: where a Metaspace
+        cuts text. self.begins: how many places get its ▁: none, the start, or behind an added token as well."""
+        self.strange, self.begins, self.border = [], 0, None
+        self.changes = steps(spec.get("normalizer"), "normalizers", "null Prepend Replace NFC NFD NFKC NFKD")
+        self.undo = steps(spec.get("decoder"), "decoders", "Replace ByteFallback Fuse Strip Metaspace")
+        spaces = steps(spec.get("pre_tokenizer"), "pretokenizers", "null Metaspace")
+        need(len(spaces) < 2, "pre_tokenizer: more than one Metaspace is not supported")
+        for step in spaces:
+            self.begins = ("never", "first", "always").index(self._scheme(step))
+            self.border = re.compile("(?=▁)" if field(step, "split", bool, True) else "(?!)")
+        self._normal("")                                # damage is seen here, and not first when in use
+        self.decode([])
+
+    def _scheme(self, step: dict) -> str:
+        """Where a Metaspace puts a ▁. Older files say add_prefix_space."""
+        one_of("replacement of a Metaspace", step.get("replacement"), "▁")
+        old = field(step, "add_prefix_space", bool, True)
+        scheme = field(step, "prepend_scheme", str, "always" if old else "never")
+        return one_of("prepend_scheme", scheme, ["always", "first", "never"] if old else ["never"])
+
+    def _replaced(self, step: dict) -> tuple[str, str]:
+        """What a Replace puts in place of what."""
+        old = field(field(step, "pattern", dict), "String", str, "")
+        need(old, "a Replace of anything but a String is not supported")
+        return old, field(step, "content", str)
+
+    def _spelled(self, name: str) -> bytes:
+        """What a token of this name stands for: <0x0A> a newline, ▁the " the"."""
+        text = name.replace("▁", " ").encode("utf-8", "replace")
+        return bytes.fromhex(name[3:5]) if BYTE.fullmatch(name) else text
+
+    def _read_merges(self, model: dict) -> None:
+        """self.pairs: ids of two neighbours -> (rank of their merge, id of what it makes)."""
+        self.vocab, unknown = model["vocab"], field(model, "unk_token", str, "")
+        need(not unknown or unknown in self.vocab, f"unk_token {unknown!r:.60} is not in the vocabulary")
+        self.unknown = [self.vocab[unknown]] if unknown else []
+        self.bytewise, self.fuse, self.ignore = (
+            field(model, key, bool, False) for key in ("byte_fallback", "fuse_unk", "ignore_merges"))
+        self.pairs = {(self.vocab[left], self.vocab[right]): (rank, self.vocab[left + right])
+                      for rank, (left, right) in enumerate(merge_pairs(model))}
+
+    def _letters(self, text: str) -> list[int]:
+        """Ids of a text's characters, before any merge."""
+        ids, waiting = [], []
+        for char in text:
+            if char in self.vocab:
+                ids += [*waiting, self.vocab[char]]
+                waiting = []
+            elif self.bytewise and {*(raw := [f"<0x{b:02X}>" for b in char.encode()])} <= self.vocab.keys():
+                ids += map(self.vocab.get, raw)         # subtle: as in Hugging Face, bytes overtake unknowns
+            else:
+                ids += [] if self.fuse else waiting     # fused: neighbouring unknowns are one
+                waiting = self.unknown
+        return ids + waiting
+
+    def _join(self, ids: list[int]) -> list[int]:
+        """Merge neighbours, the lowest rank first and of one rank the leftmost, until no merge is left. In n log n:
+        neighbours are a linked list, and a heap holds every pair that was one at any time."""
+        pairs, size, ids = self.pairs, len(ids), [*ids, None]       # None, the end on both sides: it is ids[-1] too
+        before, after = [*range(-1, size)], [*range(1, size + 2)]
+        heap = [(pairs[pair][0], i, pairs[pair][1]) for i, pair in enumerate(zip(ids, ids[1:])) if pair in pairs]
+        heapq.heapify(heap)                             # (rank, left of the two, id they make)
+        while heap:
+            _, i, made = heapq.heappop(heap)
+            j = after[i]
+            if pairs.get((ids[i], ids[j]), (0, None))[1] != made:
+                continue                                # they are neighbours no more
+            ids[i], ids[j] = made, None
+            after[i], before[after[j]] = after[j], i
+            for left, right in ((before[i], i), (i, after[i])):
+                if pair := pairs.get((ids[left], ids[right])):
+                    heapq.heappush(heap, (pair[0], left, pair[1]))
+        return [id for id in ids if id is not None]
+
+    def _normal(self, text: str, begins=True) -> str:
+        """Text as the normalizer leaves it."""
+        for step in self.changes:
+            if step["type"] == "Prepend":
+                text = field(step, "prepend", str) * bool(begins and text) + text
+            elif step["type"] == "Replace":
+                text = text.replace(*self._replaced(step))
+            else:
+                text = unicodedata.normalize(step["type"], text)
+        return text
+
+    def _merge(self, text: str, place=0) -> list[int]:
+        """Text without added tokens -> ids. place: 0 where a text begins, 1 behind an added token, 2 elsewhere."""
+        parts, ids = [text], []
+        if self.border:
+            text = text.replace(" ", "▁")
+            parts = self.border.split("▁" * (place < self.begins and not text.startswith("▁")) + text)
+        for part in filter(None, parts):
+            ids += [self.vocab[part]] if self.ignore and part in self.vocab else self._join(self._letters(part))
+        return ids
+
+    def encode_more(self, text: str) -> list[int]:
+        """Ids of a text that goes on from another one: no ▁ is put before it."""
+        return self._merge(self._normal(well_formed(text), begins=False), 2)
+
+    def decode(self, ids) -> str:
+        """Ids of a whole text -> text, without the ▁ put before it; to the letter what Hugging Face gives."""
+        parts = [self.names[id] for id in map(int, ids) if id in self.names]
+        for step in self.undo:
+            if step["type"] == "Replace":
+                old, new = self._replaced(step)
+                parts = [part.replace(old, new) for part in parts]
+            elif step["type"] == "Metaspace":           # note: the first token loses every ▁ that it has
+                first = " " if self._scheme(step) == "never" else ""
+                parts = [part.replace("▁", " " if i else first) for i, part in enumerate(parts)]
+            elif step["type"] == "Strip":
+                letter, most = field(step, "content", str), field(step, "start", int)
+                need(len(letter) == 1 and most >= 0 and step.get("stop") == 0, "a Strip at the end is not supported")
+                parts = [part[:most].lstrip(letter) + part[most:] for part in parts]
+            elif step["type"] == "ByteFallback":        # note: one bad byte spoils the whole run of bytes
+                runs, parts = groupby(parts, key=lambda part: bool(BYTE.fullmatch(part))), []
+                for are_bytes, run in runs:
+                    raw = b"".join(map(self._spelled, run)) if are_bytes else b""
+                    text = raw.decode("utf-8", "replace")
+                    parts += run if not are_bytes else [text] if text.encode() == raw else ["\ufffd"] * len(raw)
+            else:
+                parts = ["".join(parts)]
+        return "".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -913,7 +1098,7 @@ def step_rule(kind: str, tokenizer) -> Callable:
 
     def paragraph(ids):
         """Asked after every token, so text is made of ids only where a newline came."""
-        text = tokenizer.decode(ids) if ids[-1] in newline else ""
+        text = tokenizer.decode_more(ids) if ids[-1] in newline else ""
         return text.endswith("\n\n") and "=" in text and any(c.isdigit() for c in text)
     if kind.isdecimal() and int(kind):
         return lambda ids: len(ids) >= int(kind)
@@ -1181,7 +1366,8 @@ class Sampler:
             return "eos"
         full = row.columns >= self.model.config.max_positions           # then no further step would fit
         if token in self.newline:
-            line = self.tokenizer.decode([*row.request.line, *row.ids] if row.line is None else row.ids[row.line:])
+            ids = [*row.request.line, *row.ids] if row.line is None else row.ids[row.line:]
+            line = self.tokenizer.decode_more(ids)
             row.line = len(row.ids)
             if self.finished(line):
                 return "answer"
@@ -1252,7 +1438,7 @@ def main(arguments: list) -> int:
         path = sampler.prompt(tokenizer.encode_prompt(a.prompt.replace("\\n", "\n")))     # typed in a shell
         requests = [Request(path, mix(a.seed, i), a.max_tokens) for i in range(a.samples)]
         for found in sampler.extend(requests, a.temperature):
-            text = tokenizer.decode(i for i in found.ids if i not in model.stop_ids)
+            text = tokenizer.decode_more(i for i in found.ids if i not in model.stop_ids)
             print(f"{a.prompt}{text}\n[{len(found.ids)} tokens, {found.why}, "
                   f"mean log-prob {found.logps.mean():.3f}]")
         print(f"[{sampler.counts['sampled'] / (time.time() - start):,.0f} tokens/s]")

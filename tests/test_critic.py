@@ -8,6 +8,7 @@ import random
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from critic import JUDGE, REFERENCE, Pit, auc, confidence, first_pit, label_pits, next_probe  # noqa: E402
-from critic import self_evaluation  # noqa: E402
+from critic import Exercises, Question, self_evaluation  # noqa: E402
 from mcts import Forest, grow, plant  # noqa: E402
 from model import GPT, GPTConfig, Request, Sampler, Tokenizer  # noqa: E402
 
@@ -360,6 +361,24 @@ def test_self_evaluation_is_a_plain_forward(shown):
     assert all(rest[t].ids.tolist() == want.ids.tolist() for t in tickets)
     object.__setattr__(model.config, "max_positions", 40)
     assert self_evaluation(forest, wants[:1], sampler) == [.5]
+
+
+def test_continuations_are_encoded_as_such(monkeypatch):
+    """The judging question, its letters and a reference solution go on from a text. Of the SentencePiece kind, whose
+    texts begin with a ▁, they get none; before the solution there is the one space."""
+    tokenizer = Tokenizer.from_pretrained(Path(__file__).parent / "data" / "tokenizers" / "llama2_legacy")
+    model = GPT(GPTConfig.tiny(tokenizer.n_ids, 32, 1)).initialise(3).bind(tokenizer)
+    sampler, forest, asked = Sampler(model, tokenizer, 64, rows=4), Forest(1), []
+    plant(forest, 0, sampler, tokenizer.encode_prompt("7+1?"))
+    follow = sampler.follow
+    monkeypatch.setattr(sampler, "follow", lambda path, ids: asked.append(ids) or follow(path, ids))
+    share, = self_evaluation(forest, [(0, 0)], sampler)
+    assert 0 < share < 1 and [tokenizer.decode_more(ids) for ids in asked] == [
+        JUDGE.format("incorrect", "correct"), JUDGE.format("correct", "incorrect")]
+    task = SimpleNamespace(tokenizer=tokenizer, prompt=lambda question: f"{question.text} Answer:")
+    prompt, ids = Exercises.example(task, Question("7+1?", "it is 8", 0), None)
+    assert prompt == tokenizer.encode_prompt("7+1? Answer:") and ids == tokenizer.encode("it is 8")
+    assert tokenizer.decode(prompt + ids) == "<s> 7+1? Answer: it is 8"
 
 
 def test_confidence():

@@ -42,6 +42,8 @@ class Letters:
     def decode(self, ids):
         return "".join("\n" if i in self.newline_ids else chr(ord("A") + i) for i in map(int, ids))
 
+    decode_more = decode
+
 
 def language_model(kind="llama", seed=0, positions=64, **more):
     """A random model of a family, its logits spread enough that a wrong hidden state shows in every

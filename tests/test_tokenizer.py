@@ -1,10 +1,10 @@
 """The tokenizer against Hugging Face `tokenizers` 0.23.3: what that library gave is stored, and must come out
 here.
 
-data/tokenizers holds four byte-level tokenizers with 403 texts each, a SentencePiece one that must be
-refused, and made_up.json: 59 small random tokenizers (twenty ways of cutting text, merges without order or
-use, tokens that no merge makes, ignore_merges, missing bytes, normalizers) with 18 texts each. Nothing is
-random here but for fixed seeds, so there are no false alarms."""
+data/tokenizers holds four byte-level tokenizers and a SentencePiece one with 403 texts each; made_up.json: 59
+small random tokenizers (twenty ways of cutting text, merges without order or use, tokens that no merge makes,
+ignore_merges, missing bytes, normalizers) with 18 texts each; and sentencepiece.json: 17 other forms of the
+SentencePiece one. Nothing is random here but for fixed seeds, so there are no false alarms."""
 import copy
 import gzip
 import json
@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import BadInput, Tokenizer  # noqa: E402
+from model import BadInput, SentencePiece, Tokenizer  # noqa: E402
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 NAMES = ("gpt2", "llama3", "qwen2", "smollm2")
 MADE_UP = json.loads((DATA / "made_up.json").read_text(encoding="utf-8"))["files"]
+FORMS = json.loads((DATA / "sentencepiece.json").read_text(encoding="utf-8"))["files"]
 STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
@@ -49,7 +50,7 @@ def texts(tokenizer, ids):
     return [tokenizer.token_bytes(id).decode() for id in ids]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", (*NAMES, "llama2_legacy"))
 def test_fixtures(name):
     """All stored cases: ids with special tokens allowed, ids with the begin token, and every decoding."""
     tokenizer, expected = opened(name)
@@ -205,9 +206,10 @@ def test_missing_bytes_are_lost_as_in_hugging_face():
 def test_lone_surrogates(text):
     """Half a surrogate pair reads as U+FFFD, a whole pair as its character; nothing crashes."""
     clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    for name in NAMES:
+    for name in (*NAMES, "llama2_legacy"):
         assert opened(name)[0].encode(text) == opened(name)[0].encode(clean)
         assert opened(name)[0].encode(text, True) == opened(name)[0].encode(clean, True)
+        assert opened(name)[0].encode_more(text) == opened(name)[0].encode_more(clean)
 
 
 @pytest.mark.parametrize("unit", [" ", "a", "\n", "1", "!", "水", " a", "\t\n"])
@@ -219,17 +221,110 @@ def test_very_long_runs(unit):
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
 
 
-def test_sentencepiece_is_refused():
-    """One sentence: what it is, that it comes later, what works now; for the real file and for each of its
-    marks."""
-    with pytest.raises(BadInput, match="SentencePiece.*not supported yet.*byte-level BPE"):
-        Tokenizer.from_pretrained(DATA / "llama2_legacy")
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
-    for top in ({"model": {"byte_fallback": True}},
-                {"model": {"type": "Unigram"}}, {"model": {"type": "WordPiece"}},
-                {"normalizer": {"type": "Prepend", "prepend": "▁"}}, {"pre_tokenizer": metaspace}):
-        with pytest.raises(BadInput, match="SentencePiece"):
-            small(**top)
+def sentencepiece(**change) -> Tokenizer:
+    """data/tokenizers/llama2_legacy with some of its fields changed, and `without` some tokens."""
+    spec, change = json.loads((DATA / "llama2_legacy" / "tokenizer.json").read_text(encoding="utf-8")), dict(change)
+    for name in change.pop("without", ()):
+        del spec["model"]["vocab"][name]
+    spec["model"] |= change.pop("model", {})
+    return Tokenizer({"tokenizer.json": json.dumps(spec | change).encode()})
+
+
+@pytest.mark.parametrize("index", range(len(FORMS)), ids=[form["name"] for form in FORMS])
+def test_sentencepiece_forms(index):
+    """The forms in which such files come (17, 18 texts each, by the real library): ids with added tokens seen and not
+    seen, ids of a text that goes on (the real library's for the file without its ▁ at the beginning), decoding."""
+    tokenizer = sentencepiece(**FORMS[index]["change"])
+    assert type(tokenizer) is SentencePiece
+    for text, ids, plain, more, decoded in FORMS[index]["cases"]:
+        assert tokenizer.encode(text, allow_special=True) == ids, text
+        assert tokenizer.encode(text) == plain and tokenizer.encode_more(text) == more, text
+        assert tokenizer.decode(ids) == decoded, text
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+NEWER = {"normalizer": None, "pre_tokenizer": METASPACE}
+
+
+@pytest.mark.parametrize("change", [{}, NEWER, NEWER | {"decoder": METASPACE}], ids=["legacy", "newer", "metaspace"])
+def test_texts_that_go_on(change):
+    """Steps of a solution are encoded and read one by one: no space is lost or won between them, nor before the
+    first; encode_more(" a") is what `a` is at the beginning; and each byte token is its byte."""
+    tokenizer = sentencepiece(**change)
+    prompt, steps = "Question: 2+2? Answer:", [" 2+2 is 4\n", " so\t水 is\n", "\n", "it  is 4\n", " #### 4"]
+    ids = [tokenizer.encode_more(step) for step in steps]
+    assert [tokenizer.decode_more(step) for step in ids] == steps
+    whole = tokenizer.encode_prompt(prompt) + sum(ids, [])
+    assert tokenizer.decode_more(whole) == "<s> " + prompt + "".join(steps)
+    assert b"".join(map(tokenizer.token_bytes, sum(ids, []))).decode() == "".join(steps)
+    assert [step[-1] in tokenizer.newline_ids for step in ids] == [True] * 4 + [False]
+    assert tokenizer.encode_more(" the cat") == tokenizer.encode("the cat") and tokenizer.encode_more("") == []
+    assert tokenizer.encode_more("the") != tokenizer.encode("the")
+    assert all(tokenizer.token_bytes(tokenizer.ids[f"<0x{b:02X}>"]) == bytes([b]) for b in range(256))
+    assert tokenizer.ids["<0x0A>"] in tokenizer.newline_ids
+    bytewise = Tokenizer.bytes_only()
+    assert bytewise.encode_more("the") == bytewise.encode("the") and bytewise.decode_more([32, 97]) == " a"
+
+
+def test_sentencepiece_gives_texts_back():
+    """decode(encode(text)) is the text where nothing normalizes it but spaces; `▁` itself reads as a space. Newer
+    files put no ▁ before a space, and decoding takes that space: as in the real library."""
+    for text, *_ in opened("llama2_legacy")[1]["cases"]:
+        tokenizer, plain = opened("llama2_legacy")[0], text.replace("▁", " ")
+        assert tokenizer.decode(tokenizer.encode(text)) == plain
+        assert sentencepiece_newer().decode(sentencepiece_newer().encode(text)) == plain.removeprefix(" ")
+
+
+@lru_cache
+def sentencepiece_newer() -> Tokenizer:
+    return sentencepiece(**NEWER)
+
+
+def naive(tokenizer, ids):
+    """Merge by the definition: look at all neighbours, merge the leftmost of the lowest rank, again."""
+    while found := min(((*tokenizer.pairs[p], i) for i, p in enumerate(zip(ids, ids[1:])) if p in tokenizer.pairs),
+                       key=lambda entry: (entry[0], entry[2]), default=None):
+        ids = [*ids[:found[2]], found[1], *ids[found[2] + 2:]]
+    return ids
+
+
+def test_heap_merges_as_the_definition_does():
+    """On 300 random strings of few letters, where merges overlap most."""
+    tokenizer, rng = opened("llama2_legacy")[0], random.Random(0)
+    for _ in range(300):
+        text = "".join(rng.choices("▁theanis\n", k=rng.randrange(60)))
+        letters = [tokenizer.ids[char] for char in text]
+        assert tokenizer._join(letters) == naive(tokenizer, letters), text
+
+
+@pytest.mark.parametrize("unit", ["the cat sat ", "a", " ", "水", "\0"])
+def test_sentencepiece_long_texts(unit):
+    """200,000 characters: with anything quadratic in the text this would take hours, and nothing is lost."""
+    tokenizer = opened("llama2_legacy")[0]
+    text = (unit * 200_000)[:200_000] + "x"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("word, change", [
+    ("model.type 'Unigram'", {"model": {"type": "Unigram"}}), ("WordPiece", {"model": {"type": "WordPiece"}}),
+    ("Lowercase", {"normalizer": {"type": "Lowercase"}}), ("Precompiled", {"normalizer": {"type": "Precompiled"}}),
+    ("String", {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": "▁"}}),
+    ("ByteLevel", {"pre_tokenizer": STEP}), ("Split", {"pre_tokenizer": {"type": "Split"}}),
+    ("replacement", {"pre_tokenizer": METASPACE | {"replacement": "_"}}),
+    ("prepend_scheme", {"pre_tokenizer": METASPACE | {"prepend_scheme": "last"}}),
+    ("prepend_scheme", {"pre_tokenizer": METASPACE | {"add_prefix_space": False}}),
+    ("more than one", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [METASPACE, METASPACE]}}),
+    ("null", {"decoder": None}), ("WordPiece", {"decoder": {"type": "WordPiece"}}),
+    ("Strip", {"decoder": {"type": "Strip", "content": " ", "start": 0, "stop": 1}}),
+    ("unk_token", {"model": {"unk_token": "<none>"}}), ("dropout", {"model": {"dropout": 0.1}}),
+    ("merge", {"model": {"merges": ["a zz"]}}), ("fuse_unk", {"model": {"fuse_unk": 1}}),
+    ("single_word", {"added_tokens": [{"id": 1757, "content": "<x>", "single_word": True}]}),
+    ("two ids for one text", {"added_tokens": [{"id": 1757 + i, "content": text, "normalized": True}
+                                               for i, text in enumerate(("<a b>", "<a▁b>"))]})])
+def test_what_sentencepiece_files_are_refused_for(word, change):
+    """By name, as with the byte-level kind."""
+    with pytest.raises(BadInput, match=word):
+        sentencepiece(**change)
 
 
 def split(pattern, behavior="Isolated"):
@@ -297,7 +392,7 @@ def places(node, path=()):
 
 
 def test_structural_mutations():
-    """Every place of two tokenizer.json, deleted or replaced by null, numbers, strings, lists, objects: it is
+    """Every place of four tokenizer.json, deleted or replaced by null, numbers, strings, lists, objects: it is
     read (and then can encode and decode) or it is BadInput, never anything else."""
     odd = [None, 0, -1, 1.5, True, "", "x", [], [[]], {}, {"type": "Sequence"}, 10 ** 30]
     rng, read = random.Random(0), 0
@@ -309,8 +404,12 @@ def test_structural_mutations():
     full["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
     full["added_tokens"] = [token | {"normalized": False} for token in full["added_tokens"]]
     bytes_only = json.loads(Tokenizer.bytes_only().files["tokenizer.json"])
+    pieces = json.loads((DATA / "llama2_legacy" / "tokenizer.json").read_text(encoding="utf-8"))
+    pieces["model"] |= {"vocab": {name: id for id, name in enumerate(["<unk>", "<s>", "</s>", *"▁12ab", "▁1", "ab"])},
+                        "merges": [["▁", "1"], ["a", "b"]]}
+    newer = copy.deepcopy(pieces) | NEWER | {"decoder": METASPACE}
     Tokenizer({"tokenizer.json": json.dumps(full).encode()})
-    for spec in (full, bytes_only):
+    for spec in (full, bytes_only, pieces, newer):
         for path in list(places(spec))[1:]:
             for new in ["delete", *rng.sample(odd, 6)]:
                 damaged = copy.deepcopy(spec)
@@ -327,5 +426,6 @@ def test_structural_mutations():
                     continue
                 read += 1
                 ids = tokenizer.encode_prompt("ab 12\n é <s>") + tokenizer.encode("<s> <|endoftext|>", True)
-                tokenizer.decode(ids)
+                ids += tokenizer.encode_more("水 <s>")
+                tokenizer.decode(ids), tokenizer.decode_more(ids)
     assert read > 50
