@@ -351,13 +351,12 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: int = 5, clip: float = 1.0,
-          tokens: int = 0, state=None, save_seconds: float = 20.0, label: str = "train", split=None) -> dict:
+          state=None, save_seconds: float = 20.0, label: str = "train", split=None) -> dict:
     """Train in place: one optimiser step per batch.
 
     batches: a sequence (len, [i]) of lists of rows. loss_fn(model, batch) -> (sum to minimise, weight, sums of
-    statistics): gradients of the parts are added and divided once by the whole weight. tokens: padded tokens of
-    one part, `part_tokens` if 0 (bounds memory; does not change the result beyond rounding); halved when memory runs
-    out. state: a file the weights, moments and history are kept in every save_seconds, or more rarely, so that saving
+    statistics): gradients of the parts (`part_tokens` bounds memory; it does not change the result beyond rounding) are
+    added and divided once by the whole weight. state: a file the weights, moments and history are kept in every save_seconds, or more rarely, so that saving
     takes at most a twentieth of the time; when it is there, training goes on from it. split(rows, tokens, device) ->
     [(batch for loss_fn, its tokens)], when rows are no packed trees.
     Weights that are not fp32 have fp32 masters. A step whose loss or gradient is not finite is skipped and counted;
@@ -373,8 +372,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: i
     while step < len(batches):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * schedule(step, len(batches), warmup)
-        stats = halving(model, lambda fit: _gradients(model, batches[step], loss_fn, params, masters,
-                                                      min(tokens or fit, fit), split))
+        stats = halving(model, lambda tokens: _gradients(model, batches[step], loss_fn, params, masters, tokens, split))
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), clip).item()
         if math.isfinite(stats["loss"]) and math.isfinite(norm):
             for optimizer in optimizers:

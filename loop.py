@@ -199,14 +199,13 @@ def check_config(c: Config) -> Config:
             raise BadInput(f"--{name.replace('_', '-')} = {getattr(c, name)} is out of range: {low} to {high}.")
     if c.max_operators < c.min_operators:
         raise BadInput(f"--max-operators = {c.max_operators} is below --min-operators = {c.min_operators}.")
-    if c.data and not c.eval_data:
-        raise BadInput("--data needs --eval-data FILE.jsonl: held-out questions, same form.")
-    if c.eval_data and not c.data and not c.evaluate:
-        raise BadInput("--eval-data needs --data FILE.jsonl: training questions, same form.")
-    if c.sft_data and not c.data:
-        raise BadInput("--sft-data needs --data and --eval-data; a built-in task has a corpus of its own.")
     if not c.model and (c.data or c.eval_data and not c.evaluate):
         raise BadInput("--data and --eval-data need --model FOLDER: the tiny base only knows the built-in task.")
+    if bool(c.data) != bool(c.eval_data) and not c.evaluate:
+        raise BadInput("--data FILE.jsonl (training questions) and --eval-data FILE.jsonl (held-out) go together; "
+                       "without both --model works on the built-in --task.")
+    if c.sft_data and not c.data:
+        raise BadInput("--sft-data needs --data and --eval-data; a built-in task has a corpus of its own.")
     step_rule(c.step, Tokenizer.bytes_only())
     if c.rollouts and c.model and not c.rollout_model:
         raise BadInput("--rollouts with --model needs --rollout-model FOLDER: a smaller model with the same tokenizer.")

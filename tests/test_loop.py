@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import loop
 from critic import Countdown, Homework, Question, calculate, parse, value
 from loop import Config
 from mcts import Forest
+from model import Sampler, read_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ["--preset", "smoke"]
@@ -429,7 +431,8 @@ def refused(words, *arguments, cwd):
 
 @pytest.mark.parametrize("words, flags", [
     ("did you mean --rounds", ["--round", "3"]), ("out of range", ["--rounds", "-1"]), ("out of range", ["--temperature", "0"]),
-    ("invalid choice", ["--recipe", "dpo"]), ("invalid int", ["--steps", "many"]), ("--model needs --data", ["--model", "x"]),
+    ("invalid choice", ["--recipe", "dpo"]), ("invalid int", ["--steps", "many"]), ("go together", ["--model", "x", "--data", "x"]),
+    ("go together", ["--model", "x", "--eval-data", "x"]), ("--sft-data needs", ["--model", "x", "--sft-data", "x"]),
     ("need --model", ["--data", "x.jsonl"]), ("below --min-operators", ["--max-operators", "2"]),
     ("unknown recipe 'ppo'", ["--compare", "rft,ppo"]), ("multiple of 8", ["--width", "30"]),
     ("--max-operators of 5", ["--traps", "4"]), ("out of range", ["--traps", "9"]), ("any of often", ["--regimes", "often"]),
@@ -458,6 +461,49 @@ def test_bad_files_are_refused(smoke, tmp_path):
         with pytest.raises(loop.BadInput, match=words):
             loop.Exercises(Config(data=str(tmp_path / name), eval_data=str(data)), Homework(Config()).tokenizer, 512)
     refused("nowhere", "model.py", "--model", "nowhere", "--prompt", "x", cwd=tmp_path)
+
+
+def test_open_weights_on_a_built_in_task(smoke, tmp_path):
+    """--model without --data: the folder's model is fine-tuned on the task's corpus with the folder's own tokenizer,
+    once for all runs beside each other, and then goes through the loop; --sft-data: on a file's solutions."""
+    folder = smoke[0] / "runs" / "a" / "round_0"
+    few = [*SMOKE, "--model", folder, "--base-steps", 3, "--questions", 8, "--steps", 2, "--eval-questions", 8]
+    for recipe in ("rft", "sft"):
+        done = inside("loop.py", *few, "--recipe", recipe, "--out", f"runs/{recipe}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-1000:]
+        assert ("from scratch" in done.stdout, f"the base from {folder}" in done.stdout) == (False, recipe == "rft")
+    start, base = (read_safetensors(f / "model.safetensors")[0] for f in (folder, tmp_path / "runs/rft/round_0"))
+    moved = [float((base[n] - start[n]).abs().max()) for n in start]
+    assert len(base) == len(start) and 0 < max(moved) < 1e-3            # 24 solutions at the rate of open weights
+    assert len([*(tmp_path / "runs").glob("base_*")]) == 1
+    data = questions_file(tmp_path / "questions.jsonl")
+    done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--recipe", "sft",
+                  "--out", "runs/text", cwd=tmp_path)
+    assert done.returncode == 0 and f"of {data}" in done.stdout, done.stderr[-1000:]
+    text = read_safetensors(tmp_path / "runs/text/round_0/model.safetensors")[0]
+    assert any(not torch.equal(text[n], base[n]) for n in text)
+
+
+def test_out_of_memory_while_sampling(smoke, tmp_path):
+    """A device that decodes 16 rows at most: the run halves its rows, says so, and samples the same trees."""
+    forward = Sampler._forward
+
+    def small(self, slots, *rest):
+        """Refuses what is too large."""
+        if len(slots) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, slots, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "_forward", small)
+        done = inside("loop.py", *SMOKE, "--base", next((smoke[0] / "runs").glob("base_*")), "--out", "runs/a", cwd=tmp_path)
+    assert done.returncode == 0 and "going on with 16 rows" in done.stdout, done.stderr[-1000:]
+    trees = [[json.loads(line)["tree"]["ids"] for line in (where / "runs/a/trees_01.jsonl").read_text().splitlines()]
+             for where in (smoke[0], tmp_path)]
+    assert trees[0] == trees[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "_forward", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        refused("one solution at a time", "loop.py", *SMOKE, "--base", next((smoke[0] / "runs").glob("base_*")),
+                "--out", "runs/b", cwd=tmp_path)
 
 
 def test_settings_and_lock(smoke, tmp_path):
