@@ -145,16 +145,168 @@ def _words(text):
     return " ".join(words[-1].split("\n", 1)[0].strip(" *_.()[]$\"'").casefold().split())
 
 
-def grade(text, answer):
-    """True if the text's answer is the reference's. `answer` is bare ("18", "1/2") or a solution with `####`.
+# Formulas (MATH): equal are those with one canonical spelling. No algebra: 1 + x is not x + 1, 2^3 is not 8.
+MAX_FORMULA = 1000        # characters; what is longer is compared as it stands: so all patterns may be simple
 
-    Numbers are compared as exact fractions. A reference without a digit ("blue", "#### B") is compared as
-    words, numbers without a value as spelled. Empty or None: False. Symmetric on numbers; never raises."""
+_CHARS = str.maketrans({"\u2212": "-", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u222a": r"\cup ",
+                        "\u00d7": r"\cdot ", "\u00b0": "", "\u221a": r"\sqrt ", "\u2264": r"\le ", "\u2265": r"\ge "})
+_MACROS = {m: as_ for as_, ms in {
+    r"\frac": "dfrac tfrac cfrac", r"\le": "leq leqslant", r"\ge": "geq geqslant", r"\ne": "neq",
+    r"\cdot": "times ast", r"\emptyset": "varnothing", r"\{": "lbrace", r"\}": "rbrace", "...": "ldots dots cdots",
+    "": "left right big Big displaystyle limits quad qquad degree"}.items() for m in ms.split()}
+_TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|rm|boxed) *\{"
+_POWER = r"(?: *\^ *\{?[0-9]\}?)?"
+_ANYWHERE = [(re.compile(pattern), new) for pattern, new in (
+    (r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})", ""),                                   # 1{,}000  1,\!000
+    (r"\^ *\{? *\\circ *\}?|\\?[$%]|\\[,!()\[\]]", ""),                             # 90^\circ  \$5  50\%  \(x\)
+    (r"\\[;: ]|~|\s+", " "),
+    (r"\\([A-Za-z]+)", lambda m: _MACROS.get(m[1], m[0])),
+    (r",? *\\(?:text|mbox) *\{ *(?:and|or) *\}|(?<=[0-9A-Za-z}]) +(?:and|or) +", ", "),
+    (r"\{[pb]matrix\}", "{matrix}"))]
+_NAMED = re.compile(r"^(?:\\?[A-Za-z]+(?:_\{?[0-9A-Za-z]\}?|\([a-z]\))?|\([a-z](?:, *[a-z])+\)) *"
+                    r"(?:=|\\in(?![a-z]))(?=[^=]*$)")                                 # x =, f(x) =, (x, y) =, x \in
+_OF_ONE = [(re.compile(pattern), new) for pattern, new in (                           # in order
+    (rf"(?:(?<=[0-9}})])|(?<=\\pi)) *{_TEXT}[^{{}}]*\}}{_POWER}[. ]*$", ""),            # 5\text{ cm}^2, 5 cm^2
+    (rf"(?<=[0-9}}]) +(?!sin|cos|tan|log|mod)(?:[A-Za-z]{{3}}[A-Za-z. ]*|[ckm]m|ft|kg|mi){_POWER}[. ]*$", ""),
+    (rf"{_TEXT}([^{{}}]*)\}}", r"\1"),
+    (r"^(-?)([0-9]+) +([0-9]+) */ *([0-9]+)$", r"\1\2\\frac{\3}{\4}"),               # 2 1/2
+    (r"(?<=[0-9]) +(?=[0-9])", "~"),                                                  # 1 2 is not 12
+    (r" +", ""),
+    (r"\\(sqrt|frac)([0-9A-Za-z])", r"\\\1{\2}"),                                     # \sqrt2  \frac12
+    (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})([0-9A-Za-z])", r"\1{\2}"),
+    (r"([_^])\{([0-9A-Za-z])\}", r"\1\2"),
+    (r"(?<![0-9])\.(?=[0-9])", "0."),
+    (r"^[+*_:.,`\"]+|[*_:.,`\"]+$", ""),
+    (r"^\((-?[0-9./]+|[A-Za-z]+)\)$", r"\1"),                                         # (72)  (A)
+    (r"^(-?)((?:[^-+,()\[\]/={}]|\{[^{}]*\})+)/([0-9.]+|[A-Za-z]|\\[a-z]+|\\sqrt\{[^{}]*\})$",
+     r"\1\\frac{\2}{\3}"),                                                            # \pi/4
+    (r"^\\frac\{-((?:[^-+{}]|\{[^{}]*\})*)\}(?=\{)", r"-\\frac{\1}"))]
+_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+_FRACTION = re.compile(rf"(-?)([0-9]*)\\frac\{{(-?{_PART})\}}\{{(-?{_PART})\}}")        # 2\frac{1}{2}
+
+
+def canonical(tex, tuples=False):
+    """One spelling for all LaTeX answers that count as equal; never empty unless `tex` is blank, never raises.
+
+    Numbers become exact fractions (`2\\frac12`, `2.5`, `\\frac{5}{2}` -> `5/2`). Tuples and intervals keep order and
+    brackets: (1, 2] is not (1, 2). Sets, unions and bare lists are sorted; of matrices the cells are read. Units,
+    `x =`, degrees, `$`, `%` and spacing go. tuples: how to read `(100,200)`, as a pair or, for False, a number."""
+    if len(tex) > MAX_FORMULA:
+        return "".join(tex.split())
+    short = tex.translate(_CHARS).replace("\\\\", ";" if "matrix" in tex else "\\")   # a row, or JSON escaped twice
+    for pattern, new in _ANYWHERE:
+        short = pattern.sub(new, short)
+    if not re.search(r"[][()]|\\[{}]", short.strip(" .*").strip("()" * (not tuples))):
+        short = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), short)
+    return _compound(_NAMED.sub("", short.strip().rstrip(" .")), 3) or "".join(tex.split())
+
+
+def _compound(tex, depth):
+    """`canonical` of a list, union, bracket or matrix, part by part and at most `depth` deep, or of one value."""
+    tex, read = tex.strip(), lambda part: _compound(part, depth - 1)
+    matrix = re.fullmatch(r"\\begin\{matrix\}((?:(?!\\begin|\\end).)*)\\end\{matrix\}", tex)
+    if matrix and depth:
+        return ";".join("&".join(map(read, row.split("&"))) for row in matrix[1].strip(" ;").split(";"))
+    for mark in (",", r"\cup"):
+        parts = _split(tex, mark)
+        if len(parts) > 1 and depth:
+            return mark.join(sorted(map(read, parts)))
+    bracket = re.fullmatch(r"(\\\{|[(\[])(.*?)(\\\}|[)\]])", tex)
+    parts = _split(bracket[2], ",") if bracket else []
+    if depth and (len(parts) > 1 or parts and bracket[1] == r"\{"):
+        return bracket[1] + ",".join((sorted if bracket[1] == r"\{" else list)(map(read, parts))) + bracket[3]
+    return _single(tex)
+
+
+def _split(tex, mark):
+    """The parts of `tex` between marks outside of all brackets: `(1,2],3` gives `(1,2]` and `3`. [] where brackets
+    do not balance; their kinds may differ."""
+    depth, start, parts = 0, 0, []
+    for found in re.finditer(r"[(\[{]|[)\]}]|" + re.escape(mark), tex):
+        if found.group() != mark:
+            depth += 1 if found.group() in "([{" else -1
+        elif not depth:
+            parts.append(tex[start:found.start()])
+            start = found.end()
+        if depth < 0:
+            return []
+    return [] if depth else parts + [tex[start:]]
+
+
+def _single(tex):
+    """`canonical` of what is no list: an exact fraction, or the formula in plain spelling."""
+    for pattern, new in _OF_ONE:
+        tex = pattern.sub(new, tex)
+    mixed = _FRACTION.fullmatch(tex)
+    below = mixed and to_number(mixed[4])
+    if below:
+        value = Fraction(mixed[2] or 0) + to_number(mixed[3]) / below
+        return str(-value if mixed[1] else value)
+    value = to_number(tex) if re.fullmatch("-?" + _BODY, tex) else None
+    if value is None:
+        return tex.casefold() if re.match("[A-Za-z]{3}", tex) else tex              # \text{Even} is even
+    return str(value)
+
+
+def _stated(text):
+    """((rule, lines), ...): where a text may state its answer, the last line first: in the last box, behind ####,
+    behind "answer is", or the text itself if it is one line."""
+    text = text.split(STOP, 1)[0]
+    lines = lambda parts: [part.split("\n", 1)[0] for part in reversed(parts)]
+    return (("boxed", [_last_box(text)]), ("####", lines(text.split("####")[1:])),
+            ("phrase", lines(_PHRASE.split(text)[1:])), ("bare", [] if "\n" in text.strip() else [text]))
+
+
+_SENTENCE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,} (?:[A-Za-z]{2,} [A-Za-z]{2,}|.*[0-9])")
+_MATHS = re.compile(r"[^0-9A-Za-z$\\]*(?:\$+([^$]+)\$|\\\((.*?)\\\))")                    # is $x + 1$, because
+_OPTION = re.compile(r"[^0-9A-Za-z\\]*(?:\\[a-z]+ ?\{[^0-9A-Za-z]*)?(?:(?:[Oo]ption|[Cc]hoice)[^0-9A-Za-z]+)?"
+                     r"([A-Za-z])(?:\)|[.:](?![0-9A-Za-z])|[^0-9A-Za-z]*$)")
+
+
+def find_formula(text, tuples=False):
+    """(canonical answer, rule) of a MATH solution: the last balanced box (*strict*); else what follows #### or
+    "answer is", a line that is no sentence, the last number. (None, None) where there is none of these."""
+    for rule, lines in _stated(text):
+        line = next((line for line in lines if re.search("[0-9A-Za-z]" if rule != "boxed" else r"\S", line)), "")
+        if rule != "boxed":
+            line = line[:MAX_FORMULA]
+            inside, said = _MATHS.match(line), "\\" not in line and re.search("[A-Za-z]{2}", line)
+            number = _leading(line) if said and rule != "bare" else None                 # 5 since 2+3=5
+            line = inside[1] or inside[2] if inside else number or ("" if _SENTENCE.search(line) else line)
+        if line.strip():
+            return canonical(line, tuples), rule
+    number = find_answer(text)[0]
+    return (None, None) if number is None else (canonical(number), "number")
+
+
+def find_letter(text):
+    """(letter, rule) of a lettered question: "#### B", `\\boxed{B}`, "the answer is (b)", or a line "B", "(B) iron".
+    Only letters are read: an option's full text is no answer."""
+    box, hashes, *others = _stated(text)
+    for rule, lines in (hashes, box, *others):
+        found = next(filter(None, map(_OPTION.match, lines)), None)
+        if found:
+            return found[1].upper(), rule
+    return None, None
+
+
+def grade(text, answer):
+    """True if the text's answer is the reference's. `answer` is bare ("18", "1/2") or a solution (`####`, a box).
+
+    Numbers are compared as exact fractions. A reference whose answer is boxed, or one line of LaTeX, is compared by
+    `canonical`; one without a digit ("blue", "#### B") as words or, if it is one letter, by `find_letter`; numbers
+    without a value as spelled. Empty or None: False. Symmetric on numbers; never raises."""
     if not text or not answer:
         return False
+    bare = re.search(r"\\[A-Za-z]", answer) and "\n" not in answer.strip() and to_number(answer) is None
+    if "####" not in answer and (bare or _last_box(answer.split(STOP, 1)[0]).strip()):
+        wanted = find_formula(answer)[0]
+        return wanted is not None and (find_formula(text)[0] == wanted or
+                                       find_formula(text, True)[0] == find_formula(answer, True)[0])
     words = _words(answer)
     if words and not re.search("[0-9]", words):       # numbers in the working above "#### B" are no answer
-        return _words(text) == words
+        letter = find_letter(text)[0] if re.fullmatch("[a-z]", words) else None
+        return letter == words.upper() if letter else _words(text) == words
     found, wanted = extract_answer(text), extract_answer(answer)
     if found is None or wanted is None:
         return False

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from critic import extract_answer, find_answer, grade, strip_calculator_marks, to_number  # noqa: E402
+from critic import canonical, extract_answer, find_answer, find_formula, find_letter, grade  # noqa: E402
+from critic import strip_calculator_marks, to_number  # noqa: E402
 
 GOLD = [json.loads(line) for line in
         (Path(__file__).parent / "data" / "gsm8k_300.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -165,6 +166,111 @@ VERDICTS = [  # text, reference, verdict
 ]
 
 
+FORMULAS = r"""
+12 | -4.5 | .5 | 0.35 | 1,000,000 | 1,\!000 | 10{,}080 | \$18.90 | \$32,\!348 | 75\% | 14\frac{2}{7}\% | 120^\circ
+90^{\circ} | \frac{3}{4} | -\frac{11}{7} | \dfrac{1}{12} | \frac12 | \frac1{72} | \frac{1}2 | 2\frac{3}{5}
+3 \frac{1}{2} | 2516_8 | 1010_{2} | 52_{10} | 3\sqrt{13} | \sqrt2 | \sqrt[3]{4} | \frac{\sqrt{3}}{2} | 2 + 2\sqrt{2}
+1 \pm \sqrt{19} | \frac{3 \pm \sqrt{5}}{2} | \pi | \frac{\pi}{4} | 25\pi \text{ cm}^2 | e^{i\pi/3} | -3 + 4i | i
+2^{10} | 10^{-3} | 0.\overline{72} | x^2 + 2x + 1 | (x-2)(x+2) | 6r^2-4r-24 | y = 2x + 3 | f^{-1}(x) = \frac{x}{2}
+P(x) = x^3 - 3x | \frac{x-1}{x+1} | |x-3| | \sqrt{x^2+1} | \cos 20^\circ | \log_2 3 | \binom{10}{3} | n! | x \ge 3
+3 < x \leq 5 | \theta = \frac{\pi}{6} | 4:3 | 6:30 | 5 \text{ inches} | 13 \text{ cm}^2 | 6 \text{ square units}
+5 square units | 20^\circ\text{C} | \text{6:30 p.m.} | \text{June 20} | \text{even} | \text{Evelyn} | \text{(A)}
+\textbf{(C)} | \text{no solution} | \text{all real numbers} | \text{A, C} | A,B,D | (3,4)
+\left( 3, \frac{\pi}{2} \right) | \left(-\frac12, 1, \frac{3}{4}\right) | (1,000) | (100,200) | (1,(2,3))
+(-\infty, 2) | [0, 1) | \left[\frac12,\infty\right) | (-\infty,-3]\cup[3,\infty) | x \in [-2,7] | -\infty
+\emptyset | \{1,2,3\} | \left\{-1, \frac{1}{2}\right\} | \{5\} | 1, -2 | 3, 5, 7 | 1 \text{ and } 2 | x=1, x=-2
+\text{II} \text{ and } \text{III} | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix} | \begin{bmatrix} 1 \\ x^2 \end{bmatrix} | \frac{1}{0} | \boxed{5}
+\mathbf{v} | \mathbb{R} | \clubsuit | * | \% | > | . | $ | \, | \{ | ]1,2[ | ((( | ,,, | \frac | \sqrt | \text{
+""".replace("\n", " | ").strip(" |").split(" | ")
+
+EQUAL = [  # spellings of a class are one answer, different classes different answers
+    [r"\frac{1}{2}", r"\dfrac12", r"\tfrac{2}{4}", "1/2", "0.5", ".50", r"\frac{-1}{-2}", r"x = \frac{1}{2}",
+     "$.5$", r"0.5\,"],
+    [r"-\frac{1}{2}", r"\frac{-1}{2}", r"\frac{1}{-2}", "-1/2", "\u22120.5", r"-\frac12."],
+    [r"2\frac{1}{2}", "5/2", "2 1/2", "2.5", r"\frac{5}{2}", r"\frac{2.5}{1}"], ["21/2", r"\frac{21}2"],
+    ["1000", "1,000", r"1,\!000", "1{,}000", r"\$1000.00", r"1000\text{ dollars}"],
+    ["12", r"12\%", r"12^\circ", r"12 \text{ cm}", r"12\mathrm{cm}^2", "12 cm^2", "12 inches", r"\text{12}", "+12",
+     "(12)", r"\boxed{12}"],
+    [r"3\sqrt{13}", r"3 \sqrt {13}", r"3\,\sqrt{13}"], [r"\sqrt{2}", r"\sqrt2", r"\sqrt 2", "\u221a2"],
+    [r"\frac{\sqrt{3}}{2}", r"\sqrt{3}/2", r"\sqrt3/2", r"\dfrac{\sqrt{3}}2"],
+    [r"-\frac{\sqrt{3}}{2}", r"\frac{-\sqrt{3}}{2}"],
+    [r"\frac{\pi}{4}", r"\pi/4", "\u03c0/4", r"\theta = \frac{\pi}{4}"], [r"12\pi", r"12 \pi\text{ cm}^2"],
+    ["x^2+2x+1", "x^{2} + 2x + 1", "y = x^2 + 2x + 1", "f(x)=x^2+2x+1", r"x^2+2\,x+1"], ["x^2+2x-1"], ["X^2+2x+1"],
+    ["(1,2)", "(1, 2)", r"\left( 1,\ 2\right)", r"(\frac{2}{2}, 2.0)", "(x, y) = (1, 2)"], ["(2,1)"],
+    ["(1,2]", r"\left(1, 2 \right]"], ["[1,2]", r"x \in [1, 2]"], ["[1,2)"], ["(1,2,3)"],
+    [r"\{1,2\}", r"\left\{ 2, 1 \right\}", r"\lbrace 1,2\rbrace"], ["1,2", "2, 1", r"1\text{ and }2", "1 or 2"],
+    ["1,3"], ["1,2,2"], ["x=1, y=2"], ["x=2, y=1"],
+    [r"(-\infty,0)\cup(1,\infty)", r"x\in (1, \infty) \cup (-\infty, 0)", "(-\u221e,0)\u222a(1,+\u221e)"],
+    [r"(-\infty,0]\cup(1,\infty)"], [r"\infty", r"+\infty"], [r"-\infty"], [r"\emptyset", r"\varnothing"],
+    [r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{bmatrix}1&2\\3&\frac{8}{2}\end{bmatrix}"],
+    [r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}"], [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"],
+    [r"\text{even}", "even", "Even.", r"\textbf{even}", r"\mathrm{ even}"], [r"\text{odd}"],
+    ["A", "(A)", r"\text{(A)}"], ["a"], ["2516_8", "2516_{8}"], ["2516"], ["2516_9"], ["12x"], ["1 2"], ["5!"],
+    ["|5|"], ["5"], [r"5\sqrt{2}"], ["5^2"], [r"5\cdot2", r"5\times 2"], [r"3 < x \leq 5", r"3<x\le 5"],
+    ["3 < x < 5"], ["2:3"], ["2/3"], ["1234567890123456789"], ["1234567890123456788"], ["(100, 2000)"],
+    [r"\frac{1}{x}", "1/x"], ["1/2x"], [r"\$5,\!000,\!000", "5,000,000"], ["0"], ["1/0", r"\frac{1}{0}"],
+]
+
+STATED = [  # text, reference, verdict: where the answer of a MATH solution, or a letter, is found
+    (r"so \boxed{3} or rather \boxed{\frac{1}{2}}.", r"\boxed{0.5}", True),
+    (r"\boxed{18\pi}", r"\boxed{18}", False), (r"\boxed{18} or \boxed{(18, 3)}", r"\boxed{18}", False),
+    (r"\boxed{18} but \boxed{19", r"\boxed{18}", True), ("9 + 9 = 18\n#### 18", r"\boxed{18}", True),
+    ("The answer is $18$, as 9 + 9 = 18.", r"\boxed{18}", True),
+    (r"The answer is $5\sqrt{2}$.", r"\boxed{5}", False), (r"The answer is \(x^2\). Done", r"\boxed{x^{2}}", True),
+    ("#### Step 1: add\nThere are 18", r"\boxed{18}", True),
+    ("#### Step 1: add\nThere are \\boxed{18}", r"\boxed{18}", True),
+    ("We add 9 and 9\nto get 18", r"\boxed{18}", True), ("We add 9 and 9 and get 18", r"\boxed{18}", True),
+    (r"\frac{1}{2}", r"\boxed{\frac12}", True), (r"\boxed{\frac{1}{2}}", r"\frac12", True),
+    ("I do not know", r"\boxed{x}", False), ("\\boxed{x}\n\nQuestion: next?\n\\boxed{y}", r"\boxed{x}", True),
+    (r"\boxed{(100, 200)}", r"\boxed{(100,200)}", True), (r"\boxed{(1,000)}", r"\boxed{1000}", True),
+    (r"\\boxed{\\frac{1}{2}}", r"\boxed{\frac{1}{2}}", True), ("x" * 2000, r"\boxed{x}", False),
+    (r"\boxed{" + "x" * 2000 + "}", r"\boxed{" + "x" * 2000 + "}", True), ("", r"\boxed{x}", False),
+    (r"\boxed{B}", r"\boxed{\text{(B)}}", True),
+] + [(text, "Light is fast.\n#### B", True) for text in (
+    "B", "(B)", "B.", "b", "**B**", r"\boxed{B}", r"\boxed{\text{B}}", "The answer is (B)",
+    "the answer is (b) since 3 > 2", "#### B", "####B\nQuestion: next?", "Answer: B", "The answer is option B.",
+    "the correct answer is: **B. light**", "(B) light", "B) light", "A or B?\nNot A.\n#### (B)",
+    r"The answer is $\boxed{\textbf{(B)}}$")] + [
+    (text, "Light is fast.\n#### B", False) for text in (
+    "C", "light", "The answer is light", "Because", "A\n#### C", "#### C\nB", "the answer is blue",
+    "The answer is A, not B", "", "4", "\\boxed{B}\n#### A", "(A) is wrong\n(B) may be right")]
+
+
+@pytest.mark.parametrize("text, reference, verdict", STATED)
+def test_where_formulas_and_letters_are_found(text, reference, verdict):
+    """Boxes before all else for formulas and #### for letters; one text never has two answers."""
+    assert grade(text, reference) is verdict
+
+
+def test_formulas_equal_themselves():
+    """Every reference, however odd, is graded right against itself: as its box, as a solution, with other spacing;
+    against the next one it is wrong; its canonical spelling, read again, stays what it is."""
+    assert len(FORMULAS) > 110
+    for gold, other in zip(FORMULAS, FORMULAS[1:] + FORMULAS[:1]):
+        if gold.count("{") != gold.count("}") or not gold.strip():
+            continue
+        reference = f"As $x_1 = 7$, we find $\\boxed{{{gold}}}$.\n\nDone."
+        dot = "." * bool(re.search("[0-9A-Za-z]", gold))               # "*" and "." have nothing but decoration
+        for text in (reference, f"\\boxed{{{gold}}}", f"\\boxed{{ {gold} }}", f"Thus:\n\\[\\boxed{{{gold}{dot}}}\\]"):
+            assert grade(text, reference), (gold, text)
+        assert find_formula(reference) == (canonical(gold), "boxed") and canonical(gold)
+        assert canonical(canonical(gold)) == canonical(gold), gold
+        assert canonical(other) == canonical(gold) or not grade(f"\\boxed{{{other}}}", reference), (gold, other)
+
+
+def test_equal_and_different_formulas():
+    """Spellings of a class have one canonical spelling, different classes two; grade says so in both directions."""
+    found = [{canonical(a) for a in spellings} for spellings in EQUAL]
+    assert all(len(one) == 1 for one in found), [e for e, one in zip(EQUAL, found) if len(one) > 1]
+    assert len(set.union(*found)) == len(EQUAL)
+    for mine, others in zip(EQUAL, EQUAL[1:] + EQUAL[:1]):
+        for a in mine:
+            for b in (mine[0], others[-1]):
+                texts = f"\\boxed{{{a}}}", f"so\n$\\boxed{{{b}}}$"
+                assert grade(*texts) is grade(*texts[::-1]) is (b in mine), (a, b)
+
+
 @pytest.mark.parametrize("text, answer, rule", ANSWERS)
 def test_answer_and_rule(text, answer, rule):
     """Each trap gives the written answer by the written rule, and extract_answer agrees."""
@@ -255,7 +361,9 @@ def test_random_text_never_raises():
         answer, rule = find_answer(text)
         assert (answer is None) == (rule is None) and rule in ("####", "boxed", "phrase", "number", None)
         assert grade(text, previous) in (True, False) and grade(previous, text) in (True, False)
-        to_number(text), strip_calculator_marks(text)
+        to_number(text), strip_calculator_marks(text), find_letter(text)
+        formula, box = find_formula(text)[0], f"\\boxed{{x{text}}}"
+        assert (formula is None or formula) and {grade(text, box), grade(box, text)} <= {True, False}
         if answer is None:
             assert not re.search("[0-9]", text.split("\nQuestion:")[0])
         else:
@@ -266,7 +374,8 @@ def test_random_text_never_raises():
 
 HOSTILE = ["(", "1,", "1,111,", "#", "#### ", "#### 1=", "=", "\\boxed{", "{", "}", "\\boxed", "9", "1/",
            "1.", "111,", "1e", "-", "$-", ".", " ", "answer", "answer is ", "answer: -", "answer is\n", "<<",
-           "<<1", "\\frac{1", "{,}", "1 a", "1 a,", "x=", "\nQuestion", "1" + " " * 50, "\ud800"]
+           "<<1", "\\frac{1", "{,}", "1 a", "1 a,", "x=", "\nQuestion", "1" + " " * 50, "\ud800", "$",
+           "\\(", "\\frac", "\\sqrt{", "\\text{", "\\left(", "\\cup", "(1,", "ab ", "\\\\", "^{", "#### x\n", "answer is x\n", "(A", "option "]
 
 
 def test_time_is_linear():
@@ -276,7 +385,9 @@ def test_time_is_linear():
         body = piece * (100_000 // len(piece))
         marked = "\\boxed{the answer is #### " + body + "x"
         calls = [(find_answer, marked), (lambda text: grade(text, "blue"), body),
-                 (strip_calculator_marks, body), (to_number, "1" + body + "!x")]
+                 (strip_calculator_marks, body), (to_number, "1" + body + "!x"), (find_letter, marked),
+                 (lambda text: grade(text, text), "\\boxed{" + body + "}"), (canonical, body[:1000]),
+                 (lambda text: grade(text, "\\boxed{\\frac{1}{x}}"), body), (find_formula, "answer is " + body)]
         for function, text in calls:
             start = time.process_time()
             function(text)
