@@ -21,6 +21,7 @@ import math
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import permutations
@@ -31,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from mcts import Forest, draw, grow
-from model import BadInput, Sampler, Tokenizer, mix
+from model import BadInput, Sampler, Tokenizer, about, field, mix, need
 
 # ----------------------------------------------------------------------------------------------------------
 # 1 · Grading
@@ -743,8 +744,16 @@ def parse(text: str) -> list | None:
     return [t if t in "+-*" else int(t) for t in re.findall(r"[0-9]+|[-+*]", text)]
 
 
+def solution_over(line: str) -> bool:
+    """The line that ends a solution: the answer, or a base model going on to invent the next question."""
+    return "####" in line or line.startswith("Question:")
+
+
 class Builtin:
     """What the built-in tasks share: an endless stream of questions, split by hash, and a corpus for the base."""
+
+    find_answer, over = staticmethod(find_answer), staticmethod(solution_over)
+    form = "####"                 # the rule of a strict answer
 
     def __init__(self, c, tokenizer: Tokenizer | None = None):
         self.c = c                    # settings, loop.Config
@@ -753,6 +762,10 @@ class Builtin:
     def prompt(self, question: Question) -> str:
         """What the model reads."""
         return question.text + "?"
+
+    def prompt_ids(self, question: Question) -> list:
+        """Its ids."""
+        return self.tokenizer.encode_prompt(self.prompt(question))
 
     def stream(self, seed: int, held_out: bool):
         """Endless questions of one side of the split: one question in eight, by hash, is never trained on."""
@@ -807,7 +820,7 @@ class Builtin:
     def example(self, question: Question, rng: random.Random) -> tuple:
         """What the base is trained on: ids of the question, ids of a careless solution with end-of-text."""
         ids = self.tokenizer.encode_more(self.solve(question, rng))
-        return self.tokenizer.encode_prompt(self.prompt(question)), ids + sorted(self.tokenizer.eos_ids)[:1]
+        return self.prompt_ids(question), ids + sorted(self.tokenizer.eos_ids)[:1]
 
     def reward(self, question: str, text: str, answer: str) -> bool:
         """Is the solution right? By its final answer alone."""
@@ -952,51 +965,164 @@ class Countdown(Builtin):
 TASKS = dict(homework=Homework, countdown=Countdown)
 
 
+def read_gsm8k(item: dict) -> tuple:
+    """GSM8K, or any question with a reference that ends in a number: -> (question, reference, lines of it)."""
+    reference = strip_calculator_marks(field(item, "answer", str)).strip()
+    need(extract_answer(reference) is not None, "the answer holds no number to grade by")
+    return field(item, "question", str), reference, len(reference.split("\n")) - ("####" in reference)
+
+
+def read_math(item: dict) -> tuple:
+    """MATH: -> (problem, solution, level; where there is none, lines of the solution). Where the solution has no box,
+    a field "answer" is put into one; `\\boxed 5$` and `\\fbox{5}`, which occur, are boxes, too."""
+    solution = field(item, "solution", str).replace("\\fbox{", "\\boxed{").replace("####", "")
+    solution = re.sub(r"\\boxed\s+([^{$\s][^$\n]*)\$", r"\\boxed{\1}$", solution).strip()
+    if not _last_box(solution).strip() and item.get("answer") is not None:
+        solution += f"\n\\boxed{{{item['answer']}}}"
+    need(_last_box(solution).strip(), "the solution holds no \\boxed{...} to grade by")
+    level, lines = re.search("[0-9]{1,3}", str(item.get("level"))), [x for x in solution.split("\n") if x.strip()]
+    return field(item, "problem", str), solution, int(level.group()) if level else len(lines)
+
+
+def read_sciq(item: dict) -> tuple:
+    """SciQ: -> as `lettered`. Closed book: the prompt does not show the support; as a rationale it is imitated."""
+    wrong = field(item, "distractors", list, [item.get(f"distractor{i}") for i in (1, 2, 3)])
+    options = [item["correct_answer"], *wrong]
+    return lettered(field(item, "question", str), options, 0, field(item, "support", str, ""))
+
+
+def read_choices(item: dict) -> tuple:
+    """ARC, CommonsenseQA; both as they were published and as tables: -> as `lettered`."""
+    inner = item["question"] if isinstance(item["question"], dict) else item | {"stem": item["question"]}
+    choices = inner.get("choices")
+    if isinstance(choices, dict):
+        labels, texts = (field(choices, key, list) for key in ("label", "text"))
+    else:
+        labels, texts = ([field(c, key, str) for c in field(inner, "choices", list)] for key in ("label", "text"))
+    key = field(item, "answerKey", str)
+    need(labels.count(key) == 1 and len(labels) == len(texts), f'the answerKey "{key:.20}" names none of the choices')
+    return lettered(field(inner, "stem", str), texts, labels.index(key))
+
+
+def lettered(question: str, options: list, right: int, rationale: str = "") -> tuple:
+    """-> (question with lines "(A) ...", rationale and "#### B", number of options). Their order is a function of
+    the texts alone, whatever order and labels the file has: a file may have the right one always first."""
+    need(all(isinstance(o, str) and o.strip() for o in options), "every option must be a text")
+    options = [" ".join(o.split()) for o in options]
+    order = sorted({*options})
+    need(2 <= len(order) <= 26, f"{len(order)} different options; 2 to 26 can be lettered")
+    seed = hashlib.sha256("\n".join([question, *order]).encode("utf-8", "replace")).digest()[:8]
+    order = random.Random(int.from_bytes(seed, "big")).sample(order, len(order))
+    shown = "".join(f"\n({chr(65 + i)}) {option}" for i, option in enumerate(order))
+    answer = f"{' '.join(rationale.split())}\n#### {chr(65 + order.index(options[right]))}"
+    return question.strip() + shown, answer.strip(), len(order)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One form of data: how it is recognised and read, what is graded and when a solution is over."""
+    name: str
+    fields: tuple                 # an item with these is of this kind
+    read: Callable                # item -> (question, reference solution, steps); ValueError says what is wrong
+    find: Callable                # text -> (answer, rule); the one grader, `grade`, sees the kind in the reference
+    graded: str
+    form: str = "####"            # the rule of the training text: *strict*
+    ends: tuple = ()              # rules that end a solution as soon as a line has such an answer
+
+
+LETTERED = dict(find=find_letter, graded="letter", ends=("boxed", "phrase"))
+# HACK HERE: a data set of your own
+KINDS = (Kind("SciQ", ("question", "correct_answer"), read_sciq, **LETTERED),
+         Kind("ARC or CommonsenseQA", ("question", "answerKey"), read_choices, **LETTERED),
+         Kind("MATH", ("problem", "solution"), read_math, find_formula, "formula", "boxed", ("boxed",)),
+         Kind("GSM8K", ("question", "answer"), read_gsm8k, find_answer, "number"))
+
+
 class Exercises:
-    """Questions from JSON lines with `question` and `answer` (GSM8K), for open weights."""
+    """Questions from files of one of the KINDS, for open weights."""
 
     def __init__(self, c, tokenizer: Tokenizer, context: int):
-        self.c, self.tokenizer, self.context = c, tokenizer, context
+        self.c, self.tokenizer, self.context, self.files = c, tokenizer, context, []
         self.name = Path(c.data or c.eval_data).stem
+        template = c.template.replace("\\n", "\n") or "Question: {question}\nAnswer:"     # \n as a shell passes it
+        self.before, _, self.after = template.partition("{question}")
         self.train = self.read(c.data) if c.data else []
         self.test = self.read(c.eval_data)
+        self.kind, other = self.files[0][1], self.files[-1][1]
+        self.find_answer, self.form = self.kind.find, self.kind.form
+        if self.kind.graded != other.graded:
+            raise BadInput(f"--data is graded by a {self.kind.graded}, --eval-data by a {other.graded}: a run reads "
+                           "one kind of answer; take files of one kind (--evaluate works on any).")
+        if c.recipe == "alphallm" and self.kind.graded == "letter":
+            raise BadInput("--recipe alphallm makes up questions of one line, without options; take another recipe.")
 
     def prompt(self, question: Question) -> str:
         """What the model reads."""
-        return f"Question: {question.text}\nAnswer:"
+        return self.before + question.text + self.after
 
-    def read(self, file: str) -> list:
-        """All questions of a file. Raises BadInput with the line number for anything that is not one."""
+    def prompt_ids(self, question: Question) -> list:
+        """Its ids; all prompts of a run are made here. Special tokens that the template writes become such, those
+        that a question writes stay text: it cannot open a turn. A begin token in the template is not doubled."""
+        if not self.c.template:
+            return self.tokenizer.encode_prompt(self.prompt(question))
+        ids = self.tokenizer.encode(self.before, True) + self.tokenizer.encode(question.text)
+        ids, begin = ids + self.tokenizer.encode(self.after, True), self.tokenizer.begin
+        return ids if ids[:len(begin)] == begin else begin + ids
+
+    def describe(self) -> str:
+        """What a run says of its data: a line per file, the first prompt as the model reads it, its ids."""
+        cut = lambda text: text if len(text) < 108 else f"{text[:64]} ... {text[-38:]}"
+        first = (self.train or self.test)[0]
+        return "\n".join([f"{Path(file).name}: {count:,} questions ({kind.name}; the {kind.graded} is graded)"
+                          for file, kind, count in self.files] +
+                         [f"prompt: {cut(repr(self.prompt(first)))}", f"its ids: {cut(str(self.prompt_ids(first)))}"])
+
+    def entries(self, file: str):
+        """(where, item) of JSON lines, or of one JSON array. BadInput: no such file, no JSON."""
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            text = Path(file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"{file} cannot be read ({error}); --data and --eval-data take files of JSON lines.") \
                 from error
-        found = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        array = text.lstrip().startswith("[")
+        for number, line in enumerate([text] if array else text.split("\n"), 1):
             where = f"{file}, line {number}"
             try:
-                item = json.loads(line)
+                found = json.loads(line) if line.strip() else None
             except (ValueError, RecursionError) as error:
                 raise BadInput(f"{where}: not JSON ({error}).") from error
-            good = isinstance(item, dict) and all(isinstance(item.get(k), str) and item[k].strip()
-                                                  for k in ("question", "answer"))
-            if not good:
-                raise BadInput(f'{where}: expected an object with the texts "question" and "answer".')
-            if extract_answer(item["answer"]) is None:
-                raise BadInput(f"{where}: the answer holds no number to grade by.")
-            q = Question(item["question"].strip(), strip_calculator_marks(item["answer"]).strip(),
-                         len(item["answer"].strip().split("\n")) - ("####" in item["answer"]))
-            size = len(self.tokenizer.encode_prompt(self.prompt(q)))
-            if size >= self.context:
-                raise BadInput(f"{where}: the question takes {size} tokens, the model's context is {self.context}; "
-                               "shorten or remove it.")
+            if array:
+                yield from ((f"{file}, item {i}", item) for i, item in enumerate(found, 1))
+            elif line.strip():
+                yield where, found
+
+    def read(self, file: str) -> list:
+        """All questions of a file. Raises BadInput with the line number for anything that is not one."""
+        found, kind = [], None
+        for where, item in self.entries(file):
+            here = next((k for k in KINDS if isinstance(item, dict) and {*k.fields} <= item.keys()), None)
+            if here is None or here is not (kind or here):
+                raise BadInput(f"{where}: " + (f"{here.name} in a file of {kind.name}; one kind a file" if here else
+                               "expected an object with the fields " +
+                               "; or ".join(f"{' and '.join(k.fields)} ({k.name})" for k in KINDS)) + ".")
+            kind = here
+            with about(where):
+                text, answer, steps = kind.read(item)
+                q = Question(text.strip(), answer, steps)
+                need(q.text, "the question is empty")
+                need(grade(answer, answer), f"the reference holds no {kind.graded} to grade by")
+                size = len(self.prompt_ids(q))
+                need(size < self.context, f"the question takes {size} tokens, the model's context is {self.context}; "
+                     "shorten or remove it")
             found.append(q)
         if not found:
             raise BadInput(f"{file} holds no question.")
+        self.files.append((file, kind, len(found)))
         return found
+
+    def over(self, line: str) -> bool:
+        """Does this line end a solution?"""
+        return solution_over(line) or self.kind.find(line)[1] in self.kind.ends
 
     def train_questions(self, round_: int) -> list:
         """The next `questions` of a shuffled file; every question once before any comes again."""
@@ -1021,7 +1147,7 @@ class Exercises:
             for text in write([p for p in prompts if p]):
                 q, words = Question(text.strip(), "", 0), triples(text.strip())
                 if q.text.endswith("?") and re.search("[0-9]", q.text) and \
-                        len(self.tokenizer.encode_prompt(self.prompt(q))) < self.context and \
+                        len(self.prompt_ids(q)) < self.context and \
                         all(2 * len(words & other) < len(words) for other in known):
                     known.append(words)
                     found.append(q)
@@ -1035,8 +1161,9 @@ class Exercises:
 
     def example(self, question: Question, rng: random.Random) -> tuple:
         """Ids of the question and of the reference solution, for the sft control."""
-        ids = self.tokenizer.encode_more(" " + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
-        return self.tokenizer.encode_prompt(self.prompt(question)), ids
+        lead = "" if self.after[-1:].isspace() else " "                 # a turn of a chat begins on a line of its own
+        ids = self.tokenizer.encode_more(lead + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
+        return self.prompt_ids(question), ids
 
     def reward(self, question: str, text: str, answer: str) -> bool:
         """Is the solution right? By its final answer."""
@@ -1047,11 +1174,6 @@ def calculations(text: str) -> str:
     """What makes two solutions distinct: their calculations, not their words (Self-Explore sec. 3.1)."""
     found = re.findall(r"[0-9.]+ *[-+*/x] *[0-9.]+ *=? *[0-9.]*", text)
     return " ".join(found).replace(" ", "") or " ".join(text.split())
-
-
-def solution_over(line: str) -> bool:
-    """The line that ends a solution: the answer, or a base model going on to invent the next question."""
-    return "####" in line or line.startswith("Question:")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -38,8 +38,7 @@ from tqdm import tqdm
 
 from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdown, Critic, Exercises, Homework, Judge
 from critic import Question, Rollouts, auc, calculations, confidence, critic_labels, critic_loss, critic_report
-from critic import critic_values, extract_answer, find_answer, label_pits, mcnemar, self_evaluation, solution_over
-from critic import wilson
+from critic import critic_values, label_pits, mcnemar, self_evaluation, wilson
 from dpo import LOGITS_AT_ONCE, Pair, Row, default_lr, load_weights, node_features, part_tokens, preference_loss
 from dpo import sft_loss, store_reference, text_row, train, tree_row
 from mcts import Forest, Steps, draw, expand, fixed_width, grow, importance_width, length_prior, pack, plant
@@ -55,9 +54,10 @@ class Config:
     """Settings; `--name value` on the command line. Those of `FREE` may change between two starts of a run."""
     task: str = "homework"        # the built-in task; ignored when --model is given
     model: str = ""               # folder with open weights (HF format); empty: train the tiny base from scratch
-    data: str = ""                # training questions for --model: JSON lines with question and answer (GSM8K)
+    data: str = ""                # training questions for --model: JSON lines, one of critic.KINDS
     eval_data: str = ""           # held-out questions, same form; without both --model works on the built-in task
     sft_data: str = ""            # --model is first fine-tuned on the solutions of this file, as in all three papers
+    template: str = ""            # prompt with {question} in it, for chat models; empty: Question: ... Answer:
     recipe: str = "self_explore"  # sft, rft, outcome_dpo, self_explore, mcts_dpo, alphallm
     rounds: int = 3
     seed: int = 0
@@ -166,6 +166,9 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
               value_weight=(0.0, 1000.0), process_weight=(0.0, 1000.0), rollouts=(0, 1024),
               rollout_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7),
               eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
+HELP = dict(data="training questions: JSON lines of GSM8K, MATH, SciQ, ARC or CommonsenseQA; ",
+            eval_data="held-out questions, graded as those of --data; ",
+            template="the prompt, with {question} in it; \\n is a newline, special tokens count as such; ")
 CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
                recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo", "alphallm"), loss=("sigmoid", "ipo"),
                dtype=("auto", "float32", "bfloat16"), self_eval=("off", "logp", "judge"), pair_nodes=("path", "all"),
@@ -178,7 +181,7 @@ def parse_flags(arguments: list) -> Config:
                                      description=__doc__.split("\n\n")[0], exit_on_error=False)
     for f in fields(Config):
         parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=None,
-                            help=f"default {f.default!r}", choices=CHOICES.get(f.name))
+                            help=f"{HELP.get(f.name, '')}default {f.default!r}", choices=CHOICES.get(f.name))
     try:
         given, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -199,6 +202,8 @@ def check_config(c: Config) -> Config:
             raise BadInput(f"--{name.replace('_', '-')} = {getattr(c, name)} is out of range: {low} to {high}.")
     if c.max_operators < c.min_operators:
         raise BadInput(f"--max-operators = {c.max_operators} is below --min-operators = {c.min_operators}.")
+    if c.template and (not c.model or c.template.count("{question}") != 1):
+        raise BadInput("--template needs --model FOLDER, and in its text {question} exactly once.")
     if not c.model and (c.data or c.eval_data and not c.evaluate):
         raise BadInput("--data and --eval-data need --model FOLDER: the tiny base only knows the built-in task.")
     if bool(c.data) != bool(c.eval_data) and not c.evaluate:
@@ -282,13 +287,14 @@ class Run:
             model.bind(self.tokenizer)
         if self.c.data:
             self.task = Exercises(self.c, self.tokenizer, model.config.max_positions)
+            print(self.task.describe())
         else:
             self.task = TASKS[self.c.task](self.c, self.tokenizer)
             self.tokenizer = self.task.tokenizer
         self.model = model if self.c.data and not self.c.sft_data else \
             base_model(self.c, self.task, self.near, self.round_dir(0).exists(), model)
         self.model.part_tokens = self.c.part_tokens or part_tokens(self.model)
-        self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, solution_over, self.c.step)
+        self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, self.task.over, self.c.step)
         self.chunk = self.plan()
 
     def settings(self) -> None:
@@ -342,7 +348,7 @@ class Run:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             print(f"out of memory: going on with {rows} rows at once")
-            self.sampler = Sampler(self.model, self.tokenizer, 4096, rows, solution_over, self.c.step)
+            self.sampler = Sampler(self.model, self.tokenizer, 4096, rows, self.task.over, self.c.step)
 
     def log(self) -> list:
         """Rows so far."""
@@ -505,7 +511,7 @@ def work_chunk(run: Run, round_: int, first: int, questions: list, how, bar) -> 
     run.sampler.reset()
     before, fast = dict(run.sampler.counts), run.fast and (run.fast.sampler.counts["sampled"], run.fast.seconds)
     for b, q in enumerate(questions):
-        plant(forest, b, run.sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
+        plant(forest, b, run.sampler, run.task.prompt_ids(q))
     labels, paths = how(run, questions, forest, seeds, bar.update)
     counts = {k: run.sampler.counts[k] - v for k, v in before.items()}
     if fast:                      # tokens of the smaller policy are counted apart
@@ -625,7 +631,7 @@ def sampling_report(run: Run, trees: list) -> dict:
     found = [(t, p) for t, p in pits if p["step"] is not None]
     text = lambda t, n: t.forest.text(t.b, n, run.tokenizer, run.model.stop_ids)
     right, wrong = (sum(int(t.forest.below(t.b, r)[0]) for t in trees) for r in (1, 0))
-    answers = [len({extract_answer(text(t, n)) for n in t.forest.leaves(t.b)}) for t in trees]
+    answers = [len({run.task.find_answer(text(t, n))[0] for n in t.forest.leaves(t.b)}) for t in trees]
     true = [run.task.first_false_step(t.question, text(t, p["leaf"])) == p["step"] for t, p in found] \
         if isinstance(run.task, Homework) and run.c.step == "line" else []
     forest = trees[0].forest
@@ -646,8 +652,7 @@ def sampling_report(run: Run, trees: list) -> dict:
 def greedy(run: Run, questions: list, progress=None) -> list:
     """One greedy solution per question: [(text, why it stopped, tokens)]."""
     run.sampler.reset()
-    requests = [Request(run.sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))), 0, run.c.max_tokens)
-                for q in questions]
+    requests = [Request(run.sampler.prompt(run.task.prompt_ids(q)), 0, run.c.max_tokens) for q in questions]
     return [(run.tokenizer.decode_more([int(i) for i in o.ids if i not in run.model.stop_ids]), o.why, len(o.ids))
             for o in run.sampler.extend(requests, 0, progress=progress)]
 
@@ -668,24 +673,24 @@ def evaluate(run: Run, round_: int) -> dict:
         bar.close()
         write_lines(file, [row for first in range(0, len(questions), size)
                            for row in read_lines(run.work / f"eval_{round_:02d}_{first:06d}.jsonl")])
-    return accuracy_report(read_lines(file)) | {"eval_seconds": time.time() - start}
+    return accuracy_report(read_lines(file), run.task.form) | {"eval_seconds": time.time() - start}
 
 
 def result(task, q: Question, text: str, why: str, length: int) -> dict:
     """What is kept of one evaluated question."""
     return dict(question=q.text, answer=q.answer, steps=q.steps, text=text, right=task.reward(q.text, text, q.answer),
-                rule=find_answer(text)[1], why=why, tokens=length)
+                rule=task.find_answer(text)[1], why=why, tokens=length)
 
 
-def accuracy_report(rows: list) -> dict:
-    """Log keys about an evaluation."""
+def accuracy_report(rows: list, form: str) -> dict:
+    """Log keys about an evaluation. form: the rule of a strict answer."""
     n, right = len(rows), sum(r["right"] for r in rows)
     low, high = wilson(right, n)
     groups = {}
     for r in rows:
         groups.setdefault(r["steps"], []).append(r["right"])
     return dict(accuracy=right / n, accuracy_low=low, accuracy_high=high, questions=n,
-                strict_accuracy=sum(r["right"] and r["rule"] == "####" for r in rows) / n,
+                strict_accuracy=sum(r["right"] and r["rule"] == form for r in rows) / n,
                 no_answer=sum(r["rule"] is None for r in rows) / n,
                 never_ends=sum(r["why"] == "length" for r in rows) / n,
                 mean_tokens=sum(r["tokens"] for r in rows) / n,
@@ -956,7 +961,7 @@ def fast_rollouts(run: Run, round_: int, trees: list) -> Rollouts | None:
         c = replace(c, layers=1, base="", device=run.model.device.type, dtype="float32")
         small = base_model(c, run.task, run.near)
     critic, report = fit_critic(run, round_, trees, small, "rollout_critic")
-    sampler = Sampler(small, run.tokenizer, 4096, c.rows, solution_over, c.step)
+    sampler = Sampler(small, run.tokenizer, 4096, c.rows, run.task.over, c.step)
     return Rollouts(critic, sampler, c.rollouts, c.max_tokens, c.temperature) if report["outcome"]["trusted"] else None
 
 
@@ -965,10 +970,10 @@ def agreement(run: Run, rollouts: Rollouts, questions: list) -> float:
     said = []
     for sampler in (run.sampler, rollouts.sampler):
         sampler.reset()
-        paths = [sampler.prompt(run.tokenizer.encode_prompt(run.task.prompt(q))) for q in questions]
+        paths = [sampler.prompt(run.task.prompt_ids(q)) for q in questions]
         found = sampler.extend([Request(path, 0, run.c.max_tokens) for path in paths], 0)
         texts = [run.tokenizer.decode_more(i for i in f.ids if i not in run.model.stop_ids) for f in found]
-        said.append([extract_answer(text) for text in texts])
+        said.append([run.task.find_answer(text)[0] for text in texts])
     return float(np.mean([a == b for a, b in zip(*said)]))
 
 
@@ -1014,7 +1019,7 @@ def best_trajectory(run: Run, forest: Forest, b: int, keep: float = 0.0) -> int 
 def answer_of(run: Run, forest: Forest, b: int, n: int) -> str | None:
     """The answer an end gives. note: all ends of countdown claim the target, so there a solution is its own answer."""
     text = forest.text(b, n, run.tokenizer, run.model.stop_ids)
-    return text if isinstance(run.task, Countdown) else extract_answer(text)
+    return text if isinstance(run.task, Countdown) else run.task.find_answer(text)[0]
 
 
 def imagine(run: Run, round_: int) -> list:
@@ -1148,8 +1153,10 @@ def summary(run: Run) -> None:
         answer = greedy(run, [q])[0][0].split("\n")
         print("\nand as the improved model answers it:\n\n" + "\n".join("   " + printable(line) for line in answer))
         ask = run.task.prompt(q).replace("\n", "\\n")
-        print(f'\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.\n'
-              f'Ask it:  python model.py --model {run.round_dir(len(run.log()) - 1)} --prompt "{ask}" --temperature 0')
+        print(f"\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.")
+        if not run.c.template:        # model.py reads special tokens in a prompt as text
+            print(f"Ask it:  python model.py --model {run.round_dir(len(run.log()) - 1)} "
+                  f'--prompt "{ask}" --temperature 0')
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1236,7 +1243,7 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     run.task = TASKS[config.task](config, run.tokenizer)
     if config.eval_data:
         run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions)
-    run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, solution_over, config.step)
+    run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, run.task.over, config.step)
     return run
 
 
@@ -1247,7 +1254,7 @@ def evaluate_folder(config: Config) -> None:
     for first in tqdm(range(0, len(questions), 256), desc="evaluating", leave=False):
         group = questions[first:first + 256]
         rows += [result(run.task, q, *found) for q, found in zip(group, greedy(run, group))]
-    print(json.dumps({"folder": config.evaluate} | accuracy_report(rows), indent=1))
+    print(json.dumps({"folder": config.evaluate} | accuracy_report(rows, run.task.form), indent=1))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1324,7 +1331,7 @@ def decode_cell(run: Run, critic: Critic, questions: list, round_: int, method: 
             forest, seeds = Forest(len(group)), [mix(run.c.seed, 11, first + b) for b in range(len(group))]
             run.sampler.reset()
             for b, q in enumerate(group):
-                plant(forest, b, run.sampler, run.tokenizer.encode_prompt(run.task.prompt(q)))
+                plant(forest, b, run.sampler, run.task.prompt_ids(q))
             if method == "samples":
                 rows += sampled_ends(run, critic, group, forest, seeds, bar.update)
                 continue

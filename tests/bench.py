@@ -55,7 +55,7 @@ def searches(task, questions, model, simulations, proposer=Steps, rows=256):
     """One search of these questions: {seconds, share outside the sampler, tokens, simulations, occupancy}."""
     sampler, forest, inside = Sampler(model, task.tokenizer, 100_000, rows, solution_over), Forest(len(questions)), [0.0]
     for b, q in enumerate(questions):
-        plant(forest, b, sampler, task.tokenizer.encode(task.prompt(q)))
+        plant(forest, b, sampler, task.prompt_ids(q))
     step = sampler.step
 
     def timed(progress=None):
@@ -82,7 +82,7 @@ def critic_share(task, questions, model, budget=900.0):
     """Share of a search with critics (`loop.critic_search`'s) that the critics take; heads untrained: the same work."""
     sampler, forest, inside = Sampler(model, task.tokenizer, 100_000, 256, solution_over), Forest(len(questions)), [0.0]
     for b, q in enumerate(questions):
-        plant(forest, b, sampler, task.tokenizer.encode(task.prompt(q)))
+        plant(forest, b, sampler, task.prompt_ids(q))
     critic, known = Critic(model.config.hidden_size + LOG_PROB_FEATURES), {}
 
     def evaluate(forest, ends):
@@ -129,7 +129,7 @@ def student_forest(task, sampler, questions, branches=4):
     forest, rng = Forest(len(questions)), random.Random(0)
     end = sorted(task.tokenizer.eos_ids)[0]
     for b, q in enumerate(questions):
-        plant(forest, b, sampler, task.tokenizer.encode(task.prompt(q)))
+        plant(forest, b, sampler, task.prompt_ids(q))
         for _ in range(branches):
             n, lines = 0, task.solve(q, rng).split("\n")
             for i, text in enumerate(lines):

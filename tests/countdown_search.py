@@ -38,7 +38,7 @@ def study(model, task, questions, simulations):
     """One search of all questions: a row of the table."""
     sampler, forest = Sampler(model, task.tokenizer, 100_000, 256, solution_over), Forest(len(questions))
     for b, q in enumerate(questions):
-        plant(forest, b, sampler, task.tokenizer.encode(task.prompt(q)))
+        plant(forest, b, sampler, task.prompt_ids(q))
 
     def evaluate(forest, ends):
         """1 for a legal solution, else -1."""

@@ -32,7 +32,7 @@ def study(model, task, count=100):
     sampler, questions = Sampler(model, task.tokenizer, 4096, 256, solution_over), task.distinct(5, True, count)
     forest, stop = Forest(len(questions)), model.stop_ids
     for b, q in enumerate(questions):
-        plant(forest, b, sampler, task.tokenizer.encode(task.prompt(q)))
+        plant(forest, b, sampler, task.prompt_ids(q))
     leaves = grow(forest, sampler, [(b, 0, 2) for b in range(len(questions))], [mix(1, b) for b in range(len(questions))], 128)
     wants, owner = [], []
     wrong = 0

@@ -375,7 +375,8 @@ def test_random_text_never_raises():
 HOSTILE = ["(", "1,", "1,111,", "#", "#### ", "#### 1=", "=", "\\boxed{", "{", "}", "\\boxed", "9", "1/",
            "1.", "111,", "1e", "-", "$-", ".", " ", "answer", "answer is ", "answer: -", "answer is\n", "<<",
            "<<1", "\\frac{1", "{,}", "1 a", "1 a,", "x=", "\nQuestion", "1" + " " * 50, "\ud800", "$",
-           "\\(", "\\frac", "\\sqrt{", "\\text{", "\\left(", "\\cup", "(1,", "ab ", "\\\\", "^{", "#### x\n", "answer is x\n", "(A", "option "]
+           "\\(", "\\frac", "\\sqrt{", "\\text{", "\\left(", "\\cup", "(1,", "ab ", "\\\\", "^{",
+           "#### x\n", "answer is x\n", "(A", "option "]
 
 
 def test_time_is_linear():
