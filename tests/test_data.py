@@ -171,7 +171,8 @@ def test_whole_runs(item, recipe, template, tmp_path):
     key = "problem" if item is MATH else "question"
     data = file(tmp_path / "train.jsonl", *[item | {key: f"{item[key]} {i}"} for i in range(4)])
     flags = {"--model": tmp_path / "m", "--data": data, "--eval-data": data, "--recipe": recipe, "--questions": 4,
-             "--samples": 2, "--budget": 40, "--steps": 1, "--batch": 2, "--max-tokens": 12, "--out": tmp_path / "run"}
+             "--samples": 2, "--budget": 40, "--steps": 1, "--batch": 2, "--max-tokens": 12,
+             "--out": tmp_path / "run"}
     flags |= {"--template": template} if template else {}
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
