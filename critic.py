@@ -1065,8 +1065,10 @@ class Exercises:
         that a question writes stay text: it cannot open a turn. A begin token in the template is not doubled."""
         if not self.c.template:
             return self.tokenizer.encode_prompt(self.prompt(question))
-        ids = self.tokenizer.encode(self.before, True) + self.tokenizer.encode(question.text)
-        ids, begin = ids + self.tokenizer.encode(self.after, True), self.tokenizer.begin
+        before, begin = self.before.rstrip(" "), self.tokenizer.begin   # a space belongs to the word behind it
+        ids = self.tokenizer.encode(before, True)
+        ids += self.tokenizer.encode(self.before[len(before):] + question.text, begins=not before)
+        ids += self.tokenizer.encode_more(self.after, True)
         return ids if ids[:len(begin)] == begin else begin + ids
 
     def describe(self) -> str:

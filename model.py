@@ -411,7 +411,7 @@ class Tokenizer:
                     (self.whole if len(parts) == 2 else ranks)[raw] = vocab[name]       # 2: one merge away
         self.bpe = BPE(pat_str=self.fast or r"[\s\S]+", mergeable_ranks=ranks)
 
-    def _normal(self, text: str) -> str:
+    def _normal(self, text: str, begins=True) -> str:
         """Text as the normalizer leaves it."""
         for form in self.forms:
             text = unicodedata.normalize(form, text)
@@ -447,19 +447,20 @@ class Tokenizer:
                 ids += self.bpe._encode_single_piece(piece)
         return ids
 
-    def encode(self, text: str, allow_special=False) -> list[int]:
+    def encode(self, text: str, allow_special=False, begins=True) -> list[int]:
         """Text -> ids. Added tokens are seen only where asked for: data must not open a turn of a chat."""
         ids, text = [], well_formed(text)
         parts = self._find(text, late=False) if allow_special else [text]
-        parts = [[part] if isinstance(part, int) else self._find(self._normal(part), late=True) if allow_special
-                 else [self._normal(part)] for part in parts]
-        for i, part in enumerate(chain(*parts)):
-            ids += [part] if isinstance(part, int) else self._merge(part, int(i > 0)) if part else []
+        parts = [part if isinstance(part, int) else self._normal(part, begins or i > 0) for i, part in enumerate(parts)]
+        parts = [self._find(part, late=True) if allow_special and isinstance(part, str) else [part] for part in parts]
+        for i, part in enumerate(chain(*parts)):        # place 0: where a text begins, 1: behind an added token
+            place = int(i > 0) if i or begins else 2
+            ids += [part] if isinstance(part, int) else self._merge(part, place) if part else []
         return ids
 
-    def encode_more(self, text: str) -> list[int]:
+    def encode_more(self, text: str, allow_special=False) -> list[int]:
         """Ids of a text that goes on from another one: nothing of what a beginning gets."""
-        return self.encode(text)
+        return self.encode(text, allow_special, begins=False)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that begins here: those of `begin` first. A new list, never self.begin itself."""
@@ -609,10 +610,6 @@ class SentencePiece(Tokenizer):
         for part in filter(None, parts):
             ids += [self.vocab[part]] if self.ignore and part in self.vocab else self._join(self._letters(part))
         return ids
-
-    def encode_more(self, text: str) -> list[int]:
-        """Ids of a text that goes on from another one: no ▁ is put before it."""
-        return self._merge(self._normal(well_formed(text), begins=False), 2)
 
     def decode(self, ids) -> str:
         """Ids of a whole text -> text, without the ▁ put before it; to the letter what Hugging Face gives."""

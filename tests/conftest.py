@@ -1,9 +1,85 @@
-"""The five files are imported from the repository's root; one thread, so that times and sums do not depend on cores."""
+"""The five files are imported from the repository's root; one thread, so that times and sums do not depend on cores.
+Two whole runs that take long start at once, one behind the other, beside the tests that come before theirs."""
+import shutil
+import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+SMOKE = ["--preset", "smoke", "--rounds", "2", "--out", "runs/a"]
+FORKING = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import loop                       # once: every child begins with torch imported
+kills, wait = 0, 1.5
+while True:
+    child, start = os.fork(), time.time()
+    if not child:
+        os._exit(loop.main(sys.argv[2:]))
+    done = code = 0
+    while not done and time.time() < start + wait:
+        time.sleep(0.01)
+        done, code = os.waitpid(child, os.WNOHANG)
+    if done:
+        print(kills)
+        sys.exit(code != 0)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    kills, wait = kills + 1, 1.6 * wait
+"""
+COMMANDS = {"smoke": [str(ROOT / "loop.py"), *SMOKE],                   # a run left alone, and one killed and resumed
+            "killed": ["-c", FORKING, str(ROOT), *SMOKE]}
+RUNS = {}                         # fixture: (folder, event, [finished process])
+
+
+def pytest_collection_finish(session):
+    """Start what the collected tests will ask for."""
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if not session.config.option.collectonly:
+        RUNS.update((name, (Path(tempfile.mkdtemp(prefix=name)), threading.Event(), []))
+                    for name in COMMANDS if name in wanted)
+    threading.Thread(target=run_all, daemon=True).start()
+
+
+def run_all():
+    """One after the other: they must not take more than one core from the tests."""
+    for name, (folder, over, result) in RUNS.items():
+        result.append(subprocess.run([sys.executable, *COMMANDS[name]], cwd=folder, capture_output=True, text=True))
+        over.set()
+
+
+def finished(name):
+    """(folder, finished process) of a run beside the tests."""
+    folder, over, result = RUNS[name]
+    assert over.wait(300), f"the {name} run has not ended in five minutes"
+    assert result[0].returncode == 0, result[0].stderr[-2000:]
+    return folder, result[0].stdout
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    """A finished smoke run of self_explore (two rounds) in FOLDER/runs/a, and what it printed."""
+    return finished("smoke")
+
+
+@pytest.fixture(scope="session")
+def killed():
+    """The same, killed (kill -9) at growing times and begun again; printed: how often."""
+    return finished("killed")
+
+
+def pytest_sessionfinish(session):
+    """Leave nothing behind."""
+    for folder, over, _ in RUNS.values():
+        if over.is_set():
+            shutil.rmtree(folder, ignore_errors=True)

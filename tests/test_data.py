@@ -162,6 +162,19 @@ def test_ends_and_votes(tmp_path):
     assert number.find_answer("\\boxed{9}\n#### 8") == ("8", "####") and len(KINDS) == 4
 
 
+def test_template_of_a_sentence_piece_tokenizer(tmp_path):
+    """Where nothing is special the pieces of a template get the ids of the whole prompt (no ▁ is put between them,
+    and the space before the question is its first word's); what a question writes is no end of text."""
+    tokenizer = Tokenizer.from_pretrained(Path(__file__).parent / "data" / "tokenizers" / "llama2_legacy")
+    for template in ("[INST] {question} [/INST]", "{question} Answer:", "Q:  {question}"):
+        task = read(tmp_path, GSM8K, tokenizer=tokenizer, template=template)
+        whole = template.replace("{question}", GSM8K["question"])
+        assert task.prompt_ids(task.test[0]) == tokenizer.encode_prompt(whole), template
+    task = read(tmp_path, GSM8K | {"question": "What </s> is 4 + 5?"}, tokenizer=tokenizer, template="<s>{question}</s>")
+    ids = task.prompt_ids(task.test[0])
+    assert ids.count(2) == 1 and ids[-1] == 2 and ids.count(1) == 1 and ids[0] == 1
+
+
 @pytest.mark.parametrize("item, recipe, template", [(MATH, "sft", ""), (SCIQ, "outcome_dpo", CHATML)])
 def test_whole_runs(item, recipe, template, tmp_path):
     """A run on a tiny random model says what it reads and leaves a log; its rules are those of the data."""

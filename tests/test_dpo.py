@@ -369,7 +369,8 @@ def test_stored_reference_is_the_policy():
     for tokens in (1, 60, 16384):
         for p in (p for r in rows for p in r.pairs):
             p.ref_chosen = p.ref_rejected = math.nan
-        store_reference(model, rows, tokens)
+        model.part_tokens = tokens
+        store_reference(model, rows)
         total, weight, stats = preference_loss(0.3, 0.0)(model, collate(rows, "cpu"))
         assert weight == 20 and total.item() == pytest.approx(20 * math.log(2), abs=1e-4)
         assert abs(stats["margin"]) < 1e-4

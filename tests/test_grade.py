@@ -380,10 +380,10 @@ HOSTILE = ["(", "1,", "1,111,", "#", "#### ", "#### 1=", "=", "\\boxed{", "{", "
 
 
 def test_time_is_linear():
-    """100 kB of any repeated piece, alone and behind all the markers, costs each function under half a second
-    of processor time (measured: under .1). A quadratic scan takes 5e9 character steps, over five seconds."""
+    """50 kB of any repeated piece, alone and behind all the markers, costs each function under half a second
+    of processor time (measured: under .05). A quadratic scan takes 1e9 character steps, over a second."""
     for piece in HOSTILE:
-        body = piece * (100_000 // len(piece))
+        body = piece * (50_000 // len(piece))
         marked = "\\boxed{the answer is #### " + body + "x"
         calls = [(find_answer, marked), (lambda text: grade(text, "blue"), body),
                  (strip_calculator_marks, body), (to_number, "1" + body + "!x"), (find_letter, marked),

@@ -47,15 +47,6 @@ def inside(file, *arguments, cwd):
     return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """A finished smoke run of self_explore (two rounds), made once."""
-    folder = tmp_path_factory.mktemp("smoke")
-    done = program("loop.py", *SMOKE, "--rounds", 2, "--out", "runs/a", cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done.stdout
-
-
 # -- homework ---------------------------------------------------------------------------------------------
 def test_value_by_precedence():
     """`value` equals Python's own evaluation on 3,000 random expressions, and is None iff a partial result leaves
@@ -307,37 +298,13 @@ def test_finished_run_called_again(smoke):
     assert out[out.index("A question of round 1"):] == again.stdout[again.stdout.index("A question of round 1"):]
 
 
-FORKING = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-import loop                       # once: every child begins with torch imported
-kills, wait = 0, 1.5
-while True:
-    child, start = os.fork(), time.time()
-    if not child:
-        os._exit(loop.main(sys.argv[2:]))
-    done = code = 0
-    while not done and time.time() < start + wait:
-        time.sleep(0.01)
-        done, code = os.waitpid(child, os.WNOHANG)
-    if done:
-        print(kills)
-        sys.exit(code != 0)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    kills, wait = kills + 1, 1.6 * wait
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_run_ends_in_the_same_bytes(smoke, tmp_path):
+def test_killed_run_ends_in_the_same_bytes(smoke, killed):
     """kill -9 again and again, at growing times, then the same command: weights, optimizer, pairs, trees and
     per-question files equal those of the run that was left alone (the base is trained anew here, too)."""
-    done = subprocess.run([sys.executable, "-c", FORKING, str(ROOT), *SMOKE, "--rounds", "2", "--out", "runs/a"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and int(done.stdout.split()[-1]) >= 1, done.stderr[-1000:]
-    assert comparable(tmp_path / "runs" / "a") == comparable(smoke[0] / "runs" / "a")
-    base = [next(f.glob("runs/base_*/done/model.safetensors")).read_bytes() for f in (tmp_path, smoke[0])]
+    assert int(killed[1].split()[-1]) >= 1
+    assert comparable(killed[0] / "runs" / "a") == comparable(smoke[0] / "runs" / "a")
+    base = [next(f.glob("runs/base_*/done/model.safetensors")).read_bytes() for f in (killed[0], smoke[0])]
     assert base[0] == base[1]
 
 
@@ -474,7 +441,7 @@ def test_open_weights_on_a_built_in_task(smoke, tmp_path):
         assert ("from scratch" in done.stdout, f"the base from {folder}" in done.stdout) == (False, recipe == "rft")
     start, base = (read_safetensors(f / "model.safetensors")[0] for f in (folder, tmp_path / "runs/rft/round_0"))
     moved = [float((base[n] - start[n]).abs().max()) for n in start]
-    assert len(base) == len(start) and 0 < max(moved) < 1e-3            # 24 solutions at the rate of open weights
+    assert len(base) == len(start) and 0 < max(moved) < 3e-3            # three steps at the rate of open weights
     assert len([*(tmp_path / "runs").glob("base_*")]) == 1
     data = questions_file(tmp_path / "questions.jsonl")
     done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--recipe", "sft",
