@@ -153,19 +153,17 @@ SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk
              threads=1, save_seconds=0.1)
 RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=(1, 10**7), completions=(1, 1024),
               temperature=(0.01, 10.0), max_tokens=(4, 10**6), chunk=(1, 4096), rows=(1, 65536), steps=(1, 10**6),
-              batch=(1, 4096), part_tokens=(0, 1 << 24), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499), dpo_lr=(0.0, 1.0),
-              sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7), base_batch=(1, 4096),
-              base_lr=(0.0, 1.0), careless=(0.0, 1.0), min_operators=(1, 8), max_operators=(1, 8), traps=(0, 7),
-              numbers=(2, 5),
-              simulations=(1, 10**6), commit=(0, 1), root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6),
-              c_puct=(0.0, 1000.0), greedy_child=(0, 1),
-              judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0),
-              imitate=(0.0, 0.99), imitate_rounds=(0, 1000), critic_share=(0.05, 0.95), critic_steps=(1, 10**6),
-              critic_window=(1, 1000),
+              batch=(1, 4096), part_tokens=(0, 1 << 24), beta=(1e-6, 100.0), nll=(0.0, 100.0), smoothing=(0.0, 0.499),
+              dpo_lr=(0.0, 1.0), sft_lr=(0.0, 1.0), width=(8, 4096), layers=(1, 64), base_steps=(1, 10**7),
+              base_batch=(1, 4096), base_lr=(0.0, 1.0), careless=(0.0, 1.0), min_operators=(1, 8),
+              max_operators=(1, 8), traps=(0, 7), numbers=(2, 5), simulations=(1, 10**6), commit=(0, 1),
+              root_width=(1, 256), width_below=(1, 256), widen=(0, 10**6), c_puct=(0.0, 1000.0), greedy_child=(0, 1),
+              judge_sees_answer=(0, 1), min_visits=(1, 10**6), gap=(0.0, 10.0), imitate=(0.0, 0.99),
+              imitate_rounds=(0, 1000), critic_share=(0.05, 0.95), critic_steps=(1, 10**6), critic_window=(1, 1000),
               imagined=(0, 10**7), alpha=(0.0, 1e6), most_width=(1, 256), c_uct=(0.0, 1000.0), keep=(0.0, 1.0),
               value_weight=(0.0, 1000.0), process_weight=(0.0, 1000.0), rollouts=(0, 1024),
-              rollout_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7),
-              eval_questions=(1, 10**7), threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
+              rollout_weight=(0.0, 1000.0), merge=(0, 1), decode_questions=(1, 10**7), eval_questions=(1, 10**7),
+              threads=(0, 1024), seed=(0, 2**31), seeds=(1, 100), save_seconds=(0.0, 1e9))
 HELP = dict(data="training questions: JSON lines of GSM8K, MATH, SciQ, ARC or CommonsenseQA; ",
             eval_data="held-out questions, graded as those of --data; ",
             template="the prompt, with {question} in it; \\n is a newline, special tokens count as such; ")
@@ -293,8 +291,10 @@ class Run:
             self.tokenizer = self.task.tokenizer
         self.model = model if self.c.data and not self.c.sft_data else \
             base_model(self.c, self.task, self.near, self.round_dir(0).exists(), model)
-        self.model.part_tokens = self.c.part_tokens or part_tokens(self.model)
-        self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, self.task.over, self.c.step)
+        held = read_json(self.dir / "config.json").get("held", {})      # what memory held at an earlier start
+        self.model.part_tokens = min(self.c.part_tokens or part_tokens(self.model), held.get("part_tokens", 1 << 24))
+        rows = min(self.c.rows, held.get("rows", self.c.rows))
+        self.sampler = Sampler(self.model, self.tokenizer, 4096, rows, self.task.over, self.c.step)
         self.chunk = self.plan()
 
     def settings(self) -> None:
@@ -328,8 +328,9 @@ class Run:
         plan = dict(weights=size * self.model.dtype.itemsize, masters=4 * size * half,
                     gradients=size * (4 + 2 * half), optimiser=8 * size,
                     logits=8 * min(LOGITS_AT_ONCE, self.model.part_tokens * self.model.config.vocab_size))
-        print("memory: " + ", ".join(f"{k} {v / mib:,.0f}" for k, v in plan.items() if v) + f" MiB; keys and values of a "
-              f"chunk of {chunk} questions up to {chunk * per_question / mib:,.0f} MiB; {free / 2 ** 30:.1f} GiB free")
+        print("memory: " + ", ".join(f"{k} {v / mib:,.0f}" for k, v in plan.items() if v) + " MiB; keys and values of "
+              f"a chunk of {chunk} questions up to {chunk * per_question / mib:,.0f} MiB; "
+              f"{free / 2 ** 30:.1f} GiB free")
         print(f"{self.c.device}, {self.c.dtype}, {self.c.threads} threads")
         return chunk
 
@@ -349,6 +350,13 @@ class Run:
                 torch.cuda.empty_cache()
             print(f"out of memory: going on with {rows} rows at once")
             self.sampler = Sampler(self.model, self.tokenizer, 4096, rows, self.task.over, self.c.step)
+            self.remember()
+
+    def remember(self) -> None:
+        """Note in config.json how much memory holds at once: the next start begins with it."""
+        held = dict(rows=self.sampler.rows, part_tokens=self.model.part_tokens)
+        about = read_json(self.dir / "config.json") | {"held": held}
+        write_text(self.dir / "config.json", json.dumps(about, indent=1) + "\n")
 
     def log(self) -> list:
         """Rows so far."""
@@ -709,9 +717,12 @@ def learn(run: Run, round_: int, stage: str, rows: list, loss_fn, kind: str, ste
         return {}, None
     lr = (run.c.dpo_lr if kind == "dpo" else run.c.sft_lr) or default_lr(run.model, kind)
     run.sampler.allocate(4096)                          # its memory is the training's now
-    batches = Batches(rows, run.c.batch, steps, mix(run.c.seed, round_, 5))
-    return train(run.model, batches, loss_fn, lr, state=state, save_seconds=run.c.save_seconds,
-                 label=f"round {round_}: {stage}"), state
+    batches, before = Batches(rows, run.c.batch, steps, mix(run.c.seed, round_, 5)), run.model.part_tokens
+    report = train(run.model, batches, loss_fn, lr, state=state, save_seconds=run.c.save_seconds,
+                   label=f"round {round_}: {stage}")
+    if run.model.part_tokens < before:
+        run.remember()
+    return report, state
 
 
 def right_rows(run: Run, trees: list, most: int = 8) -> list:

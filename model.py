@@ -1118,7 +1118,6 @@ class Sampler:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int, rows: int = 256, finished=None,
                  step: str = "line"):
-        c = model.config
         self.model, self.tokenizer, self.rows, self.finished = model, tokenizer, rows, finished or (lambda line: False)
         self.newline, self.step_over = set(tokenizer.newline_ids), step_rule(step, tokenizer)
         self.new = functools.partial(torch.zeros, dtype=model.dtype, device=model.device)

@@ -1,16 +1,20 @@
 """Speeds, each beside what it is compared with, measured in one run on one thread; the last line is one JSON object.
 
-    python tests/bench.py            about two minutes
+    python tests/bench.py            about three minutes
 
 sampling: continuing pit prefixes from the sampler's store, against encoding every prefix again for every branch.
 search: trees by MCTS with a briefly trained base, against the same search with prefixes encoded again at each expansion,
 and against one tree at a time; how time grows with simulations and trees; share of time outside the sampler; share that
 critics take in a search with them.
 training: whole trees packed in one row, against a chosen row and a rejected row per pair.
-limit: what one thread does in plain fp32 matrix products of the model's shape."""
+peer: continuing 64 prompts with the tiny model and with one of SmolLM2-135M's shape (random weights), against `generate`
+of the library transformers on the same weights, when that happens to be importable; null otherwise.
+limit: what one thread does in plain fp32 matrix products, of the tiny model's shape, and of 64 rows with the large one's."""
+import importlib.util
 import json
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -123,6 +127,53 @@ def search_report():
             "critic_share_256_trees": critic_share(task, questions, model)}
 
 
+SMOLLM2 = dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+               num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048, rms_norm_eps=1e-5,
+               rope_theta=1e5, hidden_act="silu", tie_word_embeddings=True)
+
+
+def generating(model, tok, rows, prompt=32, new=32):
+    """Tokens a second when `rows` different prompts go on for `new` tokens at temperature 1, and the share of them
+    that one thread's matrix products alone would allow: 2 FLOP a weight and token, in products of `rows` rows."""
+    model.bind(tok).stop_ids = frozenset()              # nobody ends early, here and there
+    sampler, rng = Sampler(model, tok, rows * (prompt + new) + 1, rows), random.Random(0)
+    texts = [[rng.randrange(256) for _ in range(prompt)] for _ in range(rows)]
+
+    def work():
+        sampler.reset()
+        sampler.extend([Request(sampler.prompt(t), mix(1, i), new) for i, t in enumerate(texts)])
+    took = seconds(work, 1)
+    x, w = torch.randn(rows, model.config.hidden_size), torch.randn(model.config.intermediate_size, model.config.hidden_size)
+    limit = 2 * rows * w.numel() / seconds(lambda: x @ w.T, 20)
+    weights = sum(p.numel() for p in model.parameters())
+    return rows * new / took, texts, rows * new / took * 2 * weights / limit
+
+
+def peer(model, texts, new=32):
+    """The same by transformers.generate, or None."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers import AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor(texts)
+    take = dict(attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new,
+                pad_token_id=0)
+    return len(texts) * new / seconds(lambda: theirs.generate(ids, **take), 1)
+
+
+def peers(tok):
+    """The peer part of the object."""
+    large, found = GPT(GPTConfig.from_json(SMOLLM2)).initialise(0), {}
+    for name, model in (("tiny", GPT(GPTConfig.tiny(tok.n_ids)).initialise(0)), ("135m", large)):
+        ours, texts, share = generating(model, tok, 64)
+        theirs = peer(model, texts)
+        found |= {f"generate_{name}": round(ours, 1), f"generate_{name}_transformers": theirs and round(theirs, 1),
+                  f"generate_{name}_ratio": theirs and round(ours / theirs, 2), f"generate_{name}_share_of_matmul": round(share, 2)}
+    return found | {"generate_135m_256_rows": round(generating(large, tok, 256)[0], 1)}
+
+
 def student_forest(task, sampler, questions, branches=4):
     """Trees of several students' solutions per question, in the sampler's store."""
 
@@ -146,6 +197,8 @@ def main():
     model = GPT(GPTConfig.tiny(tok.n_ids)).initialise(0).bind(tok)
     x, w = torch.randn(4096, 128), torch.randn(128, 320)
     limit = 2 * 4096 * 128 * 320 / seconds(lambda: x @ w, 20)
+    block, copy = torch.zeros(1 << 26), torch.zeros(1 << 26)            # 256 MiB each
+    bandwidth = 8 * copy.numel() / seconds(lambda: copy.copy_(block), 5)                        # read and written
     flops = 2 * sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)   # per token, forward
 
     sampler = Sampler(model, tok, 200_000, 256)
@@ -189,12 +242,12 @@ def main():
     trained = sum(len(r.packed.ids) for r in packed)
 
     print(json.dumps({
-        "threads": 1, "matmul_gflops": round(limit / 1e9, 1),
+        "threads": 1, "matmul_gflops": round(limit / 1e9, 1), "copy_gb_per_second": round(bandwidth / 1e9, 1),
         "sampling_tokens_per_second": round(tokens / fast), "sampling_prefixes_encoded_again": round(tokens / slow),
         "sampling_ratio": round(slow / fast, 2), "sampling_share_of_matmul": round(tokens / fast * flops / limit, 3),
         "training_pairs_per_second_packed": round(pairs / one, 1), "training_pairs_per_second_two_rows": round(pairs / two, 1),
         "training_ratio": round(two / one, 2), "training_share_of_matmul": round(3 * trained / one * flops / limit, 3),
-        "pairs_per_tree": round(pairs / len(packed), 2), "peer": None} | search_report()))
+        "pairs_per_tree": round(pairs / len(packed), 2)} | peers(tok) | search_report()))
 
 
 if __name__ == "__main__":

@@ -464,6 +464,10 @@ def test_out_of_memory_while_sampling(smoke, tmp_path):
         patch.setattr(Sampler, "_forward", small)
         done = inside("loop.py", *SMOKE, "--base", next((smoke[0] / "runs").glob("base_*")), "--out", "runs/a", cwd=tmp_path)
     assert done.returncode == 0 and "going on with 16 rows" in done.stdout, done.stderr[-1000:]
+    assert json.loads((tmp_path / "runs/a/config.json").read_text())["held"] == {"rows": 16, "part_tokens": 2048}
+    run = loop.Run(loop.parse_flags([*SMOKE, "--base", str(next((smoke[0] / "runs").glob("base_*"))), "--out",
+                                     str(tmp_path / "runs/a")]))
+    assert run.sampler.rows == 16                       # remembered
     trees = [[json.loads(line)["tree"]["ids"] for line in (where / "runs/a/trees_01.jsonl").read_text().splitlines()]
              for where in (smoke[0], tmp_path)]
     assert trees[0] == trees[1]
