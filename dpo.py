@@ -211,7 +211,7 @@ PART_TOKENS = {"cpu": 2048, "cuda": 16384}    # measured: on a CPU parts that fi
 
 def part_tokens(model) -> int:
     """Padded tokens of one forward pass over packed rows: by device, or what `halving` found to fit."""
-    return getattr(model, "part_tokens", 0) or PART_TOKENS[model.device.type]
+    return getattr(model, "part_tokens", 0) or PART_TOKENS.get(model.device.type, 2048)
 
 
 def halving(model, work):

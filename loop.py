@@ -289,6 +289,7 @@ class Run:
         else:
             self.task = TASKS[self.c.task](self.c, self.tokenizer)
             self.tokenizer = self.task.tokenizer
+            self.task.eval_questions(), self.task.train_questions(1)    # too few are refused before minutes of training
         self.model = model if self.c.data and not self.c.sft_data else \
             base_model(self.c, self.task, self.near, self.round_dir(0).exists(), model)
         held = read_json(self.dir / "config.json").get("held", {})      # what memory held at an earlier start

@@ -246,10 +246,13 @@ def test_countdown():
     assert len(held) > 100 and not held & {task.key(q) for q in task.train_questions(1)}
 
 
-def test_too_few_questions():
+def test_too_few_questions(tmp_path):
     """A task that has not so many different questions says so instead of searching for ever."""
     with pytest.raises(loop.BadInput, match="different questions"):
         Countdown(Config(task="countdown", numbers=2, eval_questions=5000)).eval_questions()
+    refused("different questions", "loop.py", *SMOKE, "--task", "countdown", "--numbers", 2, "--eval-questions",
+            5000, cwd=tmp_path)
+    assert not [*tmp_path.glob("runs/base_*")]                          # said before any training
 
 
 def test_calculations_make_distinct():
