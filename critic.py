@@ -38,7 +38,7 @@ from model import BadInput, Sampler, Tokenizer, about, field, mix, need
 # 1 · Grading
 # ----------------------------------------------------------------------------------------------------------
 # Two scripts with two ideas of "equal" make false pits: a step looks fatal because its rollouts were graded
-# by other rules. So text -> answer -> exact fraction happens here only. Left out on purpose, because guessing
+# by other rules. So text -> answer -> exact fraction happens here only. Left out of plain numbers, because guessing
 # costs more than it earns: units, "5k", mixed numbers (`2 1/2` is two numbers), Indian grouping (a comma
 # groups three digits), dates and times (they are several numbers), and any evaluation of expressions.
 
@@ -166,9 +166,10 @@ _ANYWHERE = [(re.compile(pattern), new) for pattern, new in (
     (r"\{[pb]matrix\}", "{matrix}"))]
 _NAMED = re.compile(r"^(?:\\?[A-Za-z]+(?:_\{?[0-9A-Za-z]\}?|\([a-z]\))?|\([a-z](?:, *[a-z])+\)) *"
                     r"(?:=|\\in(?![a-z]))(?=[^=]*$)")                                 # x =, f(x) =, (x, y) =, x \in
+_NO_UNIT = "sin|cos|tan|log|mod|plus|minus|times|over|sqrt|base"
 _OF_ONE = [(re.compile(pattern), new) for pattern, new in (                           # in order
-    (rf"(?:(?<=[0-9}})])|(?<=\\pi)) *{_TEXT}[^{{}}]*\}}{_POWER}[. ]*$", ""),            # 5\text{ cm}^2, 5 cm^2
-    (rf"(?<=[0-9}}]) +(?!sin|cos|tan|log|mod)(?:[A-Za-z]{{3}}[A-Za-z. ]*|[ckm]m|ft|kg|mi){_POWER}[. ]*$", ""),
+    (rf"(?:(?<=[0-9}})])|(?<=\\pi)) *{_TEXT}(?! *[ap]\.? ?m\b)[^{{}}]*\}}{_POWER}[. ]*$", ""),      # 5\text{ cm}^2
+    (rf"(?<=[0-9}}]) +(?!{_NO_UNIT})(?:[A-Za-z]{{3}}[A-Za-z. ]*|[ckm]m|ft|kg|mi){_POWER}[. ]*$", ""),    # 5 cm^2
     (rf"{_TEXT}([^{{}}]*)\}}", r"\1"),
     (r"^(-?)([0-9]+) +([0-9]+) */ *([0-9]+)$", r"\1\2\\frac{\3}{\4}"),               # 2 1/2
     (r"(?<=[0-9]) +(?=[0-9])", "~"),                                                  # 1 2 is not 12
@@ -191,13 +192,13 @@ def canonical(tex, tuples=False):
 
     Numbers become exact fractions (`2\\frac12`, `2.5`, `\\frac{5}{2}` -> `5/2`). Tuples and intervals keep order and
     brackets: (1, 2] is not (1, 2). Sets, unions and bare lists are sorted; of matrices the cells are read. Units,
-    `x =`, degrees, `$`, `%` and spacing go. tuples: how to read `(100,200)`, as a pair or, for False, a number."""
+    `x =`, degrees, `$`, `%` and spacing go. tuples: how to read `(100,200)` and `100,200`, as two numbers or as one."""
     if len(tex) > MAX_FORMULA:
         return "".join(tex.split())
     short = tex.translate(_CHARS).replace("\\\\", ";" if "matrix" in tex else "\\")   # a row, or JSON escaped twice
     for pattern, new in _ANYWHERE:
         short = pattern.sub(new, short)
-    if not re.search(r"[][()]|\\[{}]", short.strip(" .*").strip("()" * (not tuples))):
+    if not tuples and not re.search(r"[][()]|\\[{}]", short.strip(" .*").strip("()")):
         short = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), short)
     return _compound(_NAMED.sub("", short.strip().rstrip(" .")), 3) or "".join(tex.split())
 
@@ -211,6 +212,9 @@ def _compound(tex, depth):
     for mark in (",", r"\cup"):
         parts = _split(tex, mark)
         if len(parts) > 1 and depth:
+            names = [_NAMED.match(part.strip()) for part in parts]      # x = 1, x = 2: 1, 2; but x = 1, y = 2 stays
+            if all(names) and len({"".join(name[0].split()) for name in names}) == 1:
+                parts = [part.strip()[name.end():] for part, name in zip(parts, names)]
             return mark.join(sorted(map(read, parts)))
     bracket = re.fullmatch(r"(\\\{|[(\[])(.*?)(\\\}|[)\]])", tex)
     parts = _split(bracket[2], ",") if bracket else []
@@ -261,7 +265,7 @@ def _stated(text):
 _SENTENCE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,} (?:[A-Za-z]{2,} [A-Za-z]{2,}|.*[0-9])")
 _MATHS = re.compile(r"[^0-9A-Za-z$\\]*(?:\$+([^$]+)\$|\\\((.*?)\\\))")                    # is $x + 1$, because
 _OPTION = re.compile(r"[^0-9A-Za-z\\]*(?:\\[a-z]+ ?\{[^0-9A-Za-z]*)?(?:(?:[Oo]ption|[Cc]hoice)[^0-9A-Za-z]+)?"
-                     r"([A-Za-z])(?:\)|[.:](?![0-9A-Za-z])|[^0-9A-Za-z]*$)")
+                     r"([A-Za-z])(?:\)|[.:](?![0-9A-Za-z])|,? (?:because|since|as)\b|[^0-9A-Za-z]*$)")
 
 
 def find_formula(text, tuples=False):
@@ -694,10 +698,10 @@ def mcnemar(ours: list, theirs: list) -> float:
 # ----------------------------------------------------------------------------------------------------------
 @dataclass
 class Question:
-    """One question; `answer` is read by the grader only (and by the sft control on real data)."""
+    """One question; `answer` is read by the grader only (and, on real data, by SFT on reference solutions)."""
     text: str
     answer: str
-    steps: int                    # difficulty for the report: operators, or lines of the reference
+    steps: int                    # difficulty for the report: operators, lines of the reference, level, options
 
 
 def calculate(a: int, op: str, b: int) -> int:
@@ -1048,11 +1052,13 @@ class Exercises:
         self.before, _, self.after = template.partition("{question}")
         self.train = self.read(c.data) if c.data else []
         self.test = self.read(c.eval_data)
-        self.kind, other = self.files[0][1], self.files[-1][1]
+        self.rationales = self.read(c.sft_data) if c.sft_data else []
+        self.kind = self.files[0][1]
         self.find_answer, self.form = self.kind.find, self.kind.form
-        if self.kind.graded != other.graded:
-            raise BadInput(f"--data is graded by a {self.kind.graded}, --eval-data by a {other.graded}: a run reads "
-                           "one kind of answer; take files of one kind (--evaluate works on any).")
+        for file, other, _ in self.files:
+            if self.kind.graded != other.graded:
+                raise BadInput(f"{self.files[0][0]} is graded by a {self.kind.graded}, {file} by a {other.graded}: a "
+                               "run reads one kind of answer; take files of one kind (--evaluate works on any).")
         if c.recipe == "alphallm" and self.kind.graded == "letter":
             raise BadInput("--recipe alphallm makes up questions of one line, without options; take another recipe.")
 
@@ -1063,13 +1069,15 @@ class Exercises:
     def prompt_ids(self, question: Question) -> list:
         """Its ids; all prompts of a run are made here. Special tokens that the template writes become such, those
         that a question writes stay text: it cannot open a turn. A begin token in the template is not doubled."""
+        tok, whole = self.tokenizer, self.prompt(question)
         if not self.c.template:
-            return self.tokenizer.encode_prompt(self.prompt(question))
-        before, begin = self.before.rstrip(" "), self.tokenizer.begin   # a space belongs to the word behind it
-        ids = self.tokenizer.encode(before, True)
-        ids += self.tokenizer.encode(self.before[len(before):] + question.text, begins=not before)
-        ids += self.tokenizer.encode_more(self.after, True)
-        return ids if ids[:len(begin)] == begin else begin + ids
+            return tok.encode_prompt(whole)
+        if all(whole.count(name) == self.before.count(name) + self.after.count(name) for name in tok.added):
+            ids = tok.encode(whole, True)               # in one piece: words go across the borders of the template
+        else:
+            ids = tok.encode(self.before, True) + tok.encode(question.text, begins=not self.before)
+            ids += tok.encode_more(self.after, True)
+        return ids if ids[:len(tok.begin)] == tok.begin else tok.begin + ids
 
     def describe(self) -> str:
         """What a run says of its data: a line per file, the first prompt as the model reads it, its ids."""
@@ -1084,8 +1092,8 @@ class Exercises:
         try:
             text = Path(file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{file} cannot be read ({error}); --data and --eval-data take files of JSON lines.") \
-                from error
+            raise BadInput(f"{file} cannot be read ({error}); --data, --eval-data and --sft-data take files of JSON "
+                           "lines.") from error
         array = text.lstrip().startswith("[")
         for number, line in enumerate([text] if array else text.split("\n"), 1):
             where = f"{file}, line {number}"
@@ -1123,8 +1131,8 @@ class Exercises:
         return found
 
     def over(self, line: str) -> bool:
-        """Does this line end a solution?"""
-        return solution_over(line) or self.kind.find(line)[1] in self.kind.ends
+        """Does this line end a solution? A heading (`#### Step 1`) does not."""
+        return line.startswith("Question:") or self.kind.find(line)[1] in ("####", *self.kind.ends)
 
     def train_questions(self, round_: int) -> list:
         """The next `questions` of a shuffled file; every question once before any comes again."""
@@ -1162,10 +1170,11 @@ class Exercises:
         return self.test[:self.c.eval_questions]
 
     def example(self, question: Question, rng: random.Random) -> tuple:
-        """Ids of the question and of the reference solution, for the sft control."""
+        """Ids of the question and of the reference solution, for SFT; what the context cannot hold is cut off."""
         lead = "" if self.after[-1:].isspace() else " "                 # a turn of a chat begins on a line of its own
         ids = self.tokenizer.encode_more(lead + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
-        return self.prompt_ids(question), ids
+        prompt = self.prompt_ids(question)
+        return prompt, ids[:self.context - len(prompt)]
 
     def reward(self, question: str, text: str, answer: str) -> bool:
         """Is the solution right? By its final answer."""

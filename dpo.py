@@ -172,15 +172,12 @@ def side_sums(batch: Batch, logps: torch.Tensor) -> tuple:
 @torch.no_grad()
 def store_reference(model: GPT, rows: list) -> None:
     """Write the model's log-probs of both sides into every pair: the model as it is now is the reference."""
-    def store(tokens):
-        """With so many padded tokens at once."""
-        for group in by_length(rows, tokens):
-            batch = collate(group, model.device)
-            sums = side_sums(batch, tree_log_probs(model, batch))
-            pairs = [p for r in group for p in r.pairs]
-            for pair, chosen, rejected in zip(pairs, *(s.tolist() for s in sums)):
-                pair.ref_chosen, pair.ref_rejected = chosen, rejected
-    halving(model, store)
+    for group in by_length(rows, part_tokens(model)):
+        batch = collate(group, model.device)
+        sums = side_sums(batch, tree_log_probs(model, batch))
+        pairs = [p for r in group for p in r.pairs]
+        for pair, chosen, rejected in zip(pairs, *(s.tolist() for s in sums)):
+            pair.ref_chosen, pair.ref_rejected = chosen, rejected
 
 
 @torch.no_grad()
@@ -188,21 +185,17 @@ def node_features(model: GPT, rows: list) -> list:
     """What critics read: for each row (packed nodes, C + 4), the hidden states from which the last token of each node
     is drawn and numbers about its path's log-probs, as `critic.critic_features` finds them while sampling."""
     found = {}
-
-    def read(tokens):
-        """With so many padded tokens at once."""
-        for group in by_length(rows, tokens):
-            batch = collate(group, model.device)
-            batch.wanted = torch.ones_like(batch.wanted)
-            logps, hidden = tree_log_probs(model, batch, with_hidden=True)                      # (B, T), (B, T, C)
-            for i, row in enumerate(group):
-                p, own = row.packed, logps[i, :len(row.packed.ids)].cpu().numpy()
-                steps = np.split(own, np.flatnonzero(np.diff(p.node)) + 1)                      # of each node's tokens
-                numbers = [log_prob_features([steps[m] for m in np.flatnonzero(sees)[1:]]) for sees in p.sees]
-                last = np.cumsum([len(s) for s in steps]) - 1
-                states = hidden[i, np.maximum(p.before[last], 0)].float()
-                found[id(row)] = torch.cat((states, torch.tensor(numbers, device=states.device)), 1)
-    halving(model, read)
+    for group in by_length(rows, part_tokens(model)):
+        batch = collate(group, model.device)
+        batch.wanted = torch.ones_like(batch.wanted)
+        logps, hidden = tree_log_probs(model, batch, with_hidden=True)  # (B, T), (B, T, C)
+        for i, row in enumerate(group):
+            p, own = row.packed, logps[i, :len(row.packed.ids)].cpu().numpy()
+            steps = np.split(own, np.flatnonzero(np.diff(p.node)) + 1)  # log-probs of each node's tokens
+            numbers = [log_prob_features([steps[m] for m in np.flatnonzero(sees)[1:]]) for sees in p.sees]
+            last = np.cumsum([len(s) for s in steps]) - 1
+            states = hidden[i, np.maximum(p.before[last], 0)].float()
+            found[id(row)] = torch.cat((states, torch.tensor(numbers, device=states.device)), 1)
     return [found[id(row)] for row in rows]
 
 
@@ -210,27 +203,8 @@ PART_TOKENS = {"cpu": 2048, "cuda": 16384}    # measured: on a CPU parts that fi
 
 
 def part_tokens(model) -> int:
-    """Padded tokens of one forward pass over packed rows: by device, or what `halving` found to fit."""
+    """Padded tokens of one forward pass over packed rows: by device, or what is set on the model."""
     return getattr(model, "part_tokens", 0) or PART_TOKENS.get(model.device.type, 2048)
-
-
-def halving(model, work):
-    """work(padded tokens at once), tried with half of them while the device runs out of memory; what fits is
-    remembered as model.part_tokens. The mathematics stays the same: gradients are sums over rows. BadInput when
-    even a single row does not fit."""
-    while True:
-        tokens = part_tokens(model)
-        try:
-            return work(tokens)
-        except torch.OutOfMemoryError as error:
-            if tokens < 64:
-                raise BadInput("Out of memory with one tree at a time: shorten solutions (--max-tokens), sample fewer "
-                               "a question (--budget), or take a smaller model.") from error
-        # subtle: behind the except block: what failed is still referred to inside it, and would not be freed
-        model.part_tokens = tokens // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        print(f"out of memory: going on with {model.part_tokens} padded tokens at once")
 
 
 def by_length(rows: list, tokens: int) -> list:
@@ -343,7 +317,8 @@ def make_optimizers(params: dict, lr: float, muon: bool) -> list:
     times faster (at 135M parameters .2 s a step instead of .9)."""
     matrix = [p for n, p in params.items() if muon and p.dim() == 2 and ".layers." in n]
     rest = [p for n, p in params.items() if not (muon and p.dim() == 2 and ".layers." in n)]
-    return [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] + ([Muon(matrix, lr)] if matrix else [])
+    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [adamw] + ([Muon(matrix, lr)] if matrix else [])
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -373,7 +348,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: i
     while step < len(batches):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * schedule(step, len(batches), warmup)
-        stats = halving(model, lambda tokens: _gradients(model, batches[step], loss_fn, params, masters, tokens, split))
+        stats = _gradients(model, batches[step], loss_fn, params, masters, split)
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), clip).item()
         if math.isfinite(stats["loss"]) and math.isfinite(norm):
             for optimizer in optimizers:
@@ -383,7 +358,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon: bool = False, warmup: i
             skipped += 1
             if skipped >= 10:
                 raise BadInput(f"{label}: the loss was not finite ten steps in a row (step {step}); lower the learning "
-                               "rate (--lr) and run the same command again.")
+                               "rate (--dpo-lr, --sft-lr, --base-lr), in a new --out.")
         for n, p in params.items():
             if masters[n] is not p:
                 p.data.copy_(masters[n].data)
@@ -437,12 +412,12 @@ def packed_parts(rows: list, tokens: int, device) -> list:
     return ((collate(part, device), sum(len(r.packed.ids) for r in part)) for part in by_length(rows, tokens))
 
 
-def _gradients(model, rows, loss_fn, params, masters, tokens, split=None):
+def _gradients(model, rows, loss_fn, params, masters, split=None):
     """Accumulate the gradient of one batch in the masters; returns its statistics, all per unit of weight."""
     for p in masters.values():
         p.grad = None
     total, weight, sums, count = 0.0, 0.0, {}, 0
-    for batch, size in (split or packed_parts)(rows, tokens, model.device):
+    for batch, size in (split or packed_parts)(rows, part_tokens(model), model.device):
         loss, w, stats = loss_fn(model, batch)
         loss.backward()
         for n, p in params.items():
@@ -497,7 +472,7 @@ def _summary(history):
             "skipped": int(sum(h["skipped"] for h in history))}
     if out.get("chosen_shift", 0.0) < -0.05:
         out["alarm"] = (f"chosen log-prob fell by {-out['chosen_shift']:.3f} nats a token below the reference: "
-                        "lower --lr or raise --nll")
+                        "lower --dpo-lr or raise --nll")
     return out
 
 

@@ -21,10 +21,12 @@ Try:  python loop.py                              Self-Explore on homework, abou
 """
 import argparse
 import difflib
+import gc
 import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -39,8 +41,8 @@ from tqdm import tqdm
 from critic import HEADS, LEAST_AUC, LOG_PROB_FEATURES, TASKS, Builtin, Countdown, Critic, Exercises, Homework, Judge
 from critic import Question, Rollouts, auc, calculations, confidence, critic_labels, critic_loss, critic_report
 from critic import critic_values, label_pits, mcnemar, self_evaluation, wilson
-from dpo import LOGITS_AT_ONCE, Pair, Row, default_lr, load_weights, node_features, part_tokens, preference_loss
-from dpo import sft_loss, store_reference, text_row, train, tree_row
+from dpo import LOGITS_AT_ONCE, PART_TOKENS, Pair, Row, default_lr, load_weights, node_features, part_tokens
+from dpo import preference_loss, sft_loss, store_reference, text_row, train, tree_row
 from mcts import Forest, Steps, draw, expand, fixed_width, grow, importance_width, length_prior, pack, plant
 from mcts import printable, search, uct
 from model import GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, read_json, read_safetensors
@@ -52,7 +54,7 @@ from model import step_rule, write_safetensors, write_text
 @dataclass
 class Config:
     """Settings; `--name value` on the command line. Those of `FREE` may change between two starts of a run."""
-    task: str = "homework"        # the built-in task; ignored when --model is given
+    task: str = "homework"        # the built-in task; ignored when --data is given
     model: str = ""               # folder with open weights (HF format); empty: train the tiny base from scratch
     data: str = ""                # training questions for --model: JSON lines, one of critic.KINDS
     eval_data: str = ""           # held-out questions, same form; without both --model works on the built-in task
@@ -61,7 +63,7 @@ class Config:
     recipe: str = "self_explore"  # sft, rft, outcome_dpo, self_explore, mcts_dpo, alphallm
     rounds: int = 3
     seed: int = 0
-    out: str = ""                 # folder of the run; default runs/TASK_RECIPE_seedS
+    out: str = ""                 # folder of the run; default runs/TASK_RECIPE_seedS, or runs/MODEL_DATA_RECIPE_seedS
     preset: str = "default"       # default, or smoke: the whole loop in seconds
     device: str = "auto"          # auto: CUDA when there is one
     dtype: str = "auto"           # auto, float32 or bfloat16; auto measures on a CPU (open weights only)
@@ -200,8 +202,8 @@ def check_config(c: Config) -> Config:
             raise BadInput(f"--{name.replace('_', '-')} = {getattr(c, name)} is out of range: {low} to {high}.")
     if c.max_operators < c.min_operators:
         raise BadInput(f"--max-operators = {c.max_operators} is below --min-operators = {c.min_operators}.")
-    if c.template and (not c.model or c.template.count("{question}") != 1):
-        raise BadInput("--template needs --model FOLDER, and in its text {question} exactly once.")
+    if c.template and (not (c.model or c.evaluate) or c.template.count("{question}") != 1):
+        raise BadInput("--template needs --model FOLDER (or --evaluate), and in its text {question} exactly once.")
     if not c.model and (c.data or c.eval_data and not c.evaluate):
         raise BadInput("--data and --eval-data need --model FOLDER: the tiny base only knows the built-in task.")
     if bool(c.data) != bool(c.eval_data) and not c.evaluate:
@@ -264,15 +266,23 @@ def publish(temporary: Path, final: Path) -> None:
     os.rename(temporary, final)
 
 
+def run_dir(c: Config) -> Path:
+    """The folder of a run."""
+    return Path(c.out or f"runs/{source(c)}_{c.recipe}_seed{c.seed}")
+
+
+def source(c: Config) -> str:
+    """What a run works on, for names of folders: homework, FOLDER_homework, FOLDER_train."""
+    return "_".join(filter(None, (Path(c.model).name, Path(c.data).stem or c.task)))
+
+
 class Run:
     """What all stages of one run share: settings, folder, task, model, sampler."""
 
     fast = None                   # critic.Rollouts, when the search has a smaller policy at hand
 
     def __init__(self, config: Config):
-        self.c = config
-        name = Path(config.model).name or config.task
-        self.dir = Path(config.out or f"runs/{name}_{config.recipe}_seed{config.seed}")
+        self.c, self.dir = config, run_dir(config)
         self.work, self.near = self.dir / "work", self.dir.parent
         self.lock = lock(self.dir)
         self.settings()
@@ -289,13 +299,12 @@ class Run:
         else:
             self.task = TASKS[self.c.task](self.c, self.tokenizer)
             self.tokenizer = self.task.tokenizer
-            self.task.eval_questions(), self.task.train_questions(1)    # too few are refused before minutes of training
-        self.model = model if self.c.data and not self.c.sft_data else \
-            base_model(self.c, self.task, self.near, self.round_dir(0).exists(), model)
-        held = read_json(self.dir / "config.json").get("held", {})      # what memory held at an earlier start
-        self.model.part_tokens = min(self.c.part_tokens or part_tokens(self.model), held.get("part_tokens", 1 << 24))
-        rows = min(self.c.rows, held.get("rows", self.c.rows))
-        self.sampler = Sampler(self.model, self.tokenizer, 4096, rows, self.task.over, self.c.step)
+            self.task.eval_questions()                  # too few are refused before minutes of training
+            self.c.recipe == "sft" or self.task.train_questions(1)
+        trained = not self.c.data or self.c.sft_data
+        self.model = base_model(self.c, self.task, self.near, self.round_dir(0).exists(), model) if trained else model
+        self.model.part_tokens = self.c.part_tokens
+        self.sampler = Sampler(self.model, self.tokenizer, 4096, self.c.rows, self.task.over, self.c.step)
         self.chunk = self.plan()
 
     def settings(self) -> None:
@@ -305,59 +314,39 @@ class Run:
             saved = read_json(file)["settings"]
             asked = {k: v for k, v in mine.items() if not (k in ("device", "dtype") and v == "auto") and
                      not (k == "threads" and v == 0)}
-            wrong = [f"--{k.replace('_', '-')} was {saved.get(k)!r}, now {v!r}" for k, v in asked.items()
-                     if saved.get(k) != v]
+            saved = {k: v for k, v in asdict(Config()).items() if k not in FREE} | saved        # of an older version
+            wrong = [f"--{k.replace('_', '-')} was {saved[k]!r}, now {v!r}" for k, v in asked.items() if saved[k] != v]
             if wrong:
                 raise BadInput(f"{self.dir} was begun with other settings: {'; '.join(wrong)}. "
                                "Repeat the old flags, or choose another --out.")
         else:
             saved = mine | measured(self.c)
             write_text(file, json.dumps({"settings": saved}, indent=1) + "\n")
-        self.c = replace(self.c, **saved)
+        held, asked = read_json(file).get("held", {}), self.c.part_tokens                       # see `halve`
+        self.c = replace(self.c, **(saved | held))
+        self.c.part_tokens = min(asked or 1 << 24, self.c.part_tokens or 1 << 24) % (1 << 24)
         default = asdict(Config())
         print(f"{self.dir}: " + (", ".join(f"{k} {v}" for k, v in saved.items() if v != default[k]) or "defaults"))
 
     def plan(self) -> int:
-        """Print what will lie in memory. -> questions per chunk: as asked, halved until keys and values of a chunk
-        fit half of the free memory."""
-        chunk, free, mib = self.c.chunk, free_memory(self.model.device), 2 ** 20
+        """Print what will lie in memory, but for activations. -> questions per chunk: as asked, halved until keys and
+        values of a chunk fit half of the free memory. Chosen at the first start: files of chunks depend on it."""
+        file, free, mib = self.dir / "config.json", free_memory(self.model.device), 2 ** 20
         per_question = self.sampler.bytes_per_slot(self.model) * (2 * self.c.budget + self.c.max_tokens)
-        while chunk > 1 and chunk * per_question > free / 2:
+        chunk = read_json(file).get("chunk") or self.c.chunk
+        while chunk > 1 and chunk * per_question > free / 2 and "chunk" not in read_json(file):
             chunk //= 2
+        write_text(file, json.dumps(read_json(file) | {"chunk": chunk}, indent=1) + "\n")
         size = sum(p.numel() for p in self.model.parameters())
         half = self.model.dtype != torch.float32                        # then fp32 masters and their gradients, too
         plan = dict(weights=size * self.model.dtype.itemsize, masters=4 * size * half,
                     gradients=size * (4 + 2 * half), optimiser=8 * size,
-                    logits=8 * min(LOGITS_AT_ONCE, self.model.part_tokens * self.model.config.vocab_size))
+                    logits=8 * min(LOGITS_AT_ONCE, part_tokens(self.model) * self.model.config.vocab_size))
         print("memory: " + ", ".join(f"{k} {v / mib:,.0f}" for k, v in plan.items() if v) + " MiB; keys and values of "
               f"a chunk of {chunk} questions up to {chunk * per_question / mib:,.0f} MiB; "
               f"{free / 2 ** 30:.1f} GiB free")
         print(f"{self.c.device}, {self.c.dtype}, {self.c.threads} threads")
         return chunk
-
-    def fitting(self, work):
-        """work() with fewer rows decoded at once while the device runs out of memory: half as many each time, and from
-        then on. What a row samples does not depend on the others, so the result is the same."""
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                if self.sampler.rows == 1:
-                    raise BadInput("Out of memory with one solution at a time: lower --budget, --chunk or "
-                                   "--max-tokens, or take a smaller model.") from error
-            rows = self.sampler.rows // 2                               # behind the block, as in dpo.halving
-            self.sampler = None
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            print(f"out of memory: going on with {rows} rows at once")
-            self.sampler = Sampler(self.model, self.tokenizer, 4096, rows, self.task.over, self.c.step)
-            self.remember()
-
-    def remember(self) -> None:
-        """Note in config.json how much memory holds at once: the next start begins with it."""
-        held = dict(rows=self.sampler.rows, part_tokens=self.model.part_tokens)
-        about = read_json(self.dir / "config.json") | {"held": held}
-        write_text(self.dir / "config.json", json.dumps(about, indent=1) + "\n")
 
     def log(self) -> list:
         """Rows so far."""
@@ -387,6 +376,7 @@ class Run:
 def free_memory(device: torch.device) -> int:
     """Bytes free on the device, as far as the system tells."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()                        # what torch keeps for later counts as free
         return torch.cuda.mem_get_info(device)[0]
     names = getattr(os, "sysconf_names", {})
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in names else 4 << 30
@@ -421,8 +411,10 @@ def base_model(c: Config, task, near: Path, begun: bool = False, model: GPT | No
     built-in task's corpus; an open `model` fine-tuned on that corpus, or on --sft-data (rationales: all three papers
     do so first). begun: the run has weights of its own, which `Run.load` fills in."""
     names = ("task", "seed", "width", "layers", "base_steps", "base_batch", "base_lr", "careless", "min_operators",
-             "max_operators", "traps", "numbers", "threads", "device", "dtype", "model", "sft_data")
-    about = json.dumps({n: getattr(c, n) for n in names})
+             "max_operators", "traps", "numbers", "threads", "device", "dtype", "model", "template")
+    about = {n: getattr(c, n) for n in names}
+    about["sft_data"] = hashlib.sha256(Path(c.sft_data).read_bytes()).hexdigest() if c.sft_data else ""
+    about = json.dumps(about | {"model": str(Path(c.model).resolve()) if c.model else ""})
     folder = Path(c.base) if c.base else near / f"base_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
     scratch = model is None
     if scratch:
@@ -430,6 +422,7 @@ def base_model(c: Config, task, near: Path, begun: bool = False, model: GPT | No
         model.bind(task.tokenizer)
     if begun:
         return model
+    model.part_tokens = c.part_tokens
     held = lock(folder, wait=True)
     if not (folder / "done" / "model.safetensors").exists():
         print(f"training the base {'from scratch' if scratch else f'from {c.model}'}: "
@@ -438,7 +431,7 @@ def base_model(c: Config, task, near: Path, begun: bool = False, model: GPT | No
         state, corpus = folder / "training.safetensors", Corpus(task, c)
         if c.sft_data:
             rng = random.Random(c.seed)
-            corpus = Batches([text_row(*task.example(q, rng)) for q in task.read(c.sft_data)], c.base_batch,
+            corpus = Batches([text_row(*task.example(q, rng)) for q in task.rationales], c.base_batch,
                              c.base_steps, mix(c.seed, 7))
         lr = c.base_lr or (4e-3 if scratch else default_lr(model, "sft"))
         report = train(model, corpus, sft_loss, lr, muon=scratch, warmup=min(50, c.base_steps // 10), state=state,
@@ -601,7 +594,7 @@ def sample_round(run: Run, round_: int, questions: list, how, name: str = "trees
             part = run.work / f"{name}_{round_:02d}_{first:06d}.jsonl"
             if not part.exists():
                 start, group = time.time(), questions[first:first + run.chunk]
-                forest, pits, paths, counts = run.fitting(partial(work_chunk, run, round_, first, group, how, bar))
+                forest, pits, paths, counts = work_chunk(run, round_, first, group, how, bar)
                 rows = []
                 for b, q in enumerate(group):
                     labels = [{"leaf": int(p.leaf), "step": p.step, "node": p.node, "probes": p.probes}
@@ -677,7 +670,7 @@ def evaluate(run: Run, round_: int) -> dict:
             part = run.work / f"eval_{round_:02d}_{first:06d}.jsonl"
             if not part.exists():
                 group = questions[first:first + size]
-                solved = zip(group, run.fitting(partial(greedy, run, group, bar.update)))
+                solved = zip(group, greedy(run, group, bar.update))
                 write_lines(part, [result(run.task, q, *found) for q, found in solved])
         bar.close()
         write_lines(file, [row for first in range(0, len(questions), size)
@@ -718,12 +711,9 @@ def learn(run: Run, round_: int, stage: str, rows: list, loss_fn, kind: str, ste
         return {}, None
     lr = (run.c.dpo_lr if kind == "dpo" else run.c.sft_lr) or default_lr(run.model, kind)
     run.sampler.allocate(4096)                          # its memory is the training's now
-    batches, before = Batches(rows, run.c.batch, steps, mix(run.c.seed, round_, 5)), run.model.part_tokens
-    report = train(run.model, batches, loss_fn, lr, state=state, save_seconds=run.c.save_seconds,
-                   label=f"round {round_}: {stage}")
-    if run.model.part_tokens < before:
-        run.remember()
-    return report, state
+    batches = Batches(rows, run.c.batch, steps, mix(run.c.seed, round_, 5))
+    return train(run.model, batches, loss_fn, lr, state=state, save_seconds=run.c.save_seconds,
+                 label=f"round {round_}: {stage}"), state
 
 
 def right_rows(run: Run, trees: list, most: int = 8) -> list:
@@ -1120,7 +1110,38 @@ def line(row: dict) -> str:
 
 
 def run_loop(config: Config) -> list:
-    """Run or resume one run to its end; returns its log rows. Every stage skips what is already on the disk."""
+    """Run or resume one run to its end; returns its log rows. When the device runs out of memory, it goes on from what
+    is on the disk with half as much at once: rows decoded, padded tokens of a forward in training. The mathematics
+    stays the same up to rounding: gradients are sums over rows, and no row's samples depend on another's."""
+    while True:
+        try:
+            return all_rounds(config)
+        except RuntimeError as error:                   # on a CPU torch says it in words only
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        # subtle: behind the except block: inside it the error still refers to all that has to go
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        halve(config)
+
+
+def halve(config: Config) -> None:
+    """Note in config.json that half as much fits in memory at once: the next start begins with it."""
+    file = run_dir(config) / "config.json"
+    about = read_json(file)
+    held = dict(rows=about["settings"]["rows"], part_tokens=config.part_tokens or
+                PART_TOKENS.get(about["settings"]["device"], 2048)) | about.get("held", {})
+    if max(held["rows"], held["part_tokens"] // 64) <= 1:
+        raise BadInput("Out of memory with one solution and one tree at a time: in a new --out lower --chunk, --budget "
+                       "or --max-tokens, or take a smaller model.")
+    held = {"rows": max(1, held["rows"] // 2), "part_tokens": max(64, held["part_tokens"] // 2)}
+    write_text(file, json.dumps(about | {"held": held}, indent=1) + "\n")
+    print(f"out of memory: going on with {held['rows']} rows and {held['part_tokens']:,} padded tokens at once")
+
+
+def all_rounds(config: Config) -> list:
+    """`run_loop` without a second try. Every stage skips what is already on the disk."""
     run = Run(config)
     done = len(run.log())
     for row in run.log():
@@ -1133,6 +1154,7 @@ def run_loop(config: Config) -> list:
                 how = search_trees if run.c.recipe == "mcts_dpo" else sample_trees
                 trees = sample_round(run, round_, run.task.train_questions(round_), how)
                 sampled = sampling_report(run, trees)
+            run.sampler.allocate(4096)                  # from here on trees come from files: memory for the training
             report, state = RECIPES[run.c.recipe](run, round_, trees)
             sampled |= round_counts(run)
         elif run.round_dir(0).exists():
@@ -1164,11 +1186,13 @@ def summary(run: Run) -> None:
         q = t.question
         answer = greedy(run, [q])[0][0].split("\n")
         print("\nand as the improved model answers it:\n\n" + "\n".join("   " + printable(line) for line in answer))
-        ask = run.task.prompt(q).replace("\n", "\\n")
+        ask = run.task.prompt(q)
         print(f"\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.")
-        if not run.c.template:        # model.py reads special tokens in a prompt as text
-            print(f"Ask it:  python model.py --model {run.round_dir(len(run.log()) - 1)} "
-                  f'--prompt "{ask}" --temperature 0')
+        if not (run.c.template or "\\" in ask):         # model.py reads special tokens as text, \n as a newline
+            ask = ask.replace("\n", "\\n")
+            ask = shlex.quote(ask) if {*ask} & {*'$`!"'} else f'"{ask}"'
+            folder = run.round_dir(len(run.log()) - 1)
+            print(f"Ask it:  python model.py --model {folder} --prompt {ask} --temperature 0")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1182,7 +1206,7 @@ def compare(config: Config) -> None:
     Wilson interval over all questions, and an exact McNemar test against rft (or the first recipe) on the same ones.
     With --regimes the same on each of these settings, and one map of them all after every seed."""
     names, regimes = config.compare.split(","), [r for r in config.regimes.split(",") if r] or [""]
-    root, rows, hits = Path(config.out or f"runs/compare_{config.regimes and 'regimes' or config.task}"), {}, {}
+    root, rows, hits = Path(config.out or f"runs/compare_{config.regimes and 'regimes' or source(config)}"), {}, {}
     for seed in range(config.seeds):
         for regime in regimes:
             for name in names:
@@ -1245,7 +1269,8 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     run.dir, run.work, run.near = folder, folder / "work", folder.parent
     if (folder / "log.jsonl").exists():
         saved = read_json(folder / "config.json")["settings"]
-        drop = {*FREE, "device", "dtype", "threads", "eval_questions", *(SEARCH_FLAGS if config.decode else ())}
+        drop = {*FREE, "device", "dtype", "threads", "eval_questions", "rows", *(SEARCH_FLAGS if config.decode else ())}
+        drop |= {k for k in ("eval_data", "template") if getattr(config, k)}
         config = replace(config, **{k: v for k, v in saved.items() if k not in drop})
         last = len(read_lines(folder / "log.jsonl")) - 1
         folder = folder / f"round_{last if round_ is None else round_}"
@@ -1254,7 +1279,7 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     run.model.bind(run.tokenizer)
     run.task = TASKS[config.task](config, run.tokenizer)
     if config.eval_data:
-        run.task = Exercises(replace(config, data=""), run.tokenizer, run.model.config.max_positions)
+        run.task = Exercises(replace(config, data="", sft_data=""), run.tokenizer, run.model.config.max_positions)
     run.sampler = Sampler(run.model, run.tokenizer, 4096, config.rows, run.task.over, config.step)
     return run
 
@@ -1415,6 +1440,9 @@ def main(arguments: list) -> int:
         return 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of memory; lower --rows and run the same command again", file=sys.stderr)
         return 2
     except OSError as error:      # disk full, no permission, ...: what was finished is on the disk
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend it and run the same command again",

@@ -1,6 +1,8 @@
 """The five files are imported from the repository's root; one thread, so that times and sums do not depend on cores.
 Two whole runs that take long start at once, one behind the other, beside the tests that come before theirs."""
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +41,7 @@ while True:
 """
 COMMANDS = {"smoke": [str(ROOT / "loop.py"), *SMOKE],                   # a run left alone, and one killed and resumed
             "killed": ["-c", FORKING, str(ROOT), *SMOKE]}
-RUNS = {}                         # fixture: (folder, event, [finished process])
+RUNS, STARTED = {}, []            # fixture: (folder, event, [exit code, stdout, stderr]); processes
 
 
 def pytest_collection_finish(session):
@@ -48,22 +50,26 @@ def pytest_collection_finish(session):
     if not session.config.option.collectonly:
         RUNS.update((name, (Path(tempfile.mkdtemp(prefix=name)), threading.Event(), []))
                     for name in COMMANDS if name in wanted)
-    threading.Thread(target=run_all, daemon=True).start()
+        threading.Thread(target=run_all, daemon=True).start()
 
 
 def run_all():
     """One after the other: they must not take more than one core from the tests."""
     for name, (folder, over, result) in RUNS.items():
-        result.append(subprocess.run([sys.executable, *COMMANDS[name]], cwd=folder, capture_output=True, text=True))
+        process = subprocess.Popen([sys.executable, *COMMANDS[name]], cwd=folder, text=True, start_new_session=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        STARTED.append(process)
+        out, err = process.communicate()
+        result += [process.returncode, out, err]
         over.set()
 
 
 def finished(name):
-    """(folder, finished process) of a run beside the tests."""
+    """(folder, what it printed) of a run beside the tests."""
     folder, over, result = RUNS[name]
     assert over.wait(300), f"the {name} run has not ended in five minutes"
-    assert result[0].returncode == 0, result[0].stderr[-2000:]
-    return folder, result[0].stdout
+    assert result[0] == 0, result[2][-2000:]
+    return folder, result[1]
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +85,9 @@ def killed():
 
 
 def pytest_sessionfinish(session):
-    """Leave nothing behind."""
-    for folder, over, _ in RUNS.values():
-        if over.is_set():
-            shutil.rmtree(folder, ignore_errors=True)
+    """Leave nothing behind, neither processes (they have children) nor folders."""
+    for process in STARTED:
+        if process.poll() is None and hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+    for folder, _, _ in RUNS.values():
+        shutil.rmtree(folder, ignore_errors=True)

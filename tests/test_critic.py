@@ -375,7 +375,7 @@ def test_continuations_are_encoded_as_such(monkeypatch):
     share, = self_evaluation(forest, [(0, 0)], sampler)
     assert 0 < share < 1 and [tokenizer.decode_more(ids) for ids in asked] == [
         JUDGE.format("incorrect", "correct"), JUDGE.format("correct", "incorrect")]
-    task = SimpleNamespace(tokenizer=tokenizer, after=" Answer:",
+    task = SimpleNamespace(tokenizer=tokenizer, after=" Answer:", context=99,
                            prompt_ids=lambda question: tokenizer.encode_prompt(f"{question.text} Answer:"))
     prompt, ids = Exercises.example(task, Question("7+1?", "it is 8", 0), None)
     assert prompt == tokenizer.encode_prompt("7+1? Answer:") and ids == tokenizer.encode("it is 8")

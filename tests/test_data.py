@@ -117,7 +117,8 @@ def test_combinations_are_refused(tmp_path):
     task = lambda *which, **more: Exercises(config(*which, **more), Tokenizer.bytes_only(), 999)
     assert task(2, 3).train[0].text == task(2, 3).test[0].text
     flags = ["--model", "x", "--data", "x", "--eval-data", "x", "--template"]
-    for case, words in ((lambda: task(0, 1), "--data is graded by a number, --eval-data by a formula"),
+    for case, words in ((lambda: task(0, 1), "0 is graded by a number,"), (lambda: task(0, 1), "1 by a formula: a run"),
+                        (lambda: task(0, 0, sft_data=files[1]), "1 by a formula: a run"),
                         (lambda: task(2, 3, recipe="alphallm"), "without options"),
                         (lambda: loop.parse_flags(["--template", "{question}"]), "--model"),
                         (lambda: loop.parse_flags([*flags, "Q:"]), "{question}"),
@@ -153,8 +154,8 @@ def test_ends_and_votes(tmp_path):
     """A line ends a solution where its answer stands in the form of the data; votes count equal answers as one."""
     number, formula, letter = (read(tmp_path, item) for item in (GSM8K, MATH, SCIQ))
     for task, over, going in (
-            (number, ["#### 9", "Question: next"], ["\\boxed{9}", "the answer is 9", "Question"]),
-            (formula, ["so $\\boxed{x}$.\n", "#### x"], ["\\boxed{\\frac{", "the answer is x", "\\boxed"]),
+            (number, ["#### 9", "Question: next"], ["\\boxed{9}", "the answer is 9", "Question", "#### Step 1: add\n"]),
+            (formula, ["so $\\boxed{x}$.\n", "#### x"], ["\\boxed{\\frac{", "the answer is x", "\\boxed", "#### Step 1: add\n"]),
             (letter, ["#### B", "The answer is (B).\n", "\\boxed{B}"], ["B", "(B) iron", "The answer is blue"])):
         assert all(map(task.over, over)) and not any(map(task.over, going)), task.kind
     assert formula.find_answer("\\boxed{\\frac12}") == formula.find_answer("\\boxed{0.5}") == ("1/2", "boxed")
@@ -162,17 +163,32 @@ def test_ends_and_votes(tmp_path):
     assert number.find_answer("\\boxed{9}\n#### 8") == ("8", "####") and len(KINDS) == 4
 
 
-def test_template_of_a_sentence_piece_tokenizer(tmp_path):
-    """Where nothing is special the pieces of a template get the ids of the whole prompt (no ▁ is put between them,
-    and the space before the question is its first word's); what a question writes is no end of text."""
-    tokenizer = Tokenizer.from_pretrained(Path(__file__).parent / "data" / "tokenizers" / "llama2_legacy")
-    for template in ("[INST] {question} [/INST]", "{question} Answer:", "Q:  {question}"):
+@pytest.mark.parametrize("name", ["llama2_legacy", "qwen2"])
+def test_template_of_words_only(tmp_path, name):
+    """A template in which nothing is special gives the ids of the whole prompt in one piece, so the usual prompt given
+    as a template is the usual prompt; what a question writes is no end of text all the same."""
+    tokenizer = Tokenizer.from_pretrained(Path(__file__).parent / "data" / "tokenizers" / name)
+    plain = read(tmp_path, GSM8K, tokenizer=tokenizer)
+    for template in ("[INST] {question} [/INST]", "{question}\\nAnswer:", "Question: {question}\\nAnswer:"):
         task = read(tmp_path, GSM8K, tokenizer=tokenizer, template=template)
-        whole = template.replace("{question}", GSM8K["question"])
+        whole = template.replace("\\n", "\n").replace("{question}", GSM8K["question"])
         assert task.prompt_ids(task.test[0]) == tokenizer.encode_prompt(whole), template
-    task = read(tmp_path, GSM8K | {"question": "What </s> is 4 + 5?"}, tokenizer=tokenizer, template="<s>{question}</s>")
+    assert task.prompt_ids(task.test[0]) == plain.prompt_ids(plain.test[0])
+    special = next(name for name in tokenizer.added if name not in tokenizer.decode(tokenizer.begin))
+    question = f"What {special} is 4 + 5?"
+    task = read(tmp_path, GSM8K | {"question": question}, tokenizer=tokenizer, template="Q: {question}" + special)
     ids = task.prompt_ids(task.test[0])
-    assert ids.count(2) == 1 and ids[-1] == 2 and ids.count(1) == 1 and ids[0] == 1
+    assert ids.count(tokenizer.added[special]) == 1 and ids[-1] == tokenizer.added[special]
+    assert question in tokenizer.decode(ids)
+
+
+def test_long_references_are_cut(tmp_path):
+    """What the context cannot hold of a reference solution is not trained on: a model of learned positions has none
+    for it."""
+    long = GSM8K | {"answer": "4 + 5 = 9 " * 100 + "#### 9"}
+    task = Exercises(Config(eval_data=file(tmp_path / "q.jsonl", long)), Tokenizer.bytes_only(), 200)
+    prompt, ids = task.example(task.test[0], None)
+    assert len(prompt) + len(ids) == 200 and bytes(ids[:10]) == b" 4 + 5 = 9"
 
 
 @pytest.mark.parametrize("item, recipe, template", [(MATH, "sft", ""), (SCIQ, "outcome_dpo", CHATML)])

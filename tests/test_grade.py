@@ -209,6 +209,7 @@ EQUAL = [  # spellings of a class are one answer, different classes different an
     ["A", "(A)", r"\text{(A)}"], ["a"], ["2516_8", "2516_{8}"], ["2516"], ["2516_9"], ["12x"], ["1 2"], ["5!"],
     ["|5|"], ["5"], [r"5\sqrt{2}"], ["5^2"], [r"5\cdot2", r"5\times 2"], [r"3 < x \leq 5", r"3<x\le 5"],
     ["3 < x < 5"], ["2:3"], ["2/3"], ["1234567890123456789"], ["1234567890123456788"], ["(100, 2000)"],
+    [r"9\text{ am}"], [r"9\text{ pm}", r"9 \text{pm}"], ["3 plus x"], ["-2,1", "1, -2", "x=1, x=-2", "x = -2 or x = 1"],
     [r"\frac{1}{x}", "1/x"], ["1/2x"], [r"\$5,\!000,\!000", "5,000,000"], ["0"], ["1/0", r"\frac{1}{0}"],
 ]
 
@@ -226,10 +227,11 @@ STATED = [  # text, reference, verdict: where the answer of a MATH solution, or 
     (r"\boxed{(100, 200)}", r"\boxed{(100,200)}", True), (r"\boxed{(1,000)}", r"\boxed{1000}", True),
     (r"\\boxed{\\frac{1}{2}}", r"\boxed{\frac{1}{2}}", True), ("x" * 2000, r"\boxed{x}", False),
     (r"\boxed{" + "x" * 2000 + "}", r"\boxed{" + "x" * 2000 + "}", True), ("", r"\boxed{x}", False),
-    (r"\boxed{B}", r"\boxed{\text{(B)}}", True),
+    (r"\boxed{B}", r"\boxed{\text{(B)}}", True), (r"\boxed{120, 135}", r"\boxed{120,135}", True),
+    (r"\boxed{120,135}", r"\boxed{135,120}", True), (r"\boxed{120,135}", r"\boxed{120,136}", False),
 ] + [(text, "Light is fast.\n#### B", True) for text in (
     "B", "(B)", "B.", "b", "**B**", r"\boxed{B}", r"\boxed{\text{B}}", "The answer is (B)",
-    "the answer is (b) since 3 > 2", "#### B", "####B\nQuestion: next?", "Answer: B", "The answer is option B.",
+    "the answer is (b) since 3 > 2", "#### B", "The answer is B, because A is slow.", "The answer is B because of C", "####B\nQuestion: next?", "Answer: B", "The answer is option B.",
     "the correct answer is: **B. light**", "(B) light", "B) light", "A or B?\nNot A.\n#### (B)",
     r"The answer is $\boxed{\textbf{(B)}}$")] + [
     (text, "Light is fast.\n#### B", False) for text in (

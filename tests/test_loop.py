@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import dpo
 import loop
 from critic import Countdown, Homework, Question, calculate, parse, value
 from loop import Config
@@ -438,8 +439,8 @@ def test_open_weights_on_a_built_in_task(smoke, tmp_path):
     once for all runs beside each other, and then goes through the loop; --sft-data: on a file's solutions."""
     folder = smoke[0] / "runs" / "a" / "round_0"
     few = [*SMOKE, "--model", folder, "--base-steps", 3, "--questions", 8, "--steps", 2, "--eval-questions", 8]
-    for recipe in ("rft", "sft"):
-        done = inside("loop.py", *few, "--recipe", recipe, "--out", f"runs/{recipe}", cwd=tmp_path)
+    for recipe, rounds in (("rft", 1), ("sft", 0)):
+        done = inside("loop.py", *few, "--recipe", recipe, "--rounds", rounds, "--out", f"runs/{recipe}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-1000:]
         assert ("from scratch" in done.stdout, f"the base from {folder}" in done.stdout) == (False, recipe == "rft")
     start, base = (read_safetensors(f / "model.safetensors")[0] for f in (folder, tmp_path / "runs/rft/round_0"))
@@ -447,37 +448,68 @@ def test_open_weights_on_a_built_in_task(smoke, tmp_path):
     assert len(base) == len(start) and 0 < max(moved) < 3e-3            # three steps at the rate of open weights
     assert len([*(tmp_path / "runs").glob("base_*")]) == 1
     data = questions_file(tmp_path / "questions.jsonl")
-    done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--recipe", "sft",
+    done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--rounds", 0,
                   "--out", "runs/text", cwd=tmp_path)
     assert done.returncode == 0 and f"of {data}" in done.stdout, done.stderr[-1000:]
     text = read_safetensors(tmp_path / "runs/text/round_0/model.safetensors")[0]
-    assert any(not torch.equal(text[n], base[n]) for n in text)
+    assert any(not torch.equal(text[n], base[n]) for n in text) and len([*(tmp_path / "runs").glob("base_*")]) == 2
+    done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--template", "{question} So",
+                  "--rounds", 0, "--out", "runs/other", cwd=tmp_path)
+    assert done.returncode == 0 and len([*(tmp_path / "runs").glob("base_*")]) == 3         # its prompts are others
+    done = inside("loop.py", "--evaluate", "runs/rft", "--eval-data", data, cwd=tmp_path)   # not the run's own questions
+    assert json.loads(done.stdout)["questions"] == len(data.read_text().splitlines()) != 8, done.stderr[-1000:]
 
 
-def test_out_of_memory_while_sampling(smoke, tmp_path):
-    """A device that decodes 16 rows at most: the run halves its rows, says so, and samples the same trees."""
-    forward = Sampler._forward
+def test_out_of_memory(smoke, tmp_path):
+    """A device that decodes 16 rows and trains on 600 padded tokens at most: the run halves both, says so, goes on
+    from what is on the disk, samples the same trees and ends with the same weights but for rounding; the sizes are
+    remembered. Where nothing fits: one sentence."""
+    forward, collate = Sampler._forward, dpo.collate
 
-    def small(self, slots, *rest):
-        """Refuses what is too large."""
+    def small_forward(self, slots, *rest):
+        """Refuses what is too large; in the words of CUDA."""
         if len(slots) > 16:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, slots, *rest)
+
+    def small_collate(rows, device):
+        """The same; in the words of a CPU."""
+        batch = collate(rows, device)
+        if batch.ids.numel() > 600 and len(rows) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return batch
+    base = next((smoke[0] / "runs").glob("base_*"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "_forward", small)
-        done = inside("loop.py", *SMOKE, "--base", next((smoke[0] / "runs").glob("base_*")), "--out", "runs/a", cwd=tmp_path)
-    assert done.returncode == 0 and "going on with 16 rows" in done.stdout, done.stderr[-1000:]
-    assert json.loads((tmp_path / "runs/a/config.json").read_text())["held"] == {"rows": 16, "part_tokens": 2048}
-    run = loop.Run(loop.parse_flags([*SMOKE, "--base", str(next((smoke[0] / "runs").glob("base_*"))), "--out",
-                                     str(tmp_path / "runs/a")]))
-    assert run.sampler.rows == 16                       # remembered
-    trees = [[json.loads(line)["tree"]["ids"] for line in (where / "runs/a/trees_01.jsonl").read_text().splitlines()]
-             for where in (smoke[0], tmp_path)]
-    assert trees[0] == trees[1]
+        patch.setattr(Sampler, "_forward", small_forward)
+        patch.setattr(dpo, "collate", small_collate)
+        done = inside("loop.py", *SMOKE, "--base", base, "--out", "runs/a", cwd=tmp_path)
+    assert done.returncode == 0 and "going on with 16 rows and 512 padded tokens" in done.stdout, done.stderr[-1000:]
+    about = json.loads((tmp_path / "runs/a/config.json").read_text())
+    assert about["held"] == {"rows": 16, "part_tokens": 512} and about["settings"]["rows"] == 64
+    trees, weights = [], []
+    for where in (smoke[0], tmp_path):
+        lines = (where / "runs/a/trees_01.jsonl").read_text().splitlines()
+        trees.append([json.loads(line)["tree"]["ids"] for line in lines])
+        weights.append(read_safetensors(where / "runs/a/round_1/model.safetensors")[0])
+    assert trees[0] == trees[1] and weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-4), name
+    run = loop.Run(loop.parse_flags([*SMOKE, "--base", str(base), "--out", str(tmp_path / "runs/a")]))
+    assert run.sampler.rows == 16 and dpo.part_tokens(run.model) == 512
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sampler, "_forward", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-        refused("one solution at a time", "loop.py", *SMOKE, "--base", next((smoke[0] / "runs").glob("base_*")),
-                "--out", "runs/b", cwd=tmp_path)
+        refused("one solution and one tree", "loop.py", *SMOKE, "--base", base, "--out", "runs/b", cwd=tmp_path)
+
+
+def test_chunk_is_part_of_a_run(smoke, tmp_path, monkeypatch):
+    """The number of questions a chunk is chosen by the memory free at the first start, and kept: files of finished
+    chunks depend on it."""
+    flags = loop.parse_flags([*SMOKE, "--base", str(next((smoke[0] / "runs").glob("base_*"))), "--out", str(tmp_path)])
+    found = []                    # 8 questions were asked for
+    for free in (1 << 20, 1 << 40):
+        monkeypatch.setattr(loop, "free_memory", lambda device: free)
+        found.append(loop.Run(flags).chunk)
+    assert found == [2, 2] and json.loads((tmp_path / "config.json").read_text())["chunk"] == 2
 
 
 def test_settings_and_lock(smoke, tmp_path):
