@@ -3,13 +3,14 @@
     python tests/bench.py            about three minutes
 
 sampling: continuing pit prefixes from the sampler's store, against encoding every prefix again for every branch.
-search: trees by MCTS with a briefly trained base, against the same search with prefixes encoded again at each expansion,
-and against one tree at a time; how time grows with simulations and trees; share of time outside the sampler; share that
-critics take in a search with them.
+search: trees by MCTS with a briefly trained base, against the same search with prefixes encoded again at each
+expansion, and against one tree at a time; how time grows with simulations and trees; share of time outside the
+sampler; share that critics take in a search with them.
 training: whole trees packed in one row, against a chosen row and a rejected row per pair.
-peer: continuing 64 prompts with the tiny model and with one of SmolLM2-135M's shape (random weights), against `generate`
-of the library transformers on the same weights, when that happens to be importable; null otherwise.
-limit: what one thread does in plain fp32 matrix products, of the tiny model's shape, and of 64 rows with the large one's."""
+peer: continuing 64 prompts with the tiny model and with one of SmolLM2-135M's shape (random weights), against
+`generate` of the library transformers on the same weights, when that happens to be importable; null otherwise.
+limit: what one thread does in plain fp32 matrix products, of the tiny model's shape, and of 64 rows with the large
+one's."""
 import importlib.util
 import json
 import random
@@ -57,7 +58,8 @@ class Again(Steps):
 
 def searches(task, questions, model, simulations, proposer=Steps, rows=256):
     """One search of these questions: {seconds, share outside the sampler, tokens, simulations, occupancy}."""
-    sampler, forest, inside = Sampler(model, task.tokenizer, 100_000, rows, solution_over), Forest(len(questions)), [0.0]
+    sampler = Sampler(model, task.tokenizer, 100_000, rows, solution_over)
+    forest, inside = Forest(len(questions)), [0.0]
     for b, q in enumerate(questions):
         plant(forest, b, sampler, task.prompt_ids(q))
     step = sampler.step
@@ -78,8 +80,8 @@ def searches(task, questions, model, simulations, proposer=Steps, rows=256):
     search(forest, proposer(forest, sampler, [mix(7, b) for b in range(len(questions))], 128), evaluate, simulations,
            width=fixed_width(5, 3, 8), to_terminal=True)
     took, c = time.perf_counter() - start, sampler.counts
-    return dict(seconds=took, outside=1 - inside[0] / took, tokens=c["sampled"], simulations=int(forest.visits[:, 0].sum()),
-                occupancy=c["live"] / c["room"])
+    return dict(seconds=took, outside=1 - inside[0] / took, tokens=c["sampled"],
+                simulations=int(forest.visits[:, 0].sum()), occupancy=c["live"] / c["room"])
 
 
 def critic_share(task, questions, model, budget=900.0):
@@ -143,7 +145,8 @@ def generating(model, tok, rows, prompt=32, new=32):
         sampler.reset()
         sampler.extend([Request(sampler.prompt(t), mix(1, i), new) for i, t in enumerate(texts)])
     took = seconds(work, 1)
-    x, w = torch.randn(rows, model.config.hidden_size), torch.randn(model.config.intermediate_size, model.config.hidden_size)
+    c = model.config
+    x, w = torch.randn(rows, c.hidden_size), torch.randn(c.intermediate_size, c.hidden_size)
     limit = 2 * rows * w.numel() / seconds(lambda: x @ w.T, 20)
     weights = sum(p.numel() for p in model.parameters())
     return rows * new / took, texts, rows * new / took * 2 * weights / limit
@@ -170,7 +173,8 @@ def peers(tok):
         ours, texts, share = generating(model, tok, 64)
         theirs = peer(model, texts)
         found |= {f"generate_{name}": round(ours, 1), f"generate_{name}_transformers": theirs and round(theirs, 1),
-                  f"generate_{name}_ratio": theirs and round(ours / theirs, 2), f"generate_{name}_share_of_matmul": round(share, 2)}
+                  f"generate_{name}_ratio": theirs and round(ours / theirs, 2),
+                  f"generate_{name}_share_of_matmul": round(share, 2)}
     return found | {"generate_135m_256_rows": round(generating(large, tok, 256)[0], 1)}
 
 
@@ -245,7 +249,8 @@ def main():
         "threads": 1, "matmul_gflops": round(limit / 1e9, 1), "copy_gb_per_second": round(bandwidth / 1e9, 1),
         "sampling_tokens_per_second": round(tokens / fast), "sampling_prefixes_encoded_again": round(tokens / slow),
         "sampling_ratio": round(slow / fast, 2), "sampling_share_of_matmul": round(tokens / fast * flops / limit, 3),
-        "training_pairs_per_second_packed": round(pairs / one, 1), "training_pairs_per_second_two_rows": round(pairs / two, 1),
+        "training_pairs_per_second_packed": round(pairs / one, 1),
+        "training_pairs_per_second_two_rows": round(pairs / two, 1),
         "training_ratio": round(two / one, 2), "training_share_of_matmul": round(3 * trained / one * flops / limit, 3),
         "pairs_per_tree": round(pairs / len(packed), 2)} | peers(tok) | search_report()))
 

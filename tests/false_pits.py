@@ -4,7 +4,8 @@
 
 For wrong solutions of held-out questions, every prefix before the true pit is completed 16 times; labels for k = 2,
 4, 8, 16 use the first k. Printed per k: the share of first pits that lie before the true pit, and beside it what the
-estimated chances p_i predict: the mean over solutions of 1 - prod_i (1 - (1 - p_i)^k), p_i from 200 other completions."""
+estimated chances p_i predict: the mean over solutions of 1 - prod_i (1 - (1 - p_i)^k), p_i from 200 other
+completions."""
 import sys
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def study(model, task, count=100):
     forest, stop = Forest(len(questions)), model.stop_ids
     for b, q in enumerate(questions):
         plant(forest, b, sampler, task.prompt_ids(q))
-    leaves = grow(forest, sampler, [(b, 0, 2) for b in range(len(questions))], [mix(1, b) for b in range(len(questions))], 128)
+    every = range(len(questions))
+    leaves = grow(forest, sampler, [(b, 0, 2) for b in every], [mix(1, b) for b in every], 128)
     wants, owner = [], []
     wrong = 0
     for b, q in enumerate(questions):

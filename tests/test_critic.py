@@ -1,4 +1,5 @@
-"""The first pit and self-evaluation: tables, every short list, and label_pits on games whose truth is known by brute force.
+"""The first pit and self-evaluation: tables, every short list, and label_pits on games whose truth is known by brute
+force.
 
 Oracles: successes written by hand, all monotone (and all) lists up to length 9, and games so small that
 "does any right end lie below this prefix" is answered by visiting every end. The grader has its own tests

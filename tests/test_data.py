@@ -155,7 +155,8 @@ def test_ends_and_votes(tmp_path):
     number, formula, letter = (read(tmp_path, item) for item in (GSM8K, MATH, SCIQ))
     for task, over, going in (
             (number, ["#### 9", "Question: next"], ["\\boxed{9}", "the answer is 9", "Question", "#### Step 1: add\n"]),
-            (formula, ["so $\\boxed{x}$.\n", "#### x"], ["\\boxed{\\frac{", "the answer is x", "\\boxed", "#### Step 1: add\n"]),
+            (formula, ["so $\\boxed{x}$.\n", "#### x"],
+             ["\\boxed{\\frac{", "the answer is x", "\\boxed", "#### Step 1: add\n"]),
             (letter, ["#### B", "The answer is (B).\n", "\\boxed{B}"], ["B", "(B) iron", "The answer is blue"])):
         assert all(map(task.over, over)) and not any(map(task.over, going)), task.kind
     assert formula.find_answer("\\boxed{\\frac12}") == formula.find_answer("\\boxed{0.5}") == ("1/2", "boxed")

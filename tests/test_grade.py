@@ -231,7 +231,8 @@ STATED = [  # text, reference, verdict: where the answer of a MATH solution, or 
     (r"\boxed{120,135}", r"\boxed{135,120}", True), (r"\boxed{120,135}", r"\boxed{120,136}", False),
 ] + [(text, "Light is fast.\n#### B", True) for text in (
     "B", "(B)", "B.", "b", "**B**", r"\boxed{B}", r"\boxed{\text{B}}", "The answer is (B)",
-    "the answer is (b) since 3 > 2", "#### B", "The answer is B, because A is slow.", "The answer is B because of C", "####B\nQuestion: next?", "Answer: B", "The answer is option B.",
+    "the answer is (b) since 3 > 2", "#### B", "The answer is B, because A is slow.", "The answer is B because of C",
+    "####B\nQuestion: next?", "Answer: B", "The answer is option B.",
     "the correct answer is: **B. light**", "(B) light", "B) light", "A or B?\nNot A.\n#### (B)",
     r"The answer is $\boxed{\textbf{(B)}}$")] + [
     (text, "Light is fast.\n#### B", False) for text in (

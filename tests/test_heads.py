@@ -398,7 +398,7 @@ def test_imagined_real_questions(tmp_path):
     new = task.imagine(task.train, 3, random.Random(0), write)
     assert new == [Question("A train goes 60 miles an hour for 2 hours. How far?", "", 0)]
     assert len(asked) == 4 and asked[0][0] == f"Question: {train_text}\n\nQuestion:"
-    task.context = 100                                                  # no example fits in half of it: nothing is asked
+    task.context = 100                                          # no example fits in half of it: nothing is asked
     assert task.imagine(task.train, 3, random.Random(0), write) == [] and asked[-1] == []
 
 
@@ -447,7 +447,8 @@ def test_alphallm_leaves_what_it_says(imagined_run):
     assert sampled < rows[2]["sampled_tokens"]
     report = json.loads((imagined_run / "critic_02.json").read_text())
     assert all(report[h]["trusted"] for h in HEADS)
-    assert all(r["rollout_tokens"] > 0 and r["rollout_seconds"] > 0 and 0 <= r["rollout_agreement"] <= 1 for r in rows[1:])
+    assert all(r["rollout_tokens"] > 0 and r["rollout_seconds"] > 0 for r in rows[1:])
+    assert all(0 <= r["rollout_agreement"] <= 1 for r in rows[1:])
     assert (imagined_run / "rollout_critic_02.json").exists() and len([*imagined_run.parent.glob("base_*")]) == 1
 
 

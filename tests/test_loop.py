@@ -31,8 +31,8 @@ SMOKE = ["--preset", "smoke"]
 def program(*arguments, cwd, timeout=120):
     """Run one of the five files as a user does; returns the finished process."""
     environment = {**os.environ, "PYTHONPATH": "", "GOMP_SPINCOUNT": "2000"}
-    return subprocess.run([sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])], cwd=cwd, timeout=timeout,
-                          capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])], cwd=cwd,
+                          timeout=timeout, capture_output=True, text=True, env=environment)
 
 
 def inside(file, *arguments, cwd):
@@ -118,7 +118,8 @@ def test_truth_table(text, step):
 # -- statistics and pairs ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("traps, careless", [(1, 0.85), (2, 0.8)])
 def test_traps(traps, careless):
-    """A student who always does the leftmost operation gets every question with traps wrong without leaving 0..99, worked
+    """A student who always does the leftmost operation gets every question with traps wrong without leaving 0..99,
+    worked
     out by Python itself; the corpus is right about as often as (1 - careless)^traps: .15 and .04, and a little luck."""
     task, rng = Homework(Config(traps=traps, careless=careless, questions=400)), random.Random(1)
     questions, right = task.train_questions(1), 0
@@ -149,7 +150,8 @@ def test_edit_distance():
         table = [[max(i, j) if not i or not j else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
         for i in range(1, len(a) + 1):
             for j in range(1, len(b) + 1):
-                table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
+                table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1,
+                                  table[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
         return table[-1][-1]
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -189,7 +191,8 @@ def test_sibling_pairs():
     """The pairs of a tree by hand: best against worst visited child, gap and least visits honoured, smoothing
     N_l / (N_w + N_l), none at .5 and beyond, along the path or at every node."""
     f, a, b, c, d, good, bad, worse, long_ = hand_forest()
-    for n, visits, q in ((0, 10, .2), (a, 7, .5), (d, 3, -1), (b, 5, 1), (c, 2, -.75), (good, 4, 1), (long_, 1, 1), (bad, 2, -.75),
+    for n, visits, q in ((0, 10, .2), (a, 7, .5), (d, 3, -1), (b, 5, 1), (c, 2, -.75), (good, 4, 1), (long_, 1, 1),
+                         (bad, 2, -.75),
                          (worse, 3, -1)):
         f.visits[0, n], f.value_sum[0, n] = visits, visits * q
     made = lambda **k: [(p.chosen, p.rejected, p.smoothing) for p in
@@ -266,7 +269,8 @@ def test_calculations_make_distinct():
 def comparable(folder: Path) -> dict:
     """What must be equal byte for byte (log rows without seconds and rates)."""
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
-             if p.is_file() and p.name not in ("lock", "log.jsonl", "config.json") or p.parent.name.startswith("round_")}
+             if p.is_file() and p.name not in ("lock", "log.jsonl", "config.json")
+             or p.parent.name.startswith("round_")}
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     files["log"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
     return files
@@ -332,7 +336,8 @@ def test_compare_and_other_recipes(smoke):
                "--base", next((folder / "runs").glob("base_*")))
     first, second = (inside(*command, cwd=folder) for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr[-2000:]
-    first, second = ([line for line in done.stdout.splitlines() if re.match(r"\| (sft|rft|outcome_dpo|mcts_dpo) \|", line)]
+    row = re.compile(r"\| (sft|rft|outcome_dpo|mcts_dpo) \|")
+    first, second = ([line for line in done.stdout.splitlines() if row.match(line)]
                      for done in (first, second))
     assert [row.split(" | ")[0][2:] for row in first] == names and first == second
     rows = {n: json.loads((folder / f"runs/c/{n}_seed0/log.jsonl").read_text().splitlines()[-1]) for n in names}
@@ -355,16 +360,18 @@ def questions_file(path: Path, count: int = 16) -> Path:
 
 
 def test_map_of_regimes(tmp_path):
-    """--regimes runs every recipe in every setting and prints one map: base and cells are those of the logs, the settings
+    """--regimes runs every recipe in every setting and prints one map: base and cells are those of the logs, settings
     those of the regimes; a cell of a run that exists already is not run again."""
-    command = ("loop.py", *SMOKE, "--compare", "sft,rft", "--regimes", "often,rare", "--seeds", 1, "--out", "m", "--questions",
+    command = ("loop.py", *SMOKE, "--compare", "sft,rft", "--regimes", "often,rare", "--seeds", 1, "--out", "m",
+               "--questions",
                8, "--eval-questions", 8, "--base-steps", 3, "--steps", 1, "--threads", 1)
     first = inside(*command, cwd=tmp_path)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("m/*/*/log.jsonl")}
     second = inside(*command, cwd=tmp_path)
     assert first.returncode == 0 and len(times) == 4, first.stderr[-2000:]
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("m/*/*/log.jsonl")}
-    tables = [[line.strip("| ").split(" | ") for line in done.stdout.splitlines() if re.match(r"\| (often|rare) \|", line)]
+    row = re.compile(r"\| (often|rare) \|")
+    tables = [[line.strip("| ").split(" | ") for line in done.stdout.splitlines() if row.match(line)]
               for done in (first, second)]
     assert tables[0] == tables[1] and [row[0] for row in tables[0]] == ["often", "rare"]
     for name, *cells in tables[0]:
@@ -373,7 +380,8 @@ def test_map_of_regimes(tmp_path):
         settings = json.loads((tmp_path / f"m/{name}/rft_seed0/config.json").read_text())["settings"]
         assert settings["traps"] == {"often": 0, "rare": 2}[name]
         want = [f"{100 * logs[1][1]['sampled_accuracy']:.1f}", f"{100 * logs[0][0]['accuracy']:.1f}"]
-        assert cells[:2] == want and [c.split(" ")[0] for c in cells[2:]] == [f"{100 * log[-1]['accuracy']:.1f}" for log in logs]
+        last = [f"{100 * log[-1]['accuracy']:.1f}" for log in logs]
+        assert cells[:2] == want and [c.split(" ")[0] for c in cells[2:]] == last
         assert re.fullmatch(r"[0-9.]+ \[[0-9.]+, [0-9.]+, p = 1\]", cells[2]) and "p" not in cells[3]
 
 
@@ -401,12 +409,15 @@ def refused(words, *arguments, cwd):
 
 
 @pytest.mark.parametrize("words, flags", [
-    ("did you mean --rounds", ["--round", "3"]), ("out of range", ["--rounds", "-1"]), ("out of range", ["--temperature", "0"]),
-    ("invalid choice", ["--recipe", "dpo"]), ("invalid int", ["--steps", "many"]), ("go together", ["--model", "x", "--data", "x"]),
+    ("did you mean --rounds", ["--round", "3"]), ("out of range", ["--rounds", "-1"]),
+    ("out of range", ["--temperature", "0"]),
+    ("invalid choice", ["--recipe", "dpo"]), ("invalid int", ["--steps", "many"]),
+    ("go together", ["--model", "x", "--data", "x"]),
     ("go together", ["--model", "x", "--eval-data", "x"]), ("--sft-data needs", ["--model", "x", "--sft-data", "x"]),
     ("need --model", ["--data", "x.jsonl"]), ("below --min-operators", ["--max-operators", "2"]),
     ("unknown recipe 'ppo'", ["--compare", "rft,ppo"]), ("multiple of 8", ["--width", "30"]),
-    ("--max-operators of 5", ["--traps", "4"]), ("out of range", ["--traps", "9"]), ("any of often", ["--regimes", "often"]),
+    ("--max-operators of 5", ["--traps", "4"]), ("out of range", ["--traps", "9"]),
+    ("any of often", ["--regimes", "often"]),
     ("any of often", ["--compare", "rft", "--regimes", "seldom"]),
     ("--rollout-model folder", ["--model", "x", "--data", "x", "--eval-data", "x", "--rollouts", "2"])])
 def test_flags_are_refused(words, flags):
@@ -419,7 +430,8 @@ def test_bad_files_are_refused(smoke, tmp_path):
     """Missing folder, missing file, a bad line (with its number), no question, no number, a question longer than
     the context: exit code 2 and one sentence, and no run folder with results is left."""
     model, data = smoke[0] / "runs" / "a" / "round_0", questions_file(tmp_path / "good.jsonl")
-    cases = {"no.jsonl": (None, "cannot be read"), "empty.jsonl": ("\n", "no question"), "json.jsonl": ('{"question": 1\n', "line 1"),
+    cases = {"no.jsonl": (None, "cannot be read"), "empty.jsonl": ("\n", "no question"),
+             "json.jsonl": ('{"question": 1\n', "line 1"),
              "field.jsonl": ('{"question": "a", "answer": "1"}\n{"question": "b"}\n', "line 2"),
              "number.jsonl": ('{"question": "a", "answer": "none"}\n', "no number"),
              "long.jsonl": (json.dumps({"question": "x" * 600, "answer": "1"}) + "\n", "context")}
@@ -453,10 +465,10 @@ def test_open_weights_on_a_built_in_task(smoke, tmp_path):
     assert done.returncode == 0 and f"of {data}" in done.stdout, done.stderr[-1000:]
     text = read_safetensors(tmp_path / "runs/text/round_0/model.safetensors")[0]
     assert any(not torch.equal(text[n], base[n]) for n in text) and len([*(tmp_path / "runs").glob("base_*")]) == 2
-    done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--template", "{question} So",
-                  "--rounds", 0, "--out", "runs/other", cwd=tmp_path)
+    done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--rounds", 0,
+                  "--template", "{question} So", "--out", "runs/other", cwd=tmp_path)
     assert done.returncode == 0 and len([*(tmp_path / "runs").glob("base_*")]) == 3         # its prompts are others
-    done = inside("loop.py", "--evaluate", "runs/rft", "--eval-data", data, cwd=tmp_path)   # not the run's own questions
+    done = inside("loop.py", "--evaluate", "runs/rft", "--eval-data", data, cwd=tmp_path)   # not the run's questions
     assert json.loads(done.stdout)["questions"] == len(data.read_text().splitlines()) != 8, done.stderr[-1000:]
 
 
@@ -540,14 +552,16 @@ def test_readme_commands_and_names(smoke, tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [c.split("#")[0].split() for c in re.findall(r"^(?:\$ )?python (?!-m)(.+)$", text, re.M)]
     assert len(commands) >= 8
-    ran, shown = set(), {"model.py": "encoded", "mcts.py": "after 64 simulations", "critic.py": "first pit: step 1", "dpo.py": "margin"}
+    ran, shown = set(), {"model.py": "encoded", "mcts.py": "after 64 simulations", "critic.py": "first pit: step 1",
+                         "dpo.py": "margin"}
+    foreign = ("--model", "--data", "--evaluate", "--decode", "--compare")
+    small = "--rounds 1 --questions 8 --steps 2 --budget 150 --base-steps 5 --eval-questions 8".split()
     for command in commands:
         name, flags = command[0], command[1:]
         if name == "loop.py":
             loop.parse_flags([f.strip('"') for f in flags])
-        if not any(f in command for f in ("--model", "--data", "--evaluate", "--decode", "--compare")) and name != "tests/bench.py":
-            extra = (*SMOKE, *"--rounds 1 --questions 8 --steps 2 --budget 150 --base-steps 5 --eval-questions 8".split())
-            extra = extra if name == "loop.py" else ()
+        if not any(f in command for f in foreign) and name != "tests/bench.py":
+            extra = (*SMOKE, *small) if name == "loop.py" else ()
             key = (name, *[f for f in flags if f not in SMOKE])
             if key not in ran:
                 ran.add(key)

@@ -16,7 +16,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mcts  # noqa: E402
-from mcts import Direct, Forest, Steps, backup, best_child, count_prior, draw, fixed_width, grow, length_prior  # noqa: E402
+from mcts import Direct, Forest, Steps, backup, best_child, count_prior, draw, fixed_width, grow  # noqa: E402
+from mcts import length_prior  # noqa: E402
 from mcts import page, plant, puct, search, select, uct  # noqa: E402
 from model import BadInput, Continuation, Sampler, Tokenizer, mix, write_text  # noqa: E402
 from test_mcts import LETTERS, PROMPTS, Plain, assert_sound  # noqa: E402
@@ -162,7 +163,8 @@ def test_equals_the_recursive_reference(way):
             assert_sound(forest, b)
             assert int(forest.size[b]) == len(ref.nodes())
             for n in range(int(forest.size[b])):
-                same = [x for x in ref.nodes() if x["path"] == path_in(forest, b, n) and x["end"] == forest.terminal[b, n]]
+                same = [x for x in ref.nodes()
+                        if x["path"] == path_in(forest, b, n) and x["end"] == forest.terminal[b, n]]
                 assert len(same) == 1
                 assert forest.visits[b, n] == same[0]["N"] and forest.value_sum[b, n] == same[0]["W"]
                 assert n == 0 or (forest.count[b, n] == same[0]["count"] and

@@ -29,7 +29,8 @@ STEP = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "u
 def opened(name) -> tuple[Tokenizer, dict]:
     expected = (DATA / name / "expected.json").read_text(encoding="utf-8")
     packed = {path.stem: gzip.decompress(path.read_bytes()) for path in (DATA / name).glob("*.gz")}     # a large one
-    files = packed | {file: (DATA / name / file).read_bytes() for file in Tokenizer.FILES if (DATA / name / file).exists()}
+    there = [file for file in Tokenizer.FILES if (DATA / name / file).exists()]
+    files = packed | {file: (DATA / name / file).read_bytes() for file in there}
     return Tokenizer(files), json.loads(expected)
 
 
@@ -405,7 +406,8 @@ def test_structural_mutations():
     full["added_tokens"] = [token | {"normalized": False} for token in full["added_tokens"]]
     bytes_only = json.loads(Tokenizer.bytes_only().files["tokenizer.json"])
     pieces = json.loads((DATA / "llama2_legacy" / "tokenizer.json").read_text(encoding="utf-8"))
-    pieces["model"] |= {"vocab": {name: id for id, name in enumerate(["<unk>", "<s>", "</s>", *"▁12ab", "▁1", "ab"])},
+    names = ["<unk>", "<s>", "</s>", *"▁12ab", "▁1", "ab"]
+    pieces["model"] |= {"vocab": {name: id for id, name in enumerate(names)},
                         "merges": [["▁", "1"], ["a", "b"]]}
     newer = copy.deepcopy(pieces) | NEWER | {"decoder": METASPACE}
     Tokenizer({"tokenizer.json": json.dumps(full).encode()})
