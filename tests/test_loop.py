@@ -119,8 +119,8 @@ def test_truth_table(text, step):
 @pytest.mark.parametrize("traps, careless", [(1, 0.85), (2, 0.8)])
 def test_traps(traps, careless):
     """A student who always does the leftmost operation gets every question with traps wrong without leaving 0..99,
-    worked
-    out by Python itself; the corpus is right about as often as (1 - careless)^traps: .15 and .04, and a little luck."""
+    worked out by Python itself; the corpus is right about as often as (1 - careless)^traps: .15 and .04, and a little
+    luck."""
     task, rng = Homework(Config(traps=traps, careless=careless, questions=400)), random.Random(1)
     questions, right = task.train_questions(1), 0
     for q in questions:
