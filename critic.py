@@ -363,8 +363,8 @@ def label_pits(forest: Forest, wrong: list, complete, k: int, search: str = "lin
     wrong: [(tree, leaf)]. complete([(tree, node, k)]) -> sampled tokens: grows k completions below each node and
     grades them (forest.right). Right ends below a prefix in *any* other branch count as successes, so what a
     wave finds serves all later ones; the labelled path ended wrong and never counts, and neither do the wrong
-    samples it came with (it was picked because it failed: only fresh completions make a 0). budget: no further
-    wave once that many tokens were sampled. Returns a Pit per entry of `wrong`."""
+    samples it came with (it was picked because it failed: only fresh completions make a 0). budget: about so many
+    tokens are sampled; a completion is taken to be as long as what it replaces. Returns a Pit per entry of `wrong`."""
     pits = [Pit(b, leaf, None, None, 0) for b, leaf in wrong]
     paths = [forest.path(b, leaf)[1:] for b, leaf in wrong]
     failed, open_, spent = set(), list(range(len(wrong))), 0            # failed: (tree, node) with k fresh failures
@@ -385,10 +385,16 @@ def label_pits(forest: Forest, wrong: list, complete, k: int, search: str = "lin
                 still.append(j)
         if not asks or spent >= budget:
             break
-        spent += complete([(b, n, k) for b, n in asks])
-        failed.update(asks)                                             # stays 0 unless a right end is below it
-        for owners in asks.values():
-            for j in owners:
+        left, take = budget - spent, []
+        for (b, n), owners in asks.items():             # as many as the budget allows, by the length of what failed
+            if left > 0:
+                rest = paths[owners[0]][paths[owners[0]].index(n) + 1:]
+                left -= k * sum(len(forest.ids[b][m]) for m in rest)
+                take.append((b, n))
+        spent += complete([(b, n, k) for b, n in take])
+        failed.update(take)                                             # stays 0 unless a right end is below it
+        for ask in take:
+            for j in asks[ask]:
                 pits[j].probes += 1
         open_ = still
     return pits

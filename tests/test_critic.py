@@ -230,26 +230,31 @@ def test_shared_prefix_shares_probes():
     assert pits == [Pit(0, one, 2, path[2], 2), Pit(0, two, 2, path[2], 2), Pit(0, one, 2, path[2], 2)]
 
 
-def test_budget_stops_between_waves():
-    """With a budget of tokens no wave starts once it is spent: as many calls as needed to reach it, labels
-    settled by then equal those without a budget, the others have step and node None. Budget 0 samples nothing
+def test_budget_of_labels():
+    """With a budget of tokens a wave asks for no more completions than it pays for (a completion is taken to be as long
+    as what it replaces): spent are the budget and less than one prefix's completions more, or what all labels cost.
+    Labels settled by then equal those without a budget, the others have step and node None. Budget 0 samples nothing
     and still labels what needs no sampling."""
+    k, steps = 4, 5
+
     def labelled(budget):
-        game, spent = Game(5, trees=4), []
+        game, spent = Game(steps, trees=4), []
         wrong = game.samples(6)
         complete = lambda wants: spent.append(game.complete(wants)) or spent[-1]
-        pits = label_pits(game.forest, wrong, complete, 4, "linear", budget)
+        pits = label_pits(game.forest, wrong, complete, k, "linear", budget)
         return pits, spent
     whole, waves = labelled(math.inf)
     assert len(waves) >= 3 and all(p.step is not None for p in whole)
-    for done in range(len(waves)):
-        for budget in {sum(waves[:done]), max(0, sum(waves[:done]) - waves[done - 1] + 1) if done else 0}:
-            pits, spent = labelled(budget)
-            assert spent == waves[:done]        # stops as soon as it is reached, not before
-            for p, q in zip(pits, whole):
-                assert p == q if p.step is not None else (p.node is None and p.probes == done < q.probes)
-            assert any(p.step is None for p in pits)
-    assert labelled(sum(waves[:-1]) + 1) == (whole, waves)
+    settled = []
+    for budget in range(0, sum(waves) + 200, 7):
+        pits, spent = labelled(budget)
+        assert sum(spent) <= min(budget + k * steps, sum(waves)) and (sum(spent) >= budget or pits == whole)
+        for p, q in zip(pits, whole):
+            assert (p.step, p.node) == (q.step, q.node) if p.step is not None else p.node is None
+            assert p.probes <= q.probes
+        settled.append(sum(p.step is not None for p in pits))
+    assert labelled(0)[1] == [] and pits == whole and spent == waves
+    assert settled[0] < settled[len(settled) // 2] < settled[-1] == len(whole)
 
 
 # ----------------------------------------------------------------------------------------------------------
