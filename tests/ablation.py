@@ -51,7 +51,8 @@ def main(folders: list) -> None:
                 right[name] += [r["right"] for r in rows]
                 tokens[name] += [r["tokens"] for r in rows]
                 fast = spent() - before
-                print(f"{folder} {name} {np.mean([r['right'] for r in rows]):.3f}, {time.perf_counter() - start:.0f} s, "
+                took = time.perf_counter() - start
+                print(f"{folder} {name} {np.mean([r['right'] for r in rows]):.3f}, {took:.0f} s, "
                       f"of these {fast[1]:.0f} s for {fast[0]:,.0f} tokens of rollouts", file=sys.stderr)
     print(json.dumps({name: dict(accuracy=np.mean(right[name]), tokens=np.mean(tokens[name])) for name in VARIANTS}))
     print("| search | accuracy | 95% interval | tokens | McNemar against the line above |\n|---|---|---|---|---|")

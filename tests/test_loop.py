@@ -347,8 +347,10 @@ def test_compare_and_other_recipes(smoke):
         assert rows[name]["processed_tokens"] <= rows[name]["prompt_tokens"] + rows[name]["sampled_tokens"]
     assert rows["mcts_dpo"]["simulations"] > 1 and rows["mcts_dpo"]["committed_right"] is not None
     trees = [json.loads(line) for line in (folder / "runs/c/mcts_dpo_seed0/trees_01.jsonl").read_text().splitlines()]
-    assert all(sum(t["tree"]["visits"][n] for n, p in enumerate(t["tree"]["parent"]) if p == 0) == t["tree"]["visits"][0]
-               and t["path"][0] == 0 and t["tree"]["terminal"][t["path"][-1]] for t in trees)
+    for t in trees:
+        visits, parent = t["tree"]["visits"], t["tree"]["parent"]
+        assert sum(visits[n] for n, p in enumerate(parent) if p == 0) == visits[0]
+        assert t["path"][0] == 0 and t["tree"]["terminal"][t["path"][-1]]
 
 
 def questions_file(path: Path, count: int = 16) -> Path:

@@ -366,8 +366,8 @@ def test_saved_trees_can_be_shown(tmp_path, capsys):
     code, shown, _ = run("--question", "1")
     assert code == 0 and shown == draw(again, 1, tokenizer, chosen=[0, 1]) + "\n"
     assert " N 20 Q " in shown and " P " in shown and "<- chosen" in shown
-    write_text(tmp_path / "pairs_01.jsonl", "".join(json.dumps(dict(tree=t, chosen_nodes=[1], rejected_nodes=[2])) + "\n"
-                                                    for t in (2, 2, 0)))
+    pairs = [json.dumps(dict(tree=t, chosen_nodes=[1], rejected_nodes=[2])) for t in (2, 2, 0)]
+    write_text(tmp_path / "pairs_01.jsonl", "".join(line + "\n" for line in pairs))
     assert run("--question", "2", "--html", str(tmp_path / "tree.html"))[0] == 0
     assert "<html" in (tmp_path / "tree.html").read_text(encoding="utf-8")
     assert (tmp_path / "tree.html").read_text(encoding="utf-8").count(">+2</span>") == 1        # two pairs of this tree
