@@ -69,7 +69,7 @@ class Config:
     dtype: str = "auto"           # auto, float32 or bfloat16; auto measures on a CPU (open weights only)
     threads: int = 0              # CPU threads; 0 measures which is faster, one or all
     # -- sampling
-    questions: int = 400          # new questions a round
+    questions: int = 320          # new questions a round
     samples: int = 8              # first samples a question
     budget: int = 1000            # sampled tokens per question and round, labelling included: what binds a round
     completions: int = 4          # k of Self-Explore: completions per prefix; good ones look false with (1-p)^k
@@ -114,7 +114,7 @@ class Config:
     keep: float = 0.5             # a trajectory is imitated when the outcome critic gives it at least this
     save_seconds: float = 20.0    # how often an unfinished training is saved
     # -- learning
-    steps: int = 80               # optimiser steps a round, the same for every recipe
+    steps: int = 64               # optimiser steps a round, the same for every recipe
     batch: int = 32               # trees (questions) per step
     part_tokens: int = 0          # padded tokens of one forward in training; 0: 2,048 on a CPU, 16,384 on CUDA
     beta: float = 0.1             # DPO: how far from the reference (2305.18290)
