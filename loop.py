@@ -12,7 +12,7 @@ same number of *sampled tokens*, so that their accuracies can be compared at all
 
 Chapters: 1 Config   2 Files of a run   3 One chunk of questions   4 Evaluation   5 Recipes   6 The loop
           7 Comparing   8 Search at test time   9 Program
-Try:  python loop.py                              Self-Explore on homework, about 5 minutes on two cores
+Try:  python loop.py                              Self-Explore on homework, 5 to 6 minutes on two cores
       python loop.py --preset smoke               the same in seconds, too small to learn anything
       python loop.py --recipe rft --seed 1        another method
       python loop.py --recipe alphallm            questions nobody has the answer to, searched with critics
