@@ -1,5 +1,5 @@
 """The five files are imported from the repository's root; one thread, so that times and sums do not depend on cores.
-Two whole runs that take long start at once, one behind the other, beside the tests that come before theirs."""
+Four whole runs that take long start at once, one behind the other, beside the tests that come before theirs."""
 import os
 import shutil
 import signal
@@ -39,7 +39,23 @@ while True:
     os.waitpid(child, 0)
     kills, wait = kills + 1, 1.6 * wait
 """
-COMMANDS = {"smoke": [str(ROOT / "loop.py"), *SMOKE],                   # a run left alone, and one killed and resumed
+HONEST = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import loop
+reward = loop.Homework.reward
+def honest(self, question, text, answer):
+    assert answer != "", "the answer of a synthesised question was looked up"
+    return reward(self, question, text, answer)
+loop.Homework.reward, loop.LEAST_AUC = honest, 0.0      # so small a run has no head worth listening to
+sys.exit(loop.main(sys.argv[2:]))
+"""
+IMAGINE = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "20", "--keep", "0.01",
+           "--rollouts", "1", "--max-tokens", "32", "--out", "r", "--base", "base"]
+COMPARE = ["--preset", "smoke", "--compare", "sft,rft,outcome_dpo,mcts_dpo", "--seeds", "1", "--out", "runs/c"]
+COMMANDS = {"imagined_run": ["-c", HONEST, str(ROOT), *IMAGINE],
+            "smoke": [str(ROOT / "loop.py"), *SMOKE],                   # a run left alone, and one killed and resumed
+            "compared": [str(ROOT / "loop.py"), *COMPARE],
             "killed": ["-c", FORKING, str(ROOT), *SMOKE]}
 RUNS, STARTED = {}, []            # fixture: (folder, event, [exit code, stdout, stderr]); processes
 
@@ -82,6 +98,18 @@ def smoke():
 def killed():
     """The same, killed (kill -9) at growing times and begun again; printed: how often."""
     return finished("killed")
+
+
+@pytest.fixture(scope="session")
+def compared():
+    """A finished comparison of four recipes in FOLDER/runs/c, what it printed, and its flags."""
+    return *finished("compared"), COMPARE
+
+
+@pytest.fixture(scope="session")
+def imagined_run():
+    """A finished smoke run of alphallm whose grader raised when asked about a question nobody has an answer to."""
+    return finished("imagined_run")[0] / "r"
 
 
 def pytest_sessionfinish(session):

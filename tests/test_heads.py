@@ -411,24 +411,6 @@ def test_votes_by_hand():
     assert vote(samples[:1] + samples[1:2], "majority")["place"] == 0 and vote(samples[3:4], "majority") is None
 
 
-@pytest.fixture(scope="module")
-def imagined_run(tmp_path_factory):
-    """A finished smoke run of alphallm whose grader raises when asked about a question nobody has an answer to."""
-    folder, real, least = tmp_path_factory.mktemp("alphallm"), Homework.reward, loop.LEAST_AUC
-
-    def honest(self, question, text, answer):
-        assert answer != "", "the answer of a synthesised question was looked up"
-        return real(self, question, text, answer)
-    Homework.reward, loop.LEAST_AUC = honest, 0.0                        # so small a run has no head worth listening to
-    try:
-        flags = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "20", "--keep", "0.01",
-                 "--rollouts", "1", "--max-tokens", "32", "--out", str(folder / "r"), "--base", str(folder / "base")]
-        assert loop.main(flags) == 0
-    finally:
-        Homework.reward, loop.LEAST_AUC = real, least
-    return folder / "r"
-
-
 def test_alphallm_leaves_what_it_says(imagined_run):
     """Synthesised questions without answers, searched trees with scores in [0, 1] and no grade, critics with a report,
     log keys; tokens of both kinds of forest are counted, none is encoded twice, the budget holds."""

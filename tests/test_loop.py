@@ -327,18 +327,14 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
 
 
-def test_compare_and_other_recipes(smoke):
+def test_compare_and_other_recipes(compared):
     """--compare runs sft, rft, outcome_dpo and mcts_dpo on the cached base and prints one row each; called again it
     prints the same table. All but sft, which samples none, spend the budget; the trees of mcts_dpo can be shown."""
-    folder, _ = smoke
-    names = ["sft", "rft", "outcome_dpo", "mcts_dpo"]
-    command = ("loop.py", *SMOKE, "--compare", ",".join(names), "--seeds", 1, "--out", "runs/c",
-               "--base", next((folder / "runs").glob("base_*")))
-    first, second = (inside(*command, cwd=folder) for _ in range(2))
-    assert first.returncode == second.returncode == 0, first.stderr[-2000:]
+    folder, first, flags = compared
+    names, again = ["sft", "rft", "outcome_dpo", "mcts_dpo"], inside("loop.py", *flags, cwd=folder)
+    assert again.returncode == 0, again.stderr[-2000:]
     row = re.compile(r"\| (sft|rft|outcome_dpo|mcts_dpo) \|")
-    first, second = ([line for line in done.stdout.splitlines() if row.match(line)]
-                     for done in (first, second))
+    first, second = ([line for line in out.splitlines() if row.match(line)] for out in (first, again.stdout))
     assert [row.split(" | ")[0][2:] for row in first] == names and first == second
     rows = {n: json.loads((folder / f"runs/c/{n}_seed0/log.jsonl").read_text().splitlines()[-1]) for n in names}
     assert rows["sft"]["sampled_tokens"] == 0 and rows["rft"]["sampled_tokens"] == rows["outcome_dpo"]["sampled_tokens"]

@@ -161,14 +161,12 @@ def test_equals_the_recursive_reference(way):
             ref = Reference(game, simulations, way["c"], way["to_terminal"], globals()["ref_" + way["select"]], (5, 3),
                             way["commit"])
             assert_sound(forest, b)
-            assert int(forest.size[b]) == len(ref.nodes())
+            nodes = {(str(x["path"]), bool(x["end"])): x for x in ref.nodes()}
+            assert int(forest.size[b]) == len(nodes) == len(ref.nodes())
             for n in range(int(forest.size[b])):
-                same = [x for x in ref.nodes()
-                        if x["path"] == path_in(forest, b, n) and x["end"] == forest.terminal[b, n]]
-                assert len(same) == 1
-                assert forest.visits[b, n] == same[0]["N"] and forest.value_sum[b, n] == same[0]["W"]
-                assert n == 0 or (forest.count[b, n] == same[0]["count"] and
-                                  abs(forest.prior[b, n] - same[0]["P"]) < 1e-6)
+                same = nodes[str(path_in(forest, b, n)), bool(forest.terminal[b, n])]
+                assert forest.visits[b, n] == same["N"] and forest.value_sum[b, n] == same["W"]
+                assert n == 0 or (forest.count[b, n] == same["count"] and abs(forest.prior[b, n] - same["P"]) < 1e-6)
             assert [path_in(forest, b, n) for n in paths[b]] == ref.path
 
 

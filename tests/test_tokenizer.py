@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import BadInput, SentencePiece, Tokenizer  # noqa: E402
+from model import LONG, BadInput, SentencePiece, Tokenizer  # noqa: E402
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 NAMES = ("gpt2", "llama3", "qwen2", "smollm2")
@@ -215,10 +215,9 @@ def test_lone_surrogates(text):
 
 @pytest.mark.parametrize("unit", [" ", "a", "\n", "1", "!", "水", " a", "\t\n"])
 def test_very_long_runs(unit):
-    """A million characters of one kind: no crash of the regular expressions in tiktoken, and nothing is
-    lost."""
+    """300,000 characters of one kind, more than tiktoken's regular expressions are given: no crash, nothing is lost."""
     tokenizer, _ = opened("qwen2")
-    text = unit * (1_000_000 // len(unit)) + "x"
+    text = unit * (3 * LONG // len(unit)) + "x"
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode() == text
 
 
@@ -300,9 +299,9 @@ def test_heap_merges_as_the_definition_does():
 
 @pytest.mark.parametrize("unit", ["the cat sat ", "a", " ", "水", "\0"])
 def test_sentencepiece_long_texts(unit):
-    """200,000 characters: with anything quadratic in the text this would take hours, and nothing is lost."""
+    """100,000 characters: with anything quadratic in the text this would take an hour, and nothing is lost."""
     tokenizer = opened("llama2_legacy")[0]
-    text = (unit * 200_000)[:200_000] + "x"
+    text = (unit * 100_000)[:100_000] + "x"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -413,7 +412,7 @@ def test_structural_mutations():
     Tokenizer({"tokenizer.json": json.dumps(full).encode()})
     for spec in (full, bytes_only, pieces, newer):
         for path in list(places(spec))[1:]:
-            for new in ["delete", *rng.sample(odd, 6)]:
+            for new in ["delete", *rng.sample(odd, 4)]:
                 damaged = copy.deepcopy(spec)
                 node = damaged
                 for key in path[:-1]:
