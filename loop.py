@@ -300,7 +300,8 @@ class Run:
             self.task = TASKS[self.c.task](self.c, self.tokenizer)
             self.tokenizer = self.task.tokenizer
             self.task.eval_questions()                  # too few are refused before minutes of training
-            self.c.recipe == "sft" or self.task.train_questions(1)
+            if self.c.recipe != "sft":
+                self.task.train_questions(1)
         trained = not self.c.data or self.c.sft_data
         self.model = base_model(self.c, self.task, self.near, self.round_dir(0).exists(), model) if trained else model
         self.model.part_tokens = self.c.part_tokens

@@ -438,6 +438,15 @@ def small_tree():
     return forest
 
 
+def test_draw_is_printable():
+    """A model may write anything: nothing that moves the cursor or clears the screen reaches the terminal."""
+    tokenizer, forest = Tokenizer.bytes_only(), Forest(1)
+    forest.add(0, -1, tokenizer.encode("1+1?"))
+    forest.add(0, 0, tokenizer.encode("\x1b[2J 2\r3 \u6c34\n"), end="eos")
+    text = draw(forest, 0, tokenizer)
+    assert "\ufffd[2J 2\ufffd3 \u6c34" in text and all(c.isprintable() or c == "\n" for c in text)
+
+
 def test_draw():
     """The exact text of one small tree: ends are marked right and wrong, the cut one and the pit are named,
     the more visited branch comes first. What does not fit the limit is counted, long lines are cut."""
