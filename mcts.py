@@ -334,7 +334,7 @@ def best_child(forest: Forest, b: int, n: int) -> int | None:
 
 def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c: float = 1.0,
            width=fixed_width(5, 3), to_terminal: bool = False, prior=length_prior, commit: bool = False,
-           budget: float = math.inf, same=None, patience: int = 0) -> list:
+           budget: float = math.inf, same=None, patience: int = 0, enough=None) -> list:
     """Search all trees of the forest together; returns the path each commits to, a list of nodes from the root.
 
     proposer: `submit([(tree, node, how many)])` asks for steps below nodes, `poll()` waits for some and returns the
@@ -345,8 +345,9 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
     (AlphaZero style); else all are done from the first root. width(forest, tree, node): steps a node should have drawn
     by now; a simulation that comes by asks for what is missing. budget: sampled tokens of a tree; no simulation begins
     that would, at twice the mean cost so far, exceed it. same: see `expand`.
-    patience: with so many simulations in a row that sampled nothing the tree is exhausted, and done; 0: never. A
-    tree never waits for another, and its result does not depend on the others.
+    patience: with so many simulations in a row that sampled nothing the tree is exhausted, and done; 0: never.
+    enough(tree), asked after each simulation: True when the tree is done for any other reason. A tree never waits for
+    another, and without `enough` its result does not depend on the others.
 
     Four simulations by hand, evaluated at birth, c = 1; root r, children a (P .6) and b (P .4):
         1  r expanded; a (P): returns 1           N r1 a1      Q r 1    a 1
@@ -361,7 +362,7 @@ def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c:
         done[b] += 1
         idle[b] += 1
         rich = spent[b] * (1 + 2 / forest.visits[b, 0]) <= budget       # costs vary: reserve twice the mean
-        rich = rich and (not patience or idle[b] <= patience)
+        rich = rich and (not patience or idle[b] <= patience) and not (enough and enough(b))
         if done[b] < simulations and rich:
             return False
         while (kid := best_child(forest, b, roots[b])) is not None:

@@ -1354,7 +1354,7 @@ class Sampler:
             # right=True: an id of probability 0 is never hit; when rounding puts u on the total: the last real id
             drawn = torch.searchsorted(mass, u, right=True).squeeze(-1).clamp_(max=self.model.last_id)
             tokens = drawn if tokens is None else torch.where(heat[:, 0] == 0, tokens, drawn)
-        logps = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        logps = logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
         return tokens.cpu().numpy(), logps.float().cpu().numpy()
 
     def _stop(self, row, token):

@@ -40,8 +40,8 @@ def main(folders: list) -> None:
             run.fast = loop.fast_rollouts(run, 0, trees)
             same = run.fast and loop.agreement(run, run.fast, questions)
             print(f"{folder}: greedy answers of the smaller policy that are the policy's: {same}", file=sys.stderr)
-            fast = run.fast
-            spent = lambda: np.array([fast.sampler.counts["sampled"], fast.seconds]) if fast else np.zeros(2)
+            small = run.fast
+            spent = lambda: np.array([small.sampler.counts["sampled"], small.seconds]) if small else np.zeros(2)
             for i, (name, change) in enumerate(VARIANTS.items()):
                 now |= change
                 run.c, run.dir, start = replace(run.c, **now), Path(kept, str(i)), time.perf_counter()

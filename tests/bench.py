@@ -7,7 +7,7 @@ search: trees by MCTS with a briefly trained base, against the same search with 
 expansion, and against one tree at a time; how time grows with simulations and trees; share of time outside the
 sampler; share that critics take in a search with them.
 training: whole trees packed in one row, against a chosen row and a rejected row per pair.
-peer: continuing 64 prompts with the tiny model and with one of SmolLM2-135M's shape (random weights), against
+peer: continuing 64 rows with the tiny model and with one of SmolLM2-135M's shape (random weights), against
 `generate` of the library transformers on the same weights, when that happens to be importable; null otherwise.
 limit: what one thread does in plain fp32 matrix products, of the tiny model's shape, and of 64 rows with the large
 one's."""
@@ -134,25 +134,27 @@ SMOLLM2 = dict(model_type="llama", vocab_size=49152, hidden_size=576, intermedia
                rope_theta=1e5, hidden_act="silu", tie_word_embeddings=True)
 
 
-def generating(model, tok, rows, prompt=32, new=16):
-    """Tokens a second when `rows` different prompts go on for `new` tokens at temperature 1, and the share of them
-    that one thread's matrix products alone would allow: 2 FLOP a weight and token, in products of `rows` rows."""
+def generating(model, tok, samples, rows=64, prompt=64, new=32):
+    """Tokens a second when `rows` rows, so many samples of each prompt, go on for `new` tokens at temperature 1, and
+    the share of them that one thread's matrix products alone would allow: 2 FLOP a weight and token."""
     model.bind(tok).stop_ids = frozenset()              # nobody ends early, here and there
     sampler, rng = Sampler(model, tok, rows * (prompt + new) + 1, rows), random.Random(0)
-    texts = [[rng.randrange(256) for _ in range(prompt)] for _ in range(rows)]
+    texts = [[rng.randrange(256) for _ in range(prompt)] for _ in range(rows // samples)]
 
     def work():
         sampler.reset()
-        sampler.extend([Request(sampler.prompt(t), mix(1, i), new) for i, t in enumerate(texts)])
+        paths = [sampler.prompt(t) for t in texts]
+        sampler.extend([Request(p, mix(1, i, j), new) for i, p in enumerate(paths) for j in range(samples)])
     took = seconds(work, 1)
     c = model.config
     x, w = torch.randn(rows, c.hidden_size), torch.randn(c.intermediate_size, c.hidden_size)
     limit = 2 * rows * w.numel() / seconds(lambda: x @ w.T, 20)
-    weights = sum(p.numel() for p in model.parameters())
-    return rows * new / took, texts, rows * new / took * 2 * weights / limit
+    head, every = c.vocab_size * c.hidden_size, sum(p.numel() for p in model.parameters())
+    flops = 2 * (rows * new * every + len(texts) * prompt * (every - head))    # logits of the sampled tokens only
+    return rows * new / took, texts, flops / took / limit
 
 
-def peer(model, texts, new=16):
+def peer(model, texts, samples, new=32):
     """The same by transformers.generate, or None."""
     if importlib.util.find_spec("transformers") is None:
         return None
@@ -162,19 +164,19 @@ def peer(model, texts, new=16):
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor(texts)
     take = dict(attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new,
-                pad_token_id=0)
-    return len(texts) * new / seconds(lambda: theirs.generate(ids, **take), 1)
+                pad_token_id=0, num_return_sequences=samples)
+    return len(texts) * samples * new / seconds(lambda: theirs.generate(ids, **take), 1)
 
 
 def peers(tok):
-    """The peer part of the object."""
+    """The peer part of the object: 64 different prompts, and what this project does, eight samples of each of eight."""
     large, found = GPT(GPTConfig.from_json(SMOLLM2)).initialise(0), {}
     for name, model in (("tiny", GPT(GPTConfig.tiny(tok.n_ids)).initialise(0)), ("135m", large)):
-        ours, texts, share = generating(model, tok, 64)
-        theirs = peer(model, texts)
-        found |= {f"generate_{name}": round(ours, 1), f"generate_{name}_transformers": theirs and round(theirs, 1),
-                  f"generate_{name}_ratio": theirs and round(ours / theirs, 2),
-                  f"generate_{name}_share_of_matmul": round(share, 2)}
+        for samples in (1, 8):
+            ours, texts, share = generating(model, tok, samples)
+            theirs, key = peer(model, texts, samples), f"generate_{name}_{64 // samples}_prompts"
+            found |= {key: round(ours, 1), f"{key}_transformers": theirs and round(theirs, 1),
+                      f"{key}_ratio": theirs and round(ours / theirs, 2), f"{key}_share_of_matmul": round(share, 2)}
     return found
 
 

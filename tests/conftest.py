@@ -52,7 +52,8 @@ sys.exit(loop.main(sys.argv[2:]))
 """
 IMAGINE = ["--preset", "smoke", "--recipe", "alphallm", "--rounds", "2", "--base-steps", "20", "--keep", "0.01",
            "--rollouts", "1", "--max-tokens", "32", "--out", "r", "--base", "base"]
-COMPARE = ["--preset", "smoke", "--compare", "sft,rft,outcome_dpo,mcts_dpo", "--seeds", "1", "--out", "runs/c"]
+COMPARE = ["--preset", "smoke", "--compare", "sft,rft,outcome_dpo,mcts_dpo,combined",
+           "--seeds", "1", "--out", "runs/c"]
 COMMANDS = {"imagined_run": ["-c", HONEST, str(ROOT), *IMAGINE],
             "smoke": [str(ROOT / "loop.py"), *SMOKE],                   # a run left alone, and one killed and resumed
             "compared": [str(ROOT / "loop.py"), *COMPARE],
@@ -102,7 +103,7 @@ def killed():
 
 @pytest.fixture(scope="session")
 def compared():
-    """A finished comparison of four recipes in FOLDER/runs/c, what it printed, and its flags."""
+    """A finished comparison of five recipes in FOLDER/runs/c, what it printed, and its flags."""
     return *finished("compared"), COMPARE
 
 

@@ -22,8 +22,9 @@ from critic import critic_features, critic_labels, critic_loss, critic_report, c
 from critic import log_prob_features, parse  # noqa: E402
 from dpo import Row, node_features, train  # noqa: E402
 from loop import Batches, Config, vote  # noqa: E402
-from mcts import Forest, grow, importance_width, pack, plant, puct, uct  # noqa: E402
-from model import GPT, GPTConfig, Sampler, Tokenizer  # noqa: E402
+from mcts import Direct, Forest, grow, importance_width, pack, plant, puct, uct  # noqa: E402
+from model import GPT, Continuation, GPTConfig, Sampler, Tokenizer  # noqa: E402
+import ablation  # noqa: E402
 from countdown_search import reaches  # noqa: E402
 from test_mcts import LETTERS, PROMPTS  # noqa: E402
 from test_model import language_model  # noqa: E402
@@ -402,6 +403,51 @@ def test_imagined_real_questions(tmp_path):
     assert task.imagine(task.train, 3, random.Random(0), write) == [] and asked[-1] == []
 
 
+# -- a search for right solutions -----------------------------------------------------------------------
+def solving(monkeypatch, pool, says):
+    """solving_search on twelve questions whose solutions are six lines, each good with a chance of one in four; right
+    are six good ones. says(good lines, lines) is what the critics think. -> (forest, sampled tokens)."""
+    counts, stop, rng = {"sampled": 0}, 10, random.Random(0)
+    tokenizer = SimpleNamespace(decode_more=lambda ids: " ".join(map(str, ids)))
+    run = SimpleNamespace(c=Config(merge=0, widen=1), fast=None, tokenizer=tokenizer,
+                          model=SimpleNamespace(stop_ids={stop}), sampler=SimpleNamespace(counts=counts),
+                          task=SimpleNamespace(reward=lambda q, text, answer: text == answer))
+
+    def propose(forest, b, n, count):
+        """`count` lines: 1 is a good one, 2 to 4 are bad ones; the sixth is the last."""
+        end = int(forest.depth[b, n]) == 5
+        ids = [[rng.randint(1, 4)] + [stop] * end for _ in range(count)]
+        counts["sampled"] += sum(map(len, ids))
+        return [Continuation(np.array(i), np.zeros(len(i)), np.zeros(len(i)), "eos" if end else "step") for i in ids]
+
+    def values(critic, sampler, forest, ends, weights, rule, *more):
+        assert rule == "sum" and not any(forest.terminal[e] for e in ends)
+        lines = [forest.path_of(b, n, "ids", root=False) for b, n in ends]
+        return np.array([says((x == 1).sum(), len(x)) for x in lines])
+    monkeypatch.setattr(loop, "Steps", lambda forest, *a, **k: Direct(forest, propose))
+    monkeypatch.setattr(loop, "critic_values", values)
+    forest = Forest(12)
+    for b in range(12):
+        forest.add(b, -1, [0])
+    questions = [Question("?", "1 1 1 1 1 1", 6) for _ in range(12)]
+    assert loop.solving_search(run, None, questions, forest, [0] * 12, None, pool) == ([], [[]] * 12)
+    assert sum(len(i) for b in range(12) for i in forest.ids[b][1:]) <= counts["sampled"]
+    return forest, counts["sampled"]
+
+
+def test_solving_search(monkeypatch):
+    """With critics that know good lines every tree is solved for a fraction of the tokens, and ends with its first
+    right end; critics that say nothing solve hardly any; the pool is overdrawn by the steps at work at most."""
+    known, spent = solving(monkeypatch, 12 * 400, lambda good, lines: float(good == lines))
+    assert ((known.right == 1).sum(1) == 1).all() and spent < 12 * 200
+    for b in range(12):           # the last simulation found it
+        assert (known.right[b] == 1).nonzero()[0] == max(n for n in known.leaves(b) if known.visits[b, n])
+    blind, cost = solving(monkeypatch, 12 * 400, lambda good, lines: 0.5)
+    assert (blind.right == 1).any(1).sum() <= 6 and cost <= 12 * 402
+    poor, cost = solving(monkeypatch, 200, lambda good, lines: float(good == lines))
+    assert 150 < cost <= 224 and (poor.right == 1).any(1).sum() < 12
+
+
 # -- votes and runs ---------------------------------------------------------------------------------------
 def test_votes_by_hand():
     """Majority, best score, largest sum of scores; ties go to the first; samples without an answer count nothing."""
@@ -450,3 +496,17 @@ def test_decode_table(imagined_run, capsys, monkeypatch):
     assert loop.main(flags) == 0
     again = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| round ")]
     assert again == table and before == {p: p.stat().st_mtime_ns for p in imagined_run.glob("decode_*/*sonl")}
+
+
+def test_ablation_table(imagined_run, capsys, monkeypatch):
+    """tests/ablation.py searches with every variant at one budget and prints a row of each, with rollouts where they
+    are asked for."""
+    monkeypatch.setattr(ablation, "WORTH", 2), monkeypatch.setattr(ablation, "QUESTIONS", 2)
+    monkeypatch.setattr(loop, "LEAST_AUC", 0.0)
+    ablation.main([str(imagined_run)])
+    out, err = capsys.readouterr()
+    table = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in table] == [*ablation.VARIANTS] and [row[4] == "-" for row in table] == [True] + [False] * 6
+    rolled = {name: f"for {0:,.0f} tokens" not in line for name in ablation.VARIANTS
+              for line in err.splitlines() if f" {name} " in line}
+    assert rolled == {name: i in (3, 4, 5) for i, name in enumerate(ablation.VARIANTS)}

@@ -328,12 +328,12 @@ def test_interrupt_says_how_to_go_on(tmp_path):
 
 
 def test_compare_and_other_recipes(compared):
-    """--compare runs sft, rft, outcome_dpo and mcts_dpo on the cached base and prints one row each; called again it
-    prints the same table. All but sft, which samples none, spend the budget; the trees of mcts_dpo can be shown."""
+    """--compare runs sft, rft, outcome_dpo, mcts_dpo and combined on the cached base and prints one row each; called
+    again it prints the same table. All but sft, which samples none, spend the budget; the trees of mcts_dpo can be shown."""
     folder, first, flags = compared
-    names, again = ["sft", "rft", "outcome_dpo", "mcts_dpo"], inside("loop.py", *flags, cwd=folder)
+    names, again = flags[flags.index("--compare") + 1].split(","), inside("loop.py", *flags, cwd=folder)
     assert again.returncode == 0, again.stderr[-2000:]
-    row = re.compile(r"\| (sft|rft|outcome_dpo|mcts_dpo) \|")
+    row = re.compile(rf"\| ({'|'.join(names)}) \|")
     first, second = ([line for line in out.splitlines() if row.match(line)] for out in (first, again.stdout))
     assert [row.split(" | ")[0][2:] for row in first] == names and first == second
     rows = {n: json.loads((folder / f"runs/c/{n}_seed0/log.jsonl").read_text().splitlines()[-1]) for n in names}
@@ -347,6 +347,16 @@ def test_compare_and_other_recipes(compared):
         visits, parent = t["tree"]["visits"], t["tree"]["parent"]
         assert sum(visits[n] for n, p in enumerate(parent) if p == 0) == visits[0]
         assert t["path"][0] == 0 and t["tree"]["terminal"][t["path"][-1]]
+    sampled, searched = ([json.loads(line) for line in (folder / f"runs/c/combined_seed0/{name}_01.jsonl").read_text()
+                          .splitlines()] for name in ("trees", "searched"))
+    right = lambda t: 1 in t["tree"]["right"]
+    assert [t["question"] for t in sampled if not right(t)] == [t["question"] for t in searched] != []
+    assert rows["combined"]["searched"] == len(searched)
+    assert rows["combined"]["searched_solved"] == sum(map(right, searched))
+    for t in searched:            # the ends are graded, each by its own; what is not an end has the critics' score
+        tree = t["tree"]
+        assert all((grade in (0, 1) and score == grade) if end else grade == -1 for end, grade, score, n in
+                   zip(tree["terminal"], tree["right"], tree["score"], tree["visits"]) if n)
 
 
 def questions_file(path: Path, count: int = 16) -> Path:

@@ -68,6 +68,16 @@ class Scrambled(Direct):
         return [(b, n, self.propose(self.forest, b, n, count)) for b, n, count in asked]
 
 
+def test_enough_ends_one_tree_alone():
+    """`enough` is asked after each simulation of each tree and ends that tree; the other one goes on as if alone."""
+    asked = []
+    forest, _ = play([Game(1), Game(2)], 20, enough=lambda b: asked.append(b) or (b == 0 and asked.count(0) == 3))
+    alone, _ = play([Game(1), Game(2)], 20)
+    assert forest.visits[:, 0].tolist() == [3, 20] and asked.count(1) >= 19
+    n = int(alone.size[1])
+    assert n == forest.size[1] and (forest.visits[1, :n] == alone.visits[1, :n]).all()
+
+
 def play(games, simulations, proposer=Direct, **how):
     """Search games with the arrays; (forest, committed paths)."""
     forest = Forest(len(games), 2)
