@@ -1065,8 +1065,10 @@ class Exercises:
             if self.kind.graded != other.graded:
                 raise BadInput(f"{self.files[0][0]} is graded by a {self.kind.graded}, {file} by a {other.graded}: a "
                                "run reads one kind of answer; take files of one kind (--evaluate works on any).")
-        if c.recipe == "alphallm" and self.kind.graded == "letter":
-            raise BadInput("--recipe alphallm makes up questions of one line, without options; take another recipe.")
+        if c.recipe in ("alphallm", "combined") and self.kind.graded == "letter":
+            why = dict(alphallm="makes up questions of one line, without options",
+                       combined="searches until an answer is right, and a letter is soon guessed")[c.recipe]
+            raise BadInput(f"--recipe {c.recipe} {why}; take another recipe.")
 
     def prompt(self, question: Question) -> str:
         """What the model reads."""

@@ -120,6 +120,7 @@ def test_combinations_are_refused(tmp_path):
     for case, words in ((lambda: task(0, 1), "0 is graded by a number,"), (lambda: task(0, 1), "1 by a formula: a run"),
                         (lambda: task(0, 0, sft_data=files[1]), "1 by a formula: a run"),
                         (lambda: task(2, 3, recipe="alphallm"), "without options"),
+                        (lambda: task(2, 3, recipe="combined"), "soon guessed"),
                         (lambda: loop.parse_flags(["--template", "{question}"]), "--model"),
                         (lambda: loop.parse_flags([*flags, "Q:"]), "{question}"),
                         (lambda: loop.parse_flags([*flags, "{question}{question}"]), "exactly once")):

@@ -405,18 +405,18 @@ def test_imagined_real_questions(tmp_path):
 
 # -- a search for right solutions -----------------------------------------------------------------------
 def solving(monkeypatch, pool, says):
-    """solving_search on twelve questions whose solutions are six lines, each good with a chance of one in four; right
+    """solving_search on twelve questions whose solutions are six lines, each good with a chance of one half; right
     are six good ones. says(good lines, lines) is what the critics think. -> (forest, sampled tokens)."""
     counts, stop, rng = {"sampled": 0}, 10, random.Random(0)
     tokenizer = SimpleNamespace(decode_more=lambda ids: " ".join(map(str, ids)))
-    run = SimpleNamespace(c=Config(merge=0, widen=1), fast=None, tokenizer=tokenizer,
+    run = SimpleNamespace(c=Config(), fast=None, tokenizer=tokenizer,
                           model=SimpleNamespace(stop_ids={stop}), sampler=SimpleNamespace(counts=counts),
                           task=SimpleNamespace(reward=lambda q, text, answer: text == answer))
 
     def propose(forest, b, n, count):
-        """`count` lines: 1 is a good one, 2 to 4 are bad ones; the sixth is the last."""
+        """`count` lines: 1 is a good one, 2 a bad one; the sixth is the last."""
         end = int(forest.depth[b, n]) == 5
-        ids = [[rng.randint(1, 4)] + [stop] * end for _ in range(count)]
+        ids = [[rng.randint(1, 2)] + [stop] * end for _ in range(count)]
         counts["sampled"] += sum(map(len, ids))
         return [Continuation(np.array(i), np.zeros(len(i)), np.zeros(len(i)), "eos" if end else "step") for i in ids]
 
@@ -438,14 +438,54 @@ def solving(monkeypatch, pool, says):
 def test_solving_search(monkeypatch):
     """With critics that know good lines every tree is solved for a fraction of the tokens, and ends with its first
     right end; critics that say nothing solve hardly any; the pool is overdrawn by the steps at work at most."""
-    known, spent = solving(monkeypatch, 12 * 400, lambda good, lines: float(good == lines))
-    assert ((known.right == 1).sum(1) == 1).all() and spent < 12 * 200
+    known, spent = solving(monkeypatch, 12 * 200, lambda good, lines: float(good == lines))
+    assert ((known.right == 1).sum(1) == 1).all() and spent < 12 * 80
     for b in range(12):           # the last simulation found it
         assert (known.right[b] == 1).nonzero()[0] == max(n for n in known.leaves(b) if known.visits[b, n])
-    blind, cost = solving(monkeypatch, 12 * 400, lambda good, lines: 0.5)
-    assert (blind.right == 1).any(1).sum() <= 6 and cost <= 12 * 402
+    blind, cost = solving(monkeypatch, 12 * 200, lambda good, lines: 0.5)
+    assert (blind.right == 1).any(1).sum() <= 6 and cost <= 12 * 202
     poor, cost = solving(monkeypatch, 200, lambda good, lines: float(good == lines))
-    assert 150 < cost <= 224 and (poor.right == 1).any(1).sum() < 12
+    assert 150 < cost <= 212 and (poor.right == 1).any(1).sum() < 6
+
+
+def test_combined_imitates_what_is_found(tmp_path, monkeypatch):
+    """Right solutions of samples and of searches, of this round and of the one before, are rows to imitate; searched
+    are the questions without one, with what is left, but at most the budget of a question each; nothing is searched
+    when less is left than a solution takes."""
+    def tree(question, right):
+        """One tree with one end."""
+        forest = Forest(1)
+        forest.add(0, -1, [7])
+        n = forest.add(0, 0, [8] * 20, [-1.0] * 20, end="eos")
+        forest.right[0, n] = right
+        return {"question": question, "answer": "1", "tree": forest.to_json(0), "pits": [], "path": []}
+    write = lambda name, *rows: loop.write_lines(tmp_path / f"{name}.jsonl", rows) or loop.read_trees(
+        tmp_path / f"{name}.jsonl")
+    tokenizer, pools, learnt = SimpleNamespace(decode_more=lambda ids: "1+1=2"), [], []
+    run = SimpleNamespace(dir=tmp_path, fast=None, tokenizer=tokenizer, model=SimpleNamespace(stop_ids=set()),
+                          c=Config(recipe="combined", budget=300, steps=5))
+
+    def sample_round(run, round_, questions, how, name):
+        how(run, questions, None, [1] * len(questions), None)
+        return write(f"{name}_{round_:02d}", *(tree(q.text, i == 0) for i, q in enumerate(questions)))
+    monkeypatch.setattr(loop, "sample_round", sample_round)
+    monkeypatch.setattr(loop, "solving_search", lambda *a: pools.append((len(a[2]), a[-1])))
+    monkeypatch.setattr(loop, "learn", lambda run, round_, stage, rows, *a:
+                        (learnt.append((stage, len(rows), a[2])) or {}, None))
+    for round_, left in ((1, 500), (2, 2000), (3, 30)):
+        monkeypatch.setattr(loop, "round_critics", lambda *a: (None, {"critic_auc": {}}, left))
+        report, _ = loop.combined(run, round_, write(f"trees_{round_:02d}", tree("a", 1), tree("b", 0), tree("c", 0)))
+        assert ("searched" in report) == (round_ < 3) and report.get("searched_solved", 1) == 1
+    assert pools == [(2, 500), (2, 600)]                        # at most 300 a question
+    assert learnt == [("combined", 2, 5), ("combined", 4, 5), ("combined", 5, 5)]
+
+
+def test_counts_of_the_round_alone(tmp_path):
+    """Counts that a run killed at the end of a round left behind are not those of the next."""
+    for name, sampled in (("trees_01", 1), ("searched_01", 2), ("trees_02", 4), ("imagined_02", 8),
+                          ("trees_02_000000", 16)):
+        loop.write_lines(tmp_path / f"{name}.counts", [{"sampled": sampled}])
+    assert loop.round_counts(SimpleNamespace(work=tmp_path), 2) == {"sampled": 12}
 
 
 # -- votes and runs ---------------------------------------------------------------------------------------
@@ -499,14 +539,14 @@ def test_decode_table(imagined_run, capsys, monkeypatch):
 
 
 def test_ablation_table(imagined_run, capsys, monkeypatch):
-    """tests/ablation.py searches with every variant at one budget and prints a row of each, with rollouts where they
-    are asked for."""
+    """tests/ablation.py searches with every variant and prints a row of each, with rollouts where asked for."""
     monkeypatch.setattr(ablation, "WORTH", 2), monkeypatch.setattr(ablation, "QUESTIONS", 2)
     monkeypatch.setattr(loop, "LEAST_AUC", 0.0)
     ablation.main([str(imagined_run)])
     out, err = capsys.readouterr()
     table = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in table] == [*ablation.VARIANTS] and [row[4] == "-" for row in table] == [True] + [False] * 6
+    assert [row[0] for row in table] == [*ablation.VARIANTS]
+    assert [row[4] == "-" for row in table] == [True] + [False] * 6
     rolled = {name: f"for {0:,.0f} tokens" not in line for name in ablation.VARIANTS
               for line in err.splitlines() if f" {name} " in line}
     assert rolled == {name: i in (3, 4, 5) for i, name in enumerate(ablation.VARIANTS)}

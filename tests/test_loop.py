@@ -329,7 +329,7 @@ def test_interrupt_says_how_to_go_on(tmp_path):
 
 def test_compare_and_other_recipes(compared):
     """--compare runs sft, rft, outcome_dpo, mcts_dpo and combined on the cached base and prints one row each; called
-    again it prints the same table. All but sft, which samples none, spend the budget; the trees of mcts_dpo can be shown."""
+    again it prints the same table. All but sft, which samples none, spend the budget; trees are what they should be."""
     folder, first, flags = compared
     names, again = flags[flags.index("--compare") + 1].split(","), inside("loop.py", *flags, cwd=folder)
     assert again.returncode == 0, again.stderr[-2000:]
@@ -341,6 +341,7 @@ def test_compare_and_other_recipes(compared):
     for name in names[1:]:
         assert 0.6 * 16 * 300 < rows[name]["sampled_tokens"] < 1.3 * 16 * 300
         assert rows[name]["processed_tokens"] <= rows[name]["prompt_tokens"] + rows[name]["sampled_tokens"]
+    assert rows["combined"]["sampled_tokens"] < 1.1 * 16 * 300
     assert rows["mcts_dpo"]["simulations"] > 1 and rows["mcts_dpo"]["committed_right"] is not None
     trees = [json.loads(line) for line in (folder / "runs/c/mcts_dpo_seed0/trees_01.jsonl").read_text().splitlines()]
     for t in trees:
@@ -353,10 +354,14 @@ def test_compare_and_other_recipes(compared):
     assert [t["question"] for t in sampled if not right(t)] == [t["question"] for t in searched] != []
     assert rows["combined"]["searched"] == len(searched)
     assert rows["combined"]["searched_solved"] == sum(map(right, searched))
-    for t in searched:            # the ends are graded, each by its own; what is not an end has the critics' score
+    for t in searched:            # ends have their grade as score, other nodes what the critics say
         tree = t["tree"]
-        assert all((grade in (0, 1) and score == grade) if end else grade == -1 for end, grade, score, n in
-                   zip(tree["terminal"], tree["right"], tree["score"], tree["visits"]) if n)
+        rows = [*zip(*(tree[k] for k in ("terminal", "right", "score", "visits")))][1:]
+        assert all(grade in (0, 1) and score == grade if end else grade == -1 and 0 <= score <= 1
+                   for end, grade, score, visits in rows if visits)
+    for t in sampled:             # every sample that was asked for is there
+        tree = t["tree"]
+        assert tree["drawn"][0] == sum(c for c, p in zip(tree["count"], tree["parent"]) if p == 0) >= 4
 
 
 def questions_file(path: Path, count: int = 16) -> Path:
