@@ -554,7 +554,8 @@ def sample_trees(run: Run, questions: list, forest: Forest, seeds: list, progres
             seen.update(wrong)
             pits += label_pits(forest, wrong, complete, c.completions, c.pit_search, budget - spent())
         if c.recipe == "combined" and drawn == count:                   # keep tokens to search what is not solved
-            budget -= (1 - c.critic_share) * c.budget * sum(not forest.below(b)[0] for b in range(len(questions)))
+            unsolved = sum(not forest.below(b)[0] for b in range(len(questions)))
+            budget -= (1 - c.critic_share) * c.budget * unsolved * mostly(unsolved, len(questions))
         per_sample = spent() / (drawn * len(questions))                 # labelling included
         count = max(0, min(c.samples, int((budget - spent()) / per_sample / len(questions))))
     for p in pits:                # a later branch recovered from this "pit": it was none (one of the (1-p)^k)
@@ -1113,20 +1114,26 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
     return learnt | report | {"imagined": len(new), "imagined_kept": sum(kept), "rollout_agreement": same}, state
 
 
+def mostly(unsolved: int, questions: int) -> bool:
+    """Are so many questions without a right solution that tokens are better spent on a search than on more samples?
+    Measured, three rounds: with 78% of them unsolved after 8 samples the search gains 6 points over rft, with 40%
+    (countdown) and 25% it loses one or two, with 10% none."""
+    return 2 * unsolved > questions
+
+
 def combined(run: Run, round_: int, trees: list) -> tuple:
-    """Ours: imitate right solutions, and look for them where they are missing. Plain samples solve the easy questions
-    and teach the critics; these lead a search through the rest, for which `sample_trees` has left tokens. A preference
-    chooses among what a model does already; where it is hardly ever right, right solutions are what it lacks."""
-    critic, report, left = round_critics(run, round_, trees)
-    unsolved, rows = [t.question for t in trees if not t.forest.below(t.b)[0]], []
-    each = min(run.c.budget, left / max(1, len(unsolved)))
-    how = lambda run, questions, forest, seeds, progress: solving_search(
-        run, critic, questions, forest, [mix(s, 4) for s in seeds], progress, each * len(questions))
-    solution = np.mean([len(t.forest.path_of(t.b, n, "ids", root=False)) for t in trees for n in t.forest.leaves(t.b)])
-    if unsolved and each > solution:                    # enough for one more try each
-        found = sample_round(run, round_, unsolved, how, "searched")
+    """Ours: rft, and where it has next to nothing to imitate, a search for it. A preference chooses among what a model
+    does already; where it is hardly ever right, right solutions are what it lacks. Plain samples solve the easy
+    questions and teach the critics; these lead a search through the rest, for which `sample_trees` has left tokens."""
+    unsolved, rows, report = [t.question for t in trees if not t.forest.below(t.b)[0]], [], {}
+    if mostly(len(unsolved), len(trees)):
+        critic, report, left = round_critics(run, round_, trees)
+        each = min(run.c.budget, left / len(unsolved))
+        how = lambda run, questions, forest, seeds, progress: solving_search(
+            run, critic, questions, forest, [mix(s, 4) for s in seeds], progress, each * len(questions))
+        found = sample_round(run, round_, unsolved, how, "searched") if each > 0 else []
         report |= {"searched": len(found), "searched_solved": sum(bool(t.forest.below(t.b)[0]) for t in found)}
-    run.fast = None
+        run.fast = None
     for r in range(1, round_ + 1):
         rows += right_rows(run, trees if r == round_ else read_trees(run.dir / f"trees_{r:02d}.jsonl"))
         file = run.dir / f"searched_{r:02d}.jsonl"

@@ -450,8 +450,8 @@ def test_solving_search(monkeypatch):
 
 def test_combined_imitates_what_is_found(tmp_path, monkeypatch):
     """Right solutions of samples and of searches, of this round and of the one before, are rows to imitate; searched
-    are the questions without one, with what is left, but at most the budget of a question each; nothing is searched
-    when less is left than a solution takes."""
+    are the questions without one, with what is left, but at most the budget of a question each, and only when they
+    are more than half of all."""
     def tree(question, right):
         """One tree with one end."""
         forest = Forest(1)
@@ -472,12 +472,13 @@ def test_combined_imitates_what_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "solving_search", lambda *a: pools.append((len(a[2]), a[-1])))
     monkeypatch.setattr(loop, "learn", lambda run, round_, stage, rows, *a:
                         (learnt.append((stage, len(rows), a[2])) or {}, None))
-    for round_, left in ((1, 500), (2, 2000), (3, 30)):
+    for round_, left in ((1, 500), (2, 2000), (3, 500)):
         monkeypatch.setattr(loop, "round_critics", lambda *a: (None, {"critic_auc": {}}, left))
-        report, _ = loop.combined(run, round_, write(f"trees_{round_:02d}", tree("a", 1), tree("b", 0), tree("c", 0)))
+        names = "abc" if round_ < 3 else "abcd"
+        report, _ = loop.combined(run, round_, write(f"trees_{round_:02d}", *(tree(n, n in "ad") for n in names)))
         assert ("searched" in report) == (round_ < 3) and report.get("searched_solved", 1) == 1
     assert pools == [(2, 500), (2, 600)]                        # at most 300 a question
-    assert learnt == [("combined", 2, 5), ("combined", 4, 5), ("combined", 5, 5)]
+    assert learnt == [("combined", 2, 5), ("combined", 4, 5), ("combined", 6, 5)]
 
 
 def test_counts_of_the_round_alone(tmp_path):
