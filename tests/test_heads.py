@@ -450,20 +450,21 @@ def test_solving_search(monkeypatch):
 
 def test_combined_imitates_what_is_found(tmp_path, monkeypatch):
     """Right solutions of samples and of searches, of this round and of the one before, are rows to imitate; searched
-    are the questions without one, with what is left, but at most the budget of a question each, and only when they
-    are more than half of all."""
+    are the questions without one, with what is left, but at most the budget of a question each, and only when more is
+    left than another sample of all would take."""
     def tree(question, right):
         """One tree with one end."""
         forest = Forest(1)
         forest.add(0, -1, [7])
-        n = forest.add(0, 0, [8] * 20, [-1.0] * 20, end="eos")
+        n, forest.drawn[0, 0] = forest.add(0, 0, [8] * 20, [-1.0] * 20, end="eos"), 8
         forest.right[0, n] = right
         return {"question": question, "answer": "1", "tree": forest.to_json(0), "pits": [], "path": []}
     write = lambda name, *rows: loop.write_lines(tmp_path / f"{name}.jsonl", rows) or loop.read_trees(
         tmp_path / f"{name}.jsonl")
     tokenizer, pools, learnt = SimpleNamespace(decode_more=lambda ids: "1+1=2"), [], []
-    run = SimpleNamespace(dir=tmp_path, fast=None, tokenizer=tokenizer, model=SimpleNamespace(stop_ids=set()),
-                          c=Config(recipe="combined", budget=300, steps=5))
+    run = SimpleNamespace(dir=tmp_path, work=tmp_path, fast=None, tokenizer=tokenizer,
+                          model=SimpleNamespace(stop_ids=set()),
+                          c=Config(recipe="combined", questions=10, budget=300, steps=5))
 
     def sample_round(run, round_, questions, how, name):
         how(run, questions, None, [1] * len(questions), None)
@@ -472,13 +473,13 @@ def test_combined_imitates_what_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "solving_search", lambda *a: pools.append((len(a[2]), a[-1])))
     monkeypatch.setattr(loop, "learn", lambda run, round_, stage, rows, *a:
                         (learnt.append((stage, len(rows), a[2])) or {}, None))
-    for round_, left in ((1, 500), (2, 2000), (3, 500)):
-        monkeypatch.setattr(loop, "round_critics", lambda *a: (None, {"critic_auc": {}}, left))
-        names = "abc" if round_ < 3 else "abcd"
-        report, _ = loop.combined(run, round_, write(f"trees_{round_:02d}", *(tree(n, n in "ad") for n in names)))
+    monkeypatch.setattr(loop, "round_critics", lambda *a: (None, {"critic_auc": {}}))
+    for round_, left in ((1, 500), (2, 2000), (3, 300)):        # of 3,000; a sample of all takes 2,700 / 8 = 337
+        loop.write_lines(tmp_path / f"trees_{round_:02d}.counts", [{"sampled": 3000 - left}])
+        report, _ = loop.combined(run, round_, write(f"trees_{round_:02d}", tree("a", 1), tree("b", 0), tree("c", 0)))
         assert ("searched" in report) == (round_ < 3) and report.get("searched_solved", 1) == 1
     assert pools == [(2, 500), (2, 600)]                        # at most 300 a question
-    assert learnt == [("combined", 2, 5), ("combined", 4, 5), ("combined", 6, 5)]
+    assert learnt == [("combined", 2, 5), ("combined", 4, 5), ("combined", 5, 5)]
 
 
 def test_counts_of_the_round_alone(tmp_path):
