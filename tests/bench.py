@@ -1,6 +1,6 @@
 """Speeds, each beside what it is compared with, measured in one run on one thread; the last line is one JSON object.
 
-    python tests/bench.py            four to eight minutes
+    python tests/bench.py            five to eleven minutes
 
 sampling: continuing pit prefixes from the sampler's store, against encoding every prefix again for every branch.
 search: trees by MCTS with a briefly trained base, against the same search with prefixes encoded again at each
