@@ -1023,9 +1023,8 @@ def solving_search(run: Run, critic, questions: list, forest: Forest, seeds: lis
     """Search *training* questions until each has a right end, with `pool` sampled tokens for all trees together.
     Critics score the leaves, the answer (known here) the ends. One right end is all that is wanted, so this search
     goes deep at once: one child a node and one more after each eight visits. Measured on homework with two traps, 251
-    questions that 8 samples each had not solved, 640 tokens a question: 135
-    solved (135 more samples: about 30); as wide as `critic_search` 80; by the weakest link in place of the sum 114.
-    No state merge: a slip with the same calculation would hide the right line for good."""
+    questions that 8 samples each had not solved, 640 tokens a question: 135 solved (8 more samples each: 29); as wide
+    as `critic_search` 80; by the weakest link in place of the sum 114. No state merge: a slip with the same calculation would hide the right line for good."""
     c, guess, start = run.c, leaf_scores(run, critic, forest, seeds, "sum"), run.sampler.counts["sampled"]
     solved, asked = [False] * len(questions), [0.0]
 
@@ -1190,7 +1189,8 @@ def line(row: dict) -> str:
 def run_loop(config: Config) -> list:
     """Run or resume one run to its end; returns its log rows. When the device runs out of memory, it goes on from what
     is on the disk with half as much at once: rows decoded, padded tokens of a forward in training. The mathematics
-    stays the same up to rounding: gradients are sums over rows, and no row's samples depend on another's."""
+    stays the same up to rounding: gradients are sums over rows, and no row's samples depend on another's. (Only where
+    `combined` searches, trees share a pool of tokens: which of them it cuts off depends on the rows.)"""
     while True:
         try:
             return all_rounds(config)
