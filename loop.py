@@ -1024,7 +1024,8 @@ def solving_search(run: Run, critic, questions: list, forest: Forest, seeds: lis
     Critics score the leaves, the answer (known here) the ends. One right end is all that is wanted, so this search
     goes deep at once: one child a node and one more after each eight visits. Measured on homework with two traps, 251
     questions that 8 samples each had not solved, 640 tokens a question: 135 solved (8 more samples each: 29); as wide
-    as `critic_search` 80; by the weakest link in place of the sum 114. No state merge: a slip with the same calculation would hide the right line for good."""
+    as `critic_search` 80; by the weakest link in place of the sum 114. No state merge: a slip with the same
+    calculation would hide the right line for good."""
     c, guess, start = run.c, leaf_scores(run, critic, forest, seeds, "sum"), run.sampler.counts["sampled"]
     solved, asked = [False] * len(questions), [0.0]
 
