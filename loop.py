@@ -1031,10 +1031,11 @@ def solving_search(run: Run, critic, questions: list, forest: Forest, seeds: lis
 
     def evaluate(forest, ends):
         """Grades of ends, scores of leaves; both in [0, 1]."""
-        closed, open_ = ([e for e in ends if forest.terminal[e] == is_end] for is_end in (True, False))
+        closed, open_ = [e for e in ends if forest.terminal[e]], [e for e in ends if not forest.terminal[e]]
         grade_leaves(run, questions, forest, closed)
         for b, n in closed:
             solved[b] |= forest.right[b, n] == 1
+        # subtle: a wrong end counts 0 on its way back, so branches that the critics overrate are left by themselves
         scores = dict(zip(open_, guess(forest, open_) if open_ else []))
         asked[0] = len(questions) / int(forest.drawn.sum())             # what is at work: a step of each tree
         return [scores.get(e, float(forest.right[e])) for e in ends]
@@ -1140,7 +1141,7 @@ def combined(run: Run, round_: int, trees: list) -> tuple:
         found = sample_round(run, round_, unsolved, how, "searched")
         report |= {"searched": len(found), "searched_solved": sum(bool(t.forest.below(t.b)[0]) for t in found)}
         run.fast = None
-    for r in range(1, round_ + 1):
+    for r in range(1, round_ + 1):                      # an unsolved tree gives no row, its search at most one
         rows += right_rows(run, trees if r == round_ else read_trees(run.dir / f"trees_{r:02d}.jsonl"))
         file = run.dir / f"searched_{r:02d}.jsonl"
         rows += right_rows(run, read_trees(file)) if file.exists() else []
