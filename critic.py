@@ -158,7 +158,7 @@ _MACROS = {m: as_ for as_, ms in {
 _TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|rm|boxed) *\{"
 _POWER = r"(?: *\^ *\{?[0-9]\}?)?"
 _ANYWHERE = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<=[0-9])(?:\{,\}|,\\!)(?=[0-9]{3})", ""),                                   # 1{,}000  1,\!000
+    (r"(?<=[0-9])(?:\{,\}|, *\\! *)(?=[0-9]{3})", ""),                               # 1{,}000  1,\! 000
     (r"\^ *\{? *\\circ *\}?|\\?[$%]|\\[,!()\[\]]", ""),                             # 90^\circ  \$5  50\%  \(x\)
     (r"\\[;: ]|~|\s+", " "),
     (r"\\([A-Za-z]+)", lambda m: _MACROS.get(m[1], m[0])),

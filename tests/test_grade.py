@@ -215,6 +215,7 @@ EQUAL = [  # spellings of a class are one answer, different classes different an
 
 STATED = [  # text, reference, verdict: where the answer of a MATH solution, or a letter, is found
     (r"so \boxed{3} or rather \boxed{\frac{1}{2}}.", r"\boxed{0.5}", True),
+    (r"\boxed{11111111100}", r"\boxed{11,\! 111,\! 111,\! 100}", True), (r"\boxed{11,\! 11}", r"\boxed{1111}", False),
     (r"\boxed{18\pi}", r"\boxed{18}", False), (r"\boxed{18} or \boxed{(18, 3)}", r"\boxed{18}", False),
     (r"\boxed{18} but \boxed{19", r"\boxed{18}", True), ("9 + 9 = 18\n#### 18", r"\boxed{18}", True),
     ("The answer is $18$, as 9 + 9 = 18.", r"\boxed{18}", True),
