@@ -1189,13 +1189,17 @@ def line(row: dict) -> str:
 
 
 def run_loop(config: Config) -> list:
-    """Run or resume one run to its end; returns its log rows. When the device runs out of memory, it goes on from what
-    is on the disk with half as much at once: rows decoded, padded tokens of a forward in training. The mathematics
-    stays the same up to rounding: gradients are sums over rows, and no row's samples depend on another's. (Only where
-    `combined` searches, trees share a pool of tokens: which of them it cuts off depends on the rows.)"""
+    """Run or resume one run to its end; returns its log rows. Where memory ends, with half as much at once (`halve`).
+    The mathematics stays the same up to rounding: gradients are sums over rows, and no row's samples depend on
+    another's. (Only where `combined` searches, trees share a pool of tokens: which it cuts off depends on the rows.)"""
+    return fitting(all_rounds, config, halve)
+
+
+def fitting(work, config: Config, less):
+    """work(config); when the device runs out of memory, again from what is on the disk with config = less(config)."""
     while True:
         try:
-            return all_rounds(config)
+            return work(config)
         except RuntimeError as error:                   # on a CPU torch says it in words only
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -1203,21 +1207,34 @@ def run_loop(config: Config) -> list:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        halve(config)
+        config = less(config)
 
 
-def halve(config: Config) -> None:
-    """Note in config.json that half as much fits in memory at once: the next start begins with it."""
+def half(rows: int, part_tokens: int) -> dict:
+    """Half as much at once. Raises BadInput when there is nothing left to halve."""
+    if max(rows, part_tokens // 64) <= 1:
+        raise BadInput("Out of memory with one solution and one tree at a time: lower --chunk, --budget or --max-tokens "
+                       "(a run: in a new --out), or take a smaller model.")
+    held = dict(rows=max(1, rows // 2), part_tokens=max(64, part_tokens // 2))
+    print(f"out of memory: going on with {held['rows']} rows and {held['part_tokens']:,} padded tokens at once")
+    return held
+
+
+def halve(config: Config) -> Config:
+    """Note in the run's config.json that half as much fits in memory: every later start begins with it."""
     file = run_dir(config) / "config.json"
     about = read_json(file)
     held = dict(rows=about["settings"]["rows"], part_tokens=config.part_tokens or
                 PART_TOKENS.get(about["settings"]["device"], 2048)) | about.get("held", {})
-    if max(held["rows"], held["part_tokens"] // 64) <= 1:
-        raise BadInput("Out of memory with one solution and one tree at a time: in a new --out lower --chunk, --budget "
-                       "or --max-tokens, or take a smaller model.")
-    held = {"rows": max(1, held["rows"] // 2), "part_tokens": max(64, held["part_tokens"] // 2)}
-    write_text(file, json.dumps(about | {"held": held}, indent=1) + "\n")
-    print(f"out of memory: going on with {held['rows']} rows and {held['part_tokens']:,} padded tokens at once")
+    write_text(file, json.dumps(about | {"held": half(**held)}, indent=1) + "\n")
+    return config
+
+
+def halve_flags(config: Config) -> Config:
+    """The same for what writes no run's folder: --evaluate, --decode. Fewer questions at once, too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    held = half(config.rows, config.part_tokens or PART_TOKENS.get(device, 2048))
+    return replace(config, chunk=max(1, config.chunk // 2), **held)
 
 
 def all_rounds(config: Config) -> list:
@@ -1359,6 +1376,7 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     run.c, run.chunk = config, config.chunk
     run.model, run.tokenizer = GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder)
     run.model.bind(run.tokenizer)
+    run.model.part_tokens = config.part_tokens
     run.task = TASKS[config.task](config, run.tokenizer)
     if config.eval_data:
         run.task = Exercises(replace(config, data="", sft_data=""), run.tokenizer, run.model.config.max_positions)
@@ -1370,8 +1388,8 @@ def evaluate_folder(config: Config) -> None:
     """--evaluate: greedy accuracy of a model folder, or of the last round of a run, on the held-out questions."""
     run = bare_run(config, Path(config.evaluate))
     questions, rows = run.task.eval_questions(), []
-    for first in tqdm(range(0, len(questions), 256), desc="evaluating", leave=False):
-        group = questions[first:first + 256]
+    for first in tqdm(range(0, len(questions), config.rows), desc="evaluating", leave=False):
+        group = questions[first:first + config.rows]
         rows += [result(run.task, q, *found) for q, found in zip(group, greedy(run, group))]
     print(json.dumps({"folder": config.evaluate} | accuracy_report(rows, run.task.form), indent=1))
 
@@ -1477,7 +1495,8 @@ def decode(config: Config) -> None:
         raise BadInput(f"--decode {folder}: no run with trees is there; give the folder of a run of any recipe but "
                        "sft: the critics learn from its trees.")
     last = len(read_lines(folder / "log.jsonl")) - 1
-    settings = {k: getattr(config, k) for k in (*SEARCH_FLAGS, "decode_questions")} | {"budgets": SOLUTIONS}
+    settings = {k: getattr(config, k) for k in (*SEARCH_FLAGS, "decode_questions") if k != "chunk"}
+    settings["budgets"] = SOLUTIONS                     # no tree depends on those worked beside it: not on --chunk
     kept = folder / f"decode_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     kept.mkdir(exist_ok=True)
     write_text(kept / "settings.json", json.dumps(settings, indent=1) + "\n")
@@ -1517,14 +1536,14 @@ def main(arguments: list) -> int:
     """Exit code 0, 2 for bad input (one sentence), 130 when interrupted (the same command goes on)."""
     try:
         config = parse_flags(arguments)
-        other = evaluate_folder if config.evaluate else decode if config.decode else compare if config.compare else None
-        (other or run_loop)(config)
+        other = evaluate_folder if config.evaluate else decode if config.decode else None
+        if other:
+            fitting(other, config, halve_flags)
+        else:
+            (compare if config.compare else run_loop)(config)
         return 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: out of memory; lower --rows and run the same command again", file=sys.stderr)
         return 2
     except OSError as error:      # disk full, no permission, ...: what was finished is on the disk
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend it and run the same command again",

@@ -538,6 +538,19 @@ def test_decode_table(imagined_run, capsys, monkeypatch):
     assert loop.main(flags) == 0
     again = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| round ")]
     assert again == table and before == {p: p.stat().st_mtime_ns for p in imagined_run.glob("decode_*/*sonl")}
+    whole = Sampler._forward
+
+    def small(self, slots, *rest):
+        """A device with room for two rows."""
+        if len(slots) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, slots, *rest)
+    monkeypatch.setattr(Sampler, "_forward", small)
+    for file in imagined_run.glob("decode_*/00_*_4.jsonl"):
+        file.unlink()
+    assert loop.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "going on with 2 rows" in out and [x.split(" | ") for x in out.splitlines() if x[:8] == "| round "] == table
 
 
 def test_ablation_table(imagined_run, capsys, monkeypatch):

@@ -508,6 +508,10 @@ def test_out_of_memory(smoke, tmp_path):
         patch.setattr(Sampler, "_forward", small_forward)
         patch.setattr(dpo, "collate", small_collate)
         done = inside("loop.py", *SMOKE, "--base", base, "--out", "runs/a", cwd=tmp_path)
+        small = inside("loop.py", "--evaluate", "runs/a/round_0", "--eval-questions", "32", cwd=tmp_path)
+    large = inside("loop.py", "--evaluate", "runs/a/round_0", "--eval-questions", "32", cwd=tmp_path)
+    said, found = small.stdout.split("{", 1)
+    assert "{" + found == large.stdout and "going on with 16 rows" in said and not large.returncode, small.stderr
     assert done.returncode == 0 and "going on with 16 rows and 512 padded tokens" in done.stdout, done.stderr[-1000:]
     about = json.loads((tmp_path / "runs/a/config.json").read_text())
     assert about["held"] == {"rows": 16, "part_tokens": 512} and about["settings"]["rows"] == 64
