@@ -322,6 +322,7 @@ def grade(text, answer):
 # ----------------------------------------------------------------------------------------------------------
 # 2 · The first pit (Self-Explore, 2404.10346)
 # ----------------------------------------------------------------------------------------------------------
+# HACK HERE: what a pit is
 def first_pit(successes) -> int | None:
     """Index of the first step with no success: [4, 2, 0, 0] -> 2, [4, 0, 3] -> 1, [4, 4, 4] -> None.
 
@@ -612,6 +613,7 @@ def critic_features(sampler: Sampler, forest: Forest, wants: list) -> torch.Tens
     return torch.cat((hidden, torch.tensor(numbers, device=hidden.device)), 1)
 
 
+# HACK HERE: what a leaf is worth
 def critic_values(critic, sampler: Sampler, forest: Forest, wants: list, weights=(1.0, 1.0, 1.0),
                   rule: str = "weakest", known=None, rollouts=None) -> np.ndarray:
     """One number in [0, 1] for each [(tree, node)], a leaf of a search or a finished solution.

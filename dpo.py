@@ -222,6 +222,7 @@ def by_length(rows: list, tokens: int) -> list:
 # ----------------------------------------------------------------------------------------------------------
 # 3 · Losses
 # ----------------------------------------------------------------------------------------------------------
+# HACK HERE: the loss of a pair
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, kind="sigmoid"):
     """DPO on log-probs of whole sides, all (B,) -> (loss, chosen_reward, rejected_reward), each (B,).
 

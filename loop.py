@@ -263,7 +263,7 @@ def read_lines(path: Path) -> list:
 
 def publish(temporary: Path, final: Path) -> None:
     """Make a finished folder visible under its name in one step."""
-    if final.exists():
+    if final.exists():            # killed between these two lines: the folder is written anew by the next start
         shutil.rmtree(final)
     os.rename(temporary, final)
 
@@ -312,6 +312,8 @@ class Run:
 
     def settings(self) -> None:
         """Measure what is left to measure at the first start; afterwards compare with the settings saved then."""
+        # what is "auto" or 0 is measured once, at the first start, and holds for the run: a second measurement could
+        # choose another dtype or number of threads, and the run would not end in the same bytes
         file, mine = self.dir / "config.json", {k: v for k, v in asdict(self.c).items() if k not in FREE}
         if file.exists():
             saved = read_json(file)["settings"]
@@ -335,6 +337,7 @@ class Run:
         """Print what will lie in memory, but for activations. -> questions per chunk: as asked, halved until keys and
         values of a chunk fit half of the free memory. Chosen at the first start: files of chunks depend on it."""
         file, free, mib = self.dir / "config.json", free_memory(self.model.device), 2 ** 20
+        # note: only keys and values grow with the chunk; twice the budget, as the last wave of a chunk may overshoot
         per_question = self.sampler.bytes_per_slot(self.model) * (2 * self.c.budget + self.c.max_tokens)
         chunk = read_json(file).get("chunk") or self.c.chunk
         while chunk > 1 and chunk * per_question > free / 2 and "chunk" not in read_json(file):
@@ -400,6 +403,7 @@ def measured(c: Config) -> dict:
             (x @ w).relu_().sum()
             times.append(time.perf_counter() - start)
         return min(times)
+    # all cores only where they are a tenth faster: on a small model's products two threads often lose to one
     every = os.cpu_count() or 1
     threads = c.threads or (1 if seconds(torch.float32, 1) < 1.1 * seconds(torch.float32, every) else every)
     if dtype == "auto":           # from scratch stays fp32; open weights: bf16 where its products are faster
@@ -413,6 +417,7 @@ def base_model(c: Config, task, near: Path, begun: bool = False, model: GPT | No
     """The base, trained once per settings and seed and kept for all runs in `near`: the tiny one from scratch on the
     built-in task's corpus; an open `model` fine-tuned on that corpus, or on --sft-data (rationales: all three papers
     do so first). begun: the run has weights of its own, which `Run.load` fills in."""
+    # footgun: a setting that changes the base and is not named here would make two different bases share one folder
     names = ("task", "seed", "width", "layers", "base_steps", "base_batch", "base_lr", "careless", "min_operators",
              "max_operators", "traps", "numbers", "threads", "device", "dtype", "model", "template")
     about = {n: getattr(c, n) for n in names}
@@ -426,6 +431,7 @@ def base_model(c: Config, task, near: Path, begun: bool = False, model: GPT | No
     if begun:
         return model
     model.part_tokens = c.part_tokens
+    # two runs started together: one trains the base, the other waits here and then finds it
     held = lock(folder, wait=True)
     if not (folder / "done" / "model.safetensors").exists():
         print(f"training the base {'from scratch' if scratch else f'from {c.model}'}: "
@@ -476,6 +482,7 @@ class Batches:
     """`steps` batches of `batch` rows: shuffled epochs over the rows, a function of the seed alone."""
 
     def __init__(self, rows: list, batch: int, steps: int, seed: int):
+        # no row comes again before all have come: with few pairs and many steps this is what memorising looks like
         order, rng = [], random.Random(seed)
         while len(order) < batch * steps:
             order += rng.sample(range(len(rows)), len(rows))
@@ -512,6 +519,8 @@ class Worked:
 def work_chunk(run: Run, round_: int, first: int, questions: list, how, bar) -> tuple:
     """Trees of one chunk, whatever ran before it: -> (Forest, labels, paths, counts). All recipes are bound by the same
     number of sampled tokens per question (within the rounding of the last wave)."""
+    # subtle: seeds come from the question's place in the round and the store starts empty, so a chunk gives the same
+    # trees after a restart as in a run that was never stopped
     forest, seeds = Forest(len(questions)), [mix(run.c.seed, round_, first + b, 3) for b in range(len(questions))]
     run.sampler.reset()
     before, fast = dict(run.sampler.counts), run.fast and (run.fast.sampler.counts["sampled"], run.fast.seconds)
@@ -548,8 +557,10 @@ def sample_trees(run: Run, questions: list, forest: Forest, seeds: list, progres
     share = c.critic_share if c.recipe == "alphallm" else 1             # the rest is for synthesised questions
     budget, count, drawn = share * c.budget * len(questions), c.samples, 0
     while count:
+        # 1) a wave of whole solutions from every root; equal steps become one node with a count
         ends = sample([(b, 0, count) for b in range(len(questions))])
         drawn += count
+        # 2) Self-Explore: first pits of what is newly wrong; its completions are branches like all others
         if c.recipe == "self_explore":
             wrong = [e for e in dict.fromkeys(ends) if forest.right[e] == 0 and e not in seen]
             seen.update(wrong)
@@ -558,6 +569,7 @@ def sample_trees(run: Run, questions: list, forest: Forest, seeds: list, progres
             unsolved = sum(not forest.below(b)[0] for b in range(len(questions)))
             if unsolved > SEARCH_FROM * len(questions):
                 budget -= (1 - c.critic_share) * c.budget * unsolved
+        # 3) as many more samples of every question as the rest of the budget pays for, at what one has cost so far
         per_sample = spent() / (drawn * len(questions))                 # labelling included
         count = max(0, min(c.samples, int((budget - spent()) / per_sample / len(questions))))
     for p in pits:                # a later branch recovered from this "pit": it was none (one of the (1-p)^k)
@@ -579,6 +591,7 @@ def search_trees(run: Run, questions: list, forest: Forest, seeds: list, progres
     def evaluate(forest, ends):
         """R of finished solutions."""
         grade_leaves(run, questions, forest, ends)
+        # C lies in [0, 1], O differs by 2: the judge can only choose among ends of the same grade
         extra = self_evaluate(run, questions, forest, ends)
         return [2.0 * forest.right[e] - 1.0 + x for e, x in zip(ends, extra)]
     proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
@@ -614,6 +627,7 @@ def sample_round(run: Run, round_: int, questions: list, how, name: str = "trees
                               for p in pits if p.tree == b]
                     rows.append({"question": q.text, "answer": q.answer, "tree": forest.to_json(b), "pits": labels,
                                  "path": paths[b]})
+                # counts first: a chunk is done when its trees are there
                 write_lines(part.with_suffix(".counts"), [counts | {"seconds": time.time() - start}])
                 write_lines(part, rows)
             bar.n = (first + run.chunk) * run.c.budget
@@ -644,11 +658,13 @@ def read_trees(file: Path, questions=None) -> list:
 
 def sampling_report(run: Run, trees: list) -> dict:
     """Log keys about the trees of a round."""
+    # a label without a step: the wrong solution has no pit (a later branch recovered, or the budget ended first)
     pits = [(t, p) for t in trees for p in t.pits]
     found = [(t, p) for t, p in pits if p["step"] is not None]
     text = lambda t, n: t.forest.text(t.b, n, run.tokenizer, run.model.stop_ids)
     right, wrong = (sum(int(t.forest.below(t.b, r)[0]) for t in trees) for r in (1, 0))
     answers = [len({run.task.find_answer(text(t, n))[0] for n in t.forest.leaves(t.b)}) for t in trees]
+    # homework alone knows the truth: which line of a wrong solution is the first after which the answer is out of reach
     true = [run.task.first_false_step(t.question, text(t, p["leaf"])) == p["step"] for t, p in found] \
         if isinstance(run.task, Homework) and run.c.step == "line" else []
     forest = trees[0].forest
@@ -678,7 +694,7 @@ def evaluate(run: Run, round_: int) -> dict:
     """Greedy accuracy on the held-out questions; per-question results in eval_RR.jsonl. Tokens sampled here are
     not counted as training tokens."""
     file, questions, size = run.dir / f"eval_{round_:02d}.jsonl", run.task.eval_questions(), 4 * run.chunk
-    start = time.time()
+    start = time.time()                                 # size: one greedy solution needs far less memory than a tree
     if not file.exists():
         bar = tqdm(desc=f"round {round_}: evaluating", unit=" tokens", unit_scale=True, leave=False)
         for first in range(0, len(questions), size):
@@ -724,6 +740,7 @@ def learn(run: Run, round_: int, stage: str, rows: list, loss_fn, kind: str, ste
         print(f"round {round_}: nothing to learn from (no {'pair' if kind == 'dpo' else 'right solution'}); "
               "the model stays as it is")
         return {}, None
+    # a preference needs a far smaller step than an imitation: see the negative result in the README
     lr = (run.c.dpo_lr if kind == "dpo" else run.c.sft_lr) or default_lr(run.model, kind)
     run.sampler.allocate(4096)                          # its memory is the training's now
     batches = Batches(rows, run.c.batch, steps, mix(run.c.seed, round_, 5))
@@ -743,6 +760,7 @@ def right_rows(run: Run, trees: list, most: int = 8) -> list:
 
 def solutions(run: Run, t: Worked, most: int = 8) -> list:
     """Leaves of right solutions that differ in their calculations, in order of birth."""
+    # the same calculations in other words teach nothing new, and would give easy questions more weight than hard ones
     found = {}
     for n in t.forest.leaves(t.b):
         if t.forest.right[t.b, n] == 1:
@@ -751,8 +769,10 @@ def solutions(run: Run, t: Worked, most: int = 8) -> list:
 
 
 def edit_distance(a: np.ndarray, b: np.ndarray) -> int:
-    """Levenshtein distance of two id sequences, a row of the table at a time."""
+    """Levenshtein distance of two id sequences, a row of the table at a time: of [1, 2, 3] and [1, 3, 4] it is 2."""
     row = np.arange(len(b) + 1)
+    # with D the table: D[i, j] = min(D[i-1, j] + 1, D[i-1, j-1] + (a_i != b_j), D[i, j-1] + 1). The last of the three
+    # looks to the left in the row itself; less j it is a running minimum, which numpy has.
     for i, x in enumerate(a, 1):
         best = np.concatenate(([i], np.minimum(row[1:] + 1, row[:-1] + (b != x))))
         row = np.minimum.accumulate(best - np.arange(len(b) + 1)) + np.arange(len(b) + 1)   # insertions
@@ -761,7 +781,12 @@ def edit_distance(a: np.ndarray, b: np.ndarray) -> int:
 
 def outcome_pairs(forest: Forest, b: int, most: int = 8) -> list:
     """Each right solution against the wrong one most different from it (Self-Explore sec. 3.1). What both share is
-    their prefix: its log-prob cancels in h, so the sides begin where they part."""
+    their prefix: its log-prob cancels in h, so the sides begin where they part.
+
+        root --+- A --+- B  right            Pair([B], [C]) and Pair([D], [A, C])
+               |      `- C  wrong
+               `- D  right
+    """
     right, wrong = ([n for n in forest.leaves(b) if forest.right[b, n] == r][:most] for r in (1, 0))
     pairs = []
     for good in right if wrong else []:
@@ -773,9 +798,15 @@ def outcome_pairs(forest: Forest, b: int, most: int = 8) -> list:
     return pairs
 
 
+# HACK HERE: what is preferred to what
 def pit_pairs(forest: Forest, b: int, pits: list, smoothing: float) -> list:
     """Self-Explore's step pairs: rejected = the pit step alone, chosen = the shortest right completion from the
-    prefix before it, end-of-text included. One pair per pit, however many wrong solutions fell into it."""
+    prefix before it, end-of-text included. One pair per pit, however many wrong solutions fell into it.
+
+        root --+- A --+- B --- C  wrong      pit B (nothing right below it, but below A): Pair([D, E], [B])
+               |      `- D --- E  right      what follows the pit, C, is left out: given B it may be without fault
+               `- F  right
+    """
     pairs = []
     for pit in sorted({p["node"] for p in pits if p["node"] is not None}):
         before = int(forest.parent[b, pit])
@@ -795,7 +826,12 @@ def pit_pairs(forest: Forest, b: int, pits: list, smoothing: float) -> list:
 def sibling_pairs(c: Config, forest: Forest, b: int, path: list) -> list:
     """MCTS-DPO's pairs: at a node, the visited child of highest Q against that of lowest, if they differ by more than
     the gap; at the nodes of the committed path or at all. Smoothing a = N_l / (N_w + N_l): the more the search
-    visited the loser, the less sure the label (2405.00451 eq. 6); .5 and more carries no direction."""
+    visited the loser, the less sure the label (2405.00451 eq. 6); .5 and more carries no direction.
+
+        n --+- A  N 12  Q +.4                gap .25: Pair([A], [C]) with smoothing 3 / (12 + 3) = .2; B is in
+            |- B  N  5  Q +.1                no pair: one a node
+            `- C  N  3  Q -.6
+    """
     pairs = []
     for n in path[:-1] if c.pair_nodes == "path" else range(int(forest.size[b])):
         kids = [k for k in forest.children[b][n] if forest.visits[b, k] >= c.min_visits]
@@ -814,6 +850,7 @@ def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int, foun
             if pairs or leaves]
     text = lambda forest, b, nodes: run.tokenizer.decode_more([int(i) for n in nodes for i in forest.ids[b][n]
                                                                if i not in run.model.stop_ids])
+    # the text twin of what is trained on, in the form that other trainers read
     write_lines(run.dir / f"pairs_{round_:02d}.jsonl", [
         dict(prompt=run.task.prompt(t.question)
              + t.forest.text(t.b, int(t.forest.parent[t.b, p.chosen[0]]), run.tokenizer),
@@ -835,6 +872,7 @@ def sft(run: Run, round_: int, trees: list) -> tuple:
 
 def corpus_questions(run: Run, round_: int) -> list:
     """As many questions as the round's steps will read, fresh where the task can make them."""
+    # the control may not repeat a question where the others would not: fresh ones wherever a generator makes them
     count = run.c.steps * run.c.batch
     if isinstance(run.task, Builtin):
         stream = run.task.stream(mix(run.c.seed, round_, 9), held_out=False)
@@ -844,9 +882,13 @@ def corpus_questions(run: Run, round_: int) -> list:
 
 def rft(run: Run, round_: int, trees: list) -> tuple:
     """Rejection-sampling fine-tuning (2308.01825): imitate the distinct right solutions of all rounds so far."""
-    rows = [row for r in range(1, round_) for row in right_rows(run, read_trees(
-        run.dir / f"trees_{r:02d}.jsonl"))] + right_rows(run, trees)
+    rows = [row for _, forest in so_far(run, round_, trees) for row in right_rows(run, forest)]
     return learn(run, round_, "rft", rows, sft_loss, "sft", run.c.steps)
+
+
+def so_far(run: Run, round_: int, trees: list, first: int = 1) -> list:
+    """[(round, its trees)], from round `first` to this one."""
+    return [(r, read_trees(run.dir / f"trees_{r:02d}.jsonl")) for r in range(max(1, first), round_)] + [(round_, trees)]
 
 
 def outcome_dpo(run: Run, round_: int, trees: list) -> tuple:
@@ -857,6 +899,7 @@ def outcome_dpo(run: Run, round_: int, trees: list) -> tuple:
 def self_explore(run: Run, round_: int, trees: list) -> tuple:
     """Self-Explore (2404.10346): DPO on first pits. Round 1 first fine-tunes the base on its right solutions, with
     three quarters of the steps; that model is start and reference. Later rounds start from the last one."""
+    # all steps of all stages count: a recipe of two stages gets no more of them than one of one
     steps, report = run.c.steps, {}
     if round_ == 1:
         report, _ = learn(run, round_, "rft", right_rows(run, trees), sft_loss, "sft", steps * 3 // 4)
@@ -874,6 +917,7 @@ def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
     Reference: the model DPO starts from, or the base (--reference base)."""
     def against_base(rows):
         """The base's log-probs as reference; then back to the weights of now."""
+        # one model's weights are put in place of the other's: a second model would keep its memory for the whole round
         now = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         run.load(0)
         store_reference(run.model, rows)
@@ -899,8 +943,11 @@ def fit_critic(run: Run, round_: int, trees: list, model: GPT | None = None, nam
     if file.exists():
         critic.load_state_dict(read_safetensors(file.with_suffix(".safetensors"))[0])
         return critic, read_json(file)
+    # 1) every prefix of every solution is a label: what became of the branches below it
     labelled = [(t, *critic_labels(t.forest, t.b, run.c.completions)) for t in trees if t.forest.leaves(t.b)]
+    # 2) the features of a node: the policy's state at its last token and its path's log-probs, a forward pass per tree
     packed = [Row(pack(t.forest, t.b, nodes)) for t, nodes, *_ in labelled]
+    # 3) subtle: the split is by question. Nodes of one tree share prefix and end; split by node, AUC would flatter
     seen, kept = [], []
     for row, x, (t, nodes, *label) in zip(packed, node_features(model, packed), labelled):
         x = x[[row.packed.place[n] for n in nodes]]
@@ -908,6 +955,7 @@ def fit_critic(run: Run, round_: int, trees: list, model: GPT | None = None, nam
         side.append((x, *(torch.from_numpy(a).to(x.device) for a in label)))
     stack = lambda rows: tuple(torch.cat([r[i] for r in rows]) for i in range(4))
     seen, kept = seen or kept, kept or seen             # a handful of questions may all fall on one side
+    # 4) train on the one side, report on the other
     critic.prepare(seen)
     train(critic, Batches(seen, 32, run.c.critic_steps, mix(run.c.seed, round_, 7)), critic_loss, 3e-3,
           label=f"round {round_}: {name}",
@@ -927,6 +975,7 @@ def for_report(question: Question) -> bool:
 def trust(round_: int, name: str, critic, scores: np.ndarray, label: list) -> dict:
     """The report of a critic; a head that cannot tell right from wrong (AUC below .55, or one class only) gets no
     weight and is named once."""
+    # footgun: a head at chance is worse than none: added up it drowns the others, as the weakest link it rules alone
     report = critic_report(scores, *label)
     for i, head in enumerate(HEADS):
         critic.trusted[i] = report[head]["trusted"] = (report[head]["auc"] or 0) >= LEAST_AUC
@@ -997,6 +1046,8 @@ def agreement(run: Run, rollouts: Rollouts, questions: list) -> float:
 def critic_search(run: Run, critic, questions: list, forest: Forest, seeds: list, progress, budget: float) -> tuple:
     """Search with critics in place of answers (AlphaLLM's eta-MCTS): UCT, adaptive width, state merge, fast rollouts if
     the run has any; returns lie in [0, 1]. -> ([], the best path of each tree)."""
+    # note: a wide root (four times what is allowed below) and adaptive width are two things; --alpha 0 switches off
+    # the second alone, which is how tests/ablation.py tells them apart
     c = run.c
     width = importance_width((c.root_width, 4 * c.most_width), (1, c.most_width), c.alpha, c.widen)
     proposer = Steps(forest, run.sampler, seeds, c.max_tokens, c.temperature, bool(c.greedy_child), progress)
@@ -1026,6 +1077,7 @@ def solving_search(run: Run, critic, questions: list, forest: Forest, seeds: lis
     questions that 8 samples each had not solved, 640 tokens a question: 135 solved (8 more samples each: 29); as wide
     as `critic_search` 80; by the weakest link in place of the sum 114. No state merge: a slip with the same
     calculation would hide the right line for good."""
+    # note: the pool is one for all trees, so what an easy question leaves goes to hard ones
     c, guess, start = run.c, leaf_scores(run, critic, forest, seeds, "sum"), run.sampler.counts["sampled"]
     solved, asked = [False] * len(questions), [0.0]
 
@@ -1049,16 +1101,19 @@ def solving_search(run: Run, critic, questions: list, forest: Forest, seeds: lis
     return [], [[] for _ in questions]
 
 
+# HACK HERE: when a search without answers is believed
 def best_trajectory(run: Run, forest: Forest, b: int, keep: float = 0.0) -> int | None:
     """The leaf a searched tree stands for: of the answer with most visit-weighted score, the end of highest score. None
     when no end was reached; with keep > 0 also when that answer has not half of the visits at ends (the search is not
     consistent), or the score is below `keep`."""
+    # subtle: an end that was drawn but never visited has no score yet and no say
     votes, ends = {}, [n for n in forest.leaves(b) if forest.visits[b, n]]
     for n in ends:
         answer = answer_of(run, forest, b, n)
         votes[answer] = votes.get(answer, 0.0) + forest.value_sum[b, n]
     if not ends:
         return None
+    # a vote weighted by value is the robust choice of an answer; the highest score only chooses among its solutions
     best = max(votes, key=votes.get)
     mine = [n for n in ends if answer_of(run, forest, b, n) == best]
     leaf = max(mine, key=lambda n: (forest.score[b, n], -n))
@@ -1097,8 +1152,9 @@ def budget_left(run: Run, round_: int) -> int:
 def round_critics(run: Run, round_: int, trees: list) -> tuple:
     """Critics, and fast rollouts if the run has any, from this round's forests and those of --critic-window before it:
     (critic, what the log says of it)."""
-    trees = trees + [t for r in range(max(1, round_ - run.c.critic_window + 1), round_)
-                     for t in read_trees(run.dir / f"trees_{r:02d}.jsonl")]
+    # older trees were drawn by older weights; `fit_critic` reads them with today's, whose states the heads will see
+    earlier = so_far(run, round_, trees, round_ - run.c.critic_window + 1)[:-1]
+    trees = trees + [t for _, forest in earlier for t in forest]
     critic, report = fit_critic(run, round_, trees)
     run.fast = fast_rollouts(run, round_, trees)
     return critic, {"critic_auc": {head: report[head]["auc"] for head in HEADS}}
@@ -1108,6 +1164,7 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
     """AlphaLLM (2404.12253): synthesise questions, search them with critics, imitate the best trajectories. The critics
     learn from forests of the training questions, whose answers are known; no answer of a synthesised question is ever
     looked up. Imitated too: the right solutions of those forests, and all of earlier rounds."""
+    # 1) critics from questions with answers; 2) questions without; 3) a search of these for the rest of the budget
     critic, report = round_critics(run, round_, trees)
     new, left, rows, kept, same = imagine(run, round_), budget_left(run, round_), [], [], None
     how = lambda run, questions, forest, seeds, progress: critic_search(
@@ -1116,8 +1173,9 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
         sample_round(run, round_, new, how, "imagined")
     if run.fast:
         same, run.fast = agreement(run, run.fast, run.task.train_questions(round_)[:64]), None
-    for r in range(1, round_ + 1):
-        rows += right_rows(run, trees if r == round_ else read_trees(run.dir / f"trees_{r:02d}.jsonl"))
+    # 4) imitate: right solutions of training questions, and of synthesised ones what the critics are sure of
+    for r, forest in so_far(run, round_, trees):
+        rows += right_rows(run, forest)
         file = run.dir / f"imagined_{r:02d}.jsonl"
         for t in read_trees(file) if file.exists() else []:
             leaf = best_trajectory(run, t.forest, t.b, run.c.keep)
@@ -1141,8 +1199,8 @@ def combined(run: Run, round_: int, trees: list) -> tuple:
         found = sample_round(run, round_, unsolved, how, "searched")
         report |= {"searched": len(found), "searched_solved": sum(bool(t.forest.below(t.b)[0]) for t in found)}
         run.fast = None
-    for r in range(1, round_ + 1):                      # an unsolved tree gives no row, its search at most one
-        rows += right_rows(run, trees if r == round_ else read_trees(run.dir / f"trees_{r:02d}.jsonl"))
+    for r, forest in so_far(run, round_, trees):        # an unsolved tree gives no row, its search at most one
+        rows += right_rows(run, forest)
         file = run.dir / f"searched_{r:02d}.jsonl"
         rows += right_rows(run, read_trees(file)) if file.exists() else []
     learnt, state = learn(run, round_, "combined", rows, sft_loss, "sft", run.c.steps)
@@ -1150,6 +1208,7 @@ def combined(run: Run, round_: int, trees: list) -> tuple:
 
 
 # HACK HERE: add a recipe of your own
+# (run, round, [Worked]) -> (report for the log, state file of the training or None); the model is trained in place
 RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo,
                alphallm=alphallm, combined=combined)
 
@@ -1159,6 +1218,7 @@ RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_expl
 # ----------------------------------------------------------------------------------------------------------
 def finish_round(run: Run, round_: int, start: float, report: dict, sampled: dict) -> dict:
     """Evaluate, write the log row and say one line."""
+    # every key is defined in the README with what to do if it looks wrong; one that a recipe does not have is null
     found = evaluate(run, round_)
     rows = run.log()
     row = dict(recipe=run.c.recipe, round=round_, seed=run.c.seed, **found,
@@ -1213,8 +1273,8 @@ def fitting(work, config: Config, less):
 def half(rows: int, part_tokens: int) -> dict:
     """Half as much at once. Raises BadInput when there is nothing left to halve."""
     if max(rows, part_tokens // 64) <= 1:
-        raise BadInput("Out of memory with one solution and one tree at a time: lower --chunk, --budget or --max-tokens "
-                       "(a run: in a new --out), or take a smaller model.")
+        raise BadInput("Out of memory with one solution and one tree at a time: lower --chunk, --budget or "
+                       "--max-tokens (a run: in a new --out), or take a smaller model.")
     held = dict(rows=max(1, rows // 2), part_tokens=max(64, part_tokens // 2))
     print(f"out of memory: going on with {held['rows']} rows and {held['part_tokens']:,} padded tokens at once")
     return held
@@ -1243,19 +1303,22 @@ def all_rounds(config: Config) -> list:
     done = len(run.log())
     for row in run.log():
         print(line(row))
-    for round_ in range(done, run.c.rounds + 1):
+    for round_ in range(done, run.c.rounds + 1):        # round 0: the base is saved and evaluated
         start, trees, sampled, report, state = time.time(), [], {}, {}, None
         if round_:
             run.load(round_ - 1)
             if run.c.recipe != "sft":
+                # 1) trees of this round's questions, by the weights of the last round
                 how = search_trees if run.c.recipe == "mcts_dpo" else sample_trees
                 trees = sample_round(run, round_, run.task.train_questions(round_), how)
                 sampled = sampling_report(run, trees)
             run.sampler.allocate(4096)                  # from here on trees come from files: memory for the training
+            # 2) what the method makes of them; the model is trained in place
             report, state = RECIPES[run.c.recipe](run, round_, trees)
             sampled |= round_counts(run, round_)
         elif run.round_dir(0).exists():
             run.load(0)
+        # 3) subtle: folder, log row, then the work files: killed between two of them, no training is lost
         run.save(round_, state)
         finish_round(run, round_, start, report, sampled)
         (run.round_dir(round_ - 1) / "optimizer.safetensors").unlink(missing_ok=True)
@@ -1305,7 +1368,7 @@ def compare(config: Config) -> None:
     With --regimes the same on each of these settings, and one map of them all after every seed."""
     names, regimes = config.compare.split(","), [r for r in config.regimes.split(",") if r] or [""]
     root, rows, hits = Path(config.out or f"runs/compare_{config.regimes and 'regimes' or source(config)}"), {}, {}
-    for seed in range(config.seeds):
+    for seed in range(config.seeds):                    # outermost: after the first seed a whole table is there
         for regime in regimes:
             for name in names:
                 folder = root / regime / f"{name}_seed{seed}"
@@ -1349,6 +1412,7 @@ def print_map(names: list, regimes: list, rows: dict, hits: dict) -> None:
     print(f"\n| regime | base, sampled | base, greedy | {' | '.join(names)} |\n|{'---|' * (3 + len(names))}")
     for regime in regimes:
         logs, mine = [log for n in names for log in rows[regime, n]], {n: hits[regime, n] for n in names}
+        # of recipes whose round 1 holds plain samples alone: labels and searches sample more where it is hard
         base = [100 * log[0]["accuracy"] for log in logs]
         plain = [log[1] for log in logs if log[1:] and log[0]["recipe"] not in ("sft", "self_explore", "mcts_dpo")]
         sampled = [100 * row["sampled_accuracy"] for row in plain]
@@ -1367,6 +1431,7 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
     run = object.__new__(Run)
     run.dir, run.work, run.near = folder, folder / "work", folder.parent
     if (folder / "log.jsonl").exists():
+        # the run says what the model is and how it is asked; the flags say where, how many questions, which search
         saved = read_json(folder / "config.json")["settings"]
         drop = {*FREE, "device", "dtype", "threads", "eval_questions", "rows", *(SEARCH_FLAGS if config.decode else ())}
         drop |= {k for k in ("eval_data", "template") if getattr(config, k)}
@@ -1404,7 +1469,10 @@ VOTES = ("majority", "best_of_n", "weighted_vote")
 def vote(samples: list, method: str) -> dict | None:
     """The sample a question's samples [{answer, right, score}] stand for: of the answer given most often (majority) or
     with the largest sum of scores (weighted_vote), the one of highest score; best_of_n: of highest score at all. Ties
-    go to the earlier one; samples without an answer have no vote."""
+    go to the earlier one; samples without an answer have no vote.
+
+    Of 7 (score .2), 7 (.3), 9 (.6): majority 7, weighted_vote 9 (.6 against .5), best_of_n 9."""
+    # note: no method sees `right`; it is carried along for the table alone
     samples, weight = [s for s in samples if s["answer"] is not None], {}
     for s in samples:
         weight[s["answer"]] = weight.get(s["answer"], 0) + (1 if method == "majority" else s["score"])
@@ -1435,6 +1503,7 @@ def beam(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list,
     """Step beam by the critics: n steps a level, shared by the n / 4 best prefixes -> [leaf of highest score, or
     None]."""
     proposer = Steps(forest, run.sampler, seeds, run.c.max_tokens, run.c.temperature, progress=progress)
+    # the n / 4 of a level is not tuned: a beam of n would sample one step of each prefix and choose nothing
     open_, seen, known = {b: [0] for b in range(len(questions))}, [{0} for _ in questions], {}
     while open_:
         wants = [(b, m, max(1, n // len(nodes))) for b, nodes in open_.items() for m in nodes]
@@ -1449,6 +1518,7 @@ def beam(run: Run, critic: Critic, questions: list, forest: Forest, seeds: list,
                                                 known=known)):
             forest.score[e] = score
             seen[e[0]].add(e[1])
+        # ended solutions keep their score and leave the beam; the best prefixes go on, wherever they branched off
         go_on = {b: [] for b in open_}
         for b, m in sorted(new, key=lambda e: -forest.score[e]):
             if not forest.terminal[b, m] and len(go_on[b]) < max(1, n // 4):
@@ -1509,6 +1579,7 @@ def decode(config: Config) -> None:
         critic, _ = fit_critic(run, round_, trees)
         run.fast = fast_rollouts(run, round_, trees)
         questions = run.task.eval_questions()[:run.c.decode_questions]
+        # one set of samples serves all votes: a budget of n is its first n
         samples = decode_cell(run, critic, questions, round_, "samples", SOLUTIONS[-1], 0)
         each = float(np.mean([s["tokens"] for row in samples for s in row]))
         right = [result(run.task, q, *found)["right"] for q, found in zip(questions, greedy(run, questions))]

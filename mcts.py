@@ -219,6 +219,7 @@ def _hang(forest, b, n, new, over):
 # Q = r + V(s'): along a path they telescope, so Q(s, a) + R(s) is the plain mean of the scores at the ends of the
 # simulations that went through a. Siblings share R(s). Hence one mean backup serves every method here.
 # Left out: virtual loss (we batch across trees, one simulation a tree at a time), discounting (gamma = 1).
+# HACK HERE: where to search next
 def puct(q, prior, above, visits, c):
     """Q + c P sqrt(N(s)) / (1 + N(s, a))  (AlphaZero; MCTS-DPO 2405.00451 eq. 1): (R, W) scores; above (R, 1) is
     N(s). note: a parent nobody visited yet counts as one, so that the very first choice goes by P."""
