@@ -15,6 +15,7 @@ What is different here
 Chapters: 1 Grading   2 The first pit   3 Self-evaluation   4 Three critics and statistics   5 Tasks   6 Demo
 Try:  python critic.py        (labels the pit of one wrong solution; 1 second)
 """
+import functools
 import hashlib
 import json
 import math
@@ -825,9 +826,14 @@ class Builtin:
                 break
         return found
 
-    def eval_questions(self) -> list:
-        """The same held-out questions for every run, whatever its seed."""
+    @functools.cached_property
+    def _held(self):
         return self.distinct(99, True, self.c.eval_questions)
+
+    def eval_questions(self) -> list:
+        """The same held-out questions for every run, whatever its seed; drawn once: seven of eight drafts are training
+        questions, so with traps this takes seconds."""
+        return self._held
 
     def example(self, question: Question, rng: random.Random) -> tuple:
         """What the base is trained on: ids of the question, ids of a careless solution with end-of-text."""
@@ -858,7 +864,8 @@ class Homework(Builtin):
             for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
                 op = rng.choice(("+-", "+-**", "+-**" if self.c.traps else "+-*")[min(i, 2)])
                 x += [op, rng.randint(2 if op == "*" else 1, 9)]
-            if value(x) is not None and traps(x) >= self.c.traps:
+            # a trap takes a `*`; counting these first is cheap: with two traps 46 of 47 drafts are thrown away
+            if x.count("*") >= self.c.traps and value(x) is not None and traps(x) >= self.c.traps:
                 return Question("".join(map(str, x)), str(value(x)), len(x) // 2)
 
     def vary(self, question: Question, rng: random.Random) -> str:
