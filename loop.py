@@ -863,6 +863,11 @@ def learn_pairs(run: Run, round_: int, trees: list, made: list, steps: int, foun
     return report | {"pairs": sum(map(len, made))}, state
 
 
+def two_stages(first: dict, second: dict) -> dict:
+    """Report of a round that trains twice: what both cost adds up, all else is the second's."""
+    return second | {k: first.get(k, 0) + second.get(k, 0) for k in ("tokens", "train_seconds")}
+
+
 def sft(run: Run, round_: int, trees: list) -> tuple:
     """Control: the base's corpus again (real data: the reference solutions). Samples nothing."""
     rng = random.Random(mix(run.c.seed, round_, 6))
@@ -906,8 +911,7 @@ def self_explore(run: Run, round_: int, trees: list) -> tuple:
         steps -= steps * 3 // 4
     pairs = [pit_pairs(t.forest, t.b, t.pits, run.c.smoothing) for t in trees]
     second, state = learn_pairs(run, round_, trees, pairs, steps)
-    second["tokens"] = second.get("tokens", 0) + report.get("tokens", 0)
-    return second, state
+    return two_stages(report, second), state
 
 
 def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
@@ -929,8 +933,7 @@ def mcts_dpo(run: Run, round_: int, trees: list) -> tuple:
     pairs = [sibling_pairs(run.c, t.forest, t.b, t.path) for t in trees]
     second, state = learn_pairs(run, round_, trees, pairs, run.c.steps - first, found,
                                 against_base if run.c.reference == "base" else None)
-    second["tokens"] = second.get("tokens", 0) + report.get("tokens", 0)
-    return second, state
+    return two_stages(report, second), state
 
 
 def fit_critic(run: Run, round_: int, trees: list, model: GPT | None = None, name: str = "critic") -> tuple:

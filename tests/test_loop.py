@@ -288,8 +288,11 @@ def test_run_leaves_what_it_says(smoke):
                 "seconds", "no_answer", "never_ends", "accuracy_by_steps", "distinct_answers", "processed_tokens",
                 "trained_tokens"} <= set(r)
         assert r["processed_tokens"] <= r["prompt_tokens"] + r["sampled_tokens"]
+        assert r["sampling_seconds"] + r["train_seconds"] + r["eval_seconds"] <= r["seconds"]
         assert len((run / f"eval_{r['round']:02d}.jsonl").read_text().splitlines()) == r["questions"] == 32
     assert rows[1]["sampled_tokens"] > 0.5 * 16 * 300 and rows[0]["sampled_tokens"] == 0
+    both = loop.two_stages({"tokens": 3, "train_seconds": 1.5, "loss": 9}, {"tokens": 4, "train_seconds": 2, "loss": 1})
+    assert both == {"tokens": 7, "train_seconds": 3.5, "loss": 1}       # round 1 imitates first: both trainings count
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert all((run / f"round_{k}" / name).exists() for k in range(3))
     pairs = [json.loads(line) for line in (run / "pairs_01.jsonl").read_text().splitlines()]
