@@ -5,7 +5,8 @@ The textbook idea (Self-Explore, 2404.10346). Only the final answer of a solutio
 right answer is the first pit. It becomes the rejected side of a preference pair.
 
 What is different here
-  1. One grader decides everywhere, on exact fractions; two comparisons in two scripts made false pits.
+  1. One grader decides everywhere, on exact fractions (formulas: on one spelling; options: on letters); two comparisons
+     in two scripts made false pits.
   2. All wrong solutions of all trees of a chunk are labelled together, and completions are branches of the tree:
      what one label finds (a right end below a shared prefix) is used by all others.
   3. The last step of a wrong solution is a failure without sampling; bisection may replace the linear scan.
@@ -286,8 +287,8 @@ def find_formula(text, tuples=False):
 
 
 def find_letter(text):
-    """(letter, rule) of a lettered question: "#### B", `\\boxed{B}`, "the answer is (b)", or a line "B", "(B) iron".
-    Only letters are read: an option's full text is no answer."""
+    """(letter, rule) of a lettered question: "#### B", `\\boxed{B}`, "the answer is (b)", or "B", "(B) iron" and
+    nothing else. Only letters are read: an option's full text is no answer."""
     box, hashes, *others = _stated(text)
     for rule, lines in (hashes, box, *others):
         found = next(filter(None, map(_OPTION.match, lines)), None)
@@ -296,6 +297,7 @@ def find_letter(text):
     return None, None
 
 
+# HACK HERE: is an answer right
 def grade(text, answer):
     """True if the text's answer is the reference's. `answer` is bare ("18", "1/2") or a solution (`####`, a box).
 
@@ -352,7 +354,7 @@ class Pit:
     """The label of one wrong solution."""
     tree: int
     leaf: int
-    step: int | None              # 0-based step of the path; None: the budget ran out before it was found
+    step: int | None              # 0-based step of the path; None: the budget ran out, or a later branch recovered
     node: int | None              # the node of that step
     probes: int                   # prefixes that were completed by sampling for it
 
@@ -762,6 +764,7 @@ def solution_over(line: str) -> bool:
     return "####" in line or line.startswith("Question:")
 
 
+# HACK HERE: a task of your own: a subclass with name, draw and solve (and vary, for alphallm), in TASKS
 class Builtin:
     """What the built-in tasks share: an endless stream of questions, split by hash, and a corpus for the base."""
 
@@ -1074,7 +1077,7 @@ class Exercises:
             if self.kind.graded != other.graded:
                 raise BadInput(f"{self.files[0][0]} is graded by a {self.kind.graded}, {file} by a {other.graded}: a "
                                "run reads one kind of answer; take files of one kind (--evaluate works on any).")
-        if c.recipe in ("alphallm", "combined") and self.kind.graded == "letter":
+        if c.data and c.recipe in ("alphallm", "combined") and self.kind.graded == "letter":
             why = dict(alphallm="makes up questions of one line, without options",
                        combined="searches until an answer is right, and a letter is soon guessed")[c.recipe]
             raise BadInput(f"--recipe {c.recipe} {why}; take another recipe.")

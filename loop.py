@@ -95,7 +95,7 @@ class Config:
     gap: float = 0.25             # least difference of their Q
     imitate: float = 0.75         # share of a round's steps that imitate the solutions found before DPO begins
     imitate_rounds: int = 1       # the first so many rounds do
-    reference: str = "round"      # of mcts_dpo: the model the round started from, or the base
+    reference: str = "round"      # of mcts_dpo: the model that DPO starts from (after --imitate), or the base
     # -- critics (alphallm, combined, --decode)
     critic_share: float = 0.4     # of the budget: samples, which the critics learn from; the rest is searched
     critic_steps: int = 600       # optimiser steps of the heads; 32 trees each
@@ -104,15 +104,15 @@ class Config:
     most_width: int = 10          # c_max below the root (four times that at the root)
     c_uct: float = 0.1            # exploration of UCT; returns lie in [0, 1]
     critic: str = "heads"         # heads on the policy's states, or judge: the policy is asked (open weights that can)
-    value_weight: float = 1.0     # b_v of a leaf's score
+    value_weight: float = 1.0     # b_v of a leaf's score; by the weakest link: 0 leaves that head out
     process_weight: float = 1.0   # b_prm
     rollouts: int = 0             # fast rollouts of each leaf by a smaller policy (the paper); 0: none
     rollout_weight: float = 1.0   # b_orm of their mean outcome
     rollout_model: str = ""       # the smaller policy's folder; empty, built-in task: a base of one layer
-    leaf_score: str = "weakest"   # of a search with critics: weakest link of the path, or sum (the paper)
+    leaf_score: str = "weakest"   # alphallm, --decode: weakest link of the path, or sum (the paper; combined, always)
     critic_window: int = 3        # critics learn from the forests of the last so many rounds
     merge: int = 1                # 1: steps with the same calculation are one child
-    keep: float = 0.5             # a trajectory is imitated when the outcome critic gives it at least this
+    keep: float = 0.5             # a trajectory is imitated from this score on, if its answer has half of the visits
     save_seconds: float = 20.0    # how often an unfinished training is saved
     # -- learning
     steps: int = 64               # optimiser steps a round, the same for every recipe
@@ -170,9 +170,8 @@ RANGES = dict(rounds=(0, 1000), questions=(1, 10**7), samples=(1, 1024), budget=
 HELP = dict(data="training questions: JSON lines of GSM8K, MATH, SciQ, ARC or CommonsenseQA; ",
             eval_data="held-out questions, graded as those of --data; ",
             template="the prompt, with {question} in it; \\n is a newline, special tokens count as such; ")
-CHOICES = dict(task=("homework", "countdown"), preset=("default", "smoke"), pit_search=("linear", "bisect"),
-               recipe=("sft", "rft", "outcome_dpo", "self_explore", "mcts_dpo", "alphallm", "combined"),
-               loss=("sigmoid", "ipo"),
+CHOICES = dict(task=tuple(TASKS), preset=("default", "smoke"), pit_search=("linear", "bisect"),
+               loss=("sigmoid", "ipo"),        # recipe: the names of RECIPES, below
                dtype=("auto", "float32", "bfloat16"), self_eval=("off", "logp", "judge"), pair_nodes=("path", "all"),
                reference=("round", "base"), leaf_score=("weakest", "sum"), critic=("heads", "judge"))
 
@@ -204,8 +203,9 @@ def check_config(c: Config) -> Config:
             raise BadInput(f"--{name.replace('_', '-')} = {getattr(c, name)} is out of range: {low} to {high}.")
     if c.max_operators < c.min_operators:
         raise BadInput(f"--max-operators = {c.max_operators} is below --min-operators = {c.min_operators}.")
-    if c.template and (not (c.model or c.evaluate) or c.template.count("{question}") != 1):
-        raise BadInput("--template needs --model FOLDER (or --evaluate), and in its text {question} exactly once.")
+    if c.template and (not (c.model and c.data or c.evaluate) or c.template.count("{question}") != 1):
+        raise BadInput("--template needs --model FOLDER and --data (or --evaluate), and in its text {question} exactly "
+                       "once; a built-in task has a prompt of its own.")
     if not c.model and (c.data or c.eval_data and not c.evaluate):
         raise BadInput("--data and --eval-data need --model FOLDER: the tiny base only knows the built-in task.")
     if bool(c.data) != bool(c.eval_data) and not c.evaluate:
@@ -389,7 +389,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def measured(c: Config) -> dict:
-    """Device, dtype and threads where the config leaves them open: timed on products of this model's shape."""
+    """Device, dtype and threads where the config leaves them open: timed on (4096, 512) by (512, 512) products."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
     dtype = c.dtype
 
@@ -578,7 +578,7 @@ def sample_trees(run: Run, questions: list, forest: Forest, seeds: list, progres
     return pits, [[] for _ in questions]
 
 
-# `combined` searches when so large a share of questions has no right solution after the first wave; else it is rft.
+# `combined` searches when so large a share of a chunk's questions has no right solution after the first wave.
 # Measured on 320 questions: at 78% ("rare") the search gains 7 points in a round; searching all the same at 52%
 # (countdown) and 35% ("some") loses one or two in three rounds, at 18% ("often") it gains none.
 SEARCH_FROM = 2 / 3
@@ -640,10 +640,10 @@ def sample_round(run: Run, round_: int, questions: list, how, name: str = "trees
     return read_trees(file, questions)
 
 
-def round_counts(run: Run, round_: int) -> dict:
-    """Sampler counts and seconds of all forests grown this round. note: the folder may still hold those of the round
-    before, when the run was killed before it was emptied."""
-    files = [run.work / f"{name}_{round_:02d}.counts" for name in ("trees", "searched", "imagined")]
+def round_counts(run: Run, round_: int, names=("trees", "searched", "questions", "imagined")) -> dict:
+    """Sampler counts and seconds of all that was sampled this round, or of parts of it. note: the folder may still hold
+    those of the round before, when the run was killed before it was emptied."""
+    files = [run.work / f"{name}_{round_:02d}.counts" for name in names]
     counts = [read_lines(file)[0] for file in files if file.exists()]
     return {k: sum(x.get(k, 0) for x in counts) for k in {k for x in counts for k in x}}
 
@@ -876,8 +876,8 @@ def sft(run: Run, round_: int, trees: list) -> tuple:
 
 
 def corpus_questions(run: Run, round_: int) -> list:
-    """As many questions as the round's steps will read, fresh where the task can make them."""
-    # the control may not repeat a question where the others would not: fresh ones wherever a generator makes them
+    """As many questions as the round's steps will read, fresh ones, where the task can make them; of a file the
+    round's own, again and again."""
     count = run.c.steps * run.c.batch
     if isinstance(run.task, Builtin):
         stream = run.task.stream(mix(run.c.seed, round_, 9), held_out=False)
@@ -982,7 +982,7 @@ def trust(round_: int, name: str, critic, scores: np.ndarray, label: list) -> di
     report = critic_report(scores, *label)
     for i, head in enumerate(HEADS):
         critic.trusted[i] = report[head]["trusted"] = (report[head]["auc"] or 0) >= LEAST_AUC
-        if not critic.trusted[i] and (head == "outcome" or name != "rollout_critic"):       # of those it has no other
+        if not critic.trusted[i] and (head == "outcome" or name != "rollout_critic"):       # of which no other is used
             print(f"round {round_}: the {head} {name} is not listened to: AUC {report[head]['auc']} on "
                   f"{report[head]['nodes']} nodes it was not trained on")
     return report
@@ -1132,29 +1132,32 @@ def answer_of(run: Run, forest: Forest, b: int, n: int) -> str | None:
 
 def imagine(run: Run, round_: int) -> list:
     """New questions from this round's training questions; kept in questions_RR.jsonl."""
-    file = run.work / f"questions_{round_:02d}.jsonl"
+    file, counts = run.work / f"questions_{round_:02d}.jsonl", dict.fromkeys(run.sampler.counts, 0)
 
     def write(prompts):
         """The line the model goes on with behind each prompt."""
         sampler = Sampler(run.model, run.tokenizer, 4096, run.c.rows)   # its steps are lines, whatever --step says
         paths = [sampler.prompt(run.tokenizer.encode_prompt(p)) for p in prompts]
         requests = [Request(path, mix(run.c.seed, round_, i, 8), run.c.max_tokens) for i, path in enumerate(paths)]
-        return [run.tokenizer.decode_more(o.ids) for o in sampler.extend(requests, run.c.temperature, to_end=False)]
+        found = sampler.extend(requests, run.c.temperature, to_end=False)
+        counts.update({k: v + sampler.counts[k] for k, v in counts.items()})
+        return [run.tokenizer.decode_more(o.ids) for o in found]
     if not file.exists():
         old = run.task.train_questions(round_)
         new = run.task.imagine(old, run.c.imagined or len(old), random.Random(mix(run.c.seed, round_, 10)), write)
+        write_lines(file.with_suffix(".counts"), [counts])
         write_lines(file, [asdict(q) for q in new])
     return [Question(**row) for row in read_lines(file)]
 
 
 def budget_left(run: Run, round_: int) -> int:
-    """Sampled tokens of the round's budget that its samples left."""
-    return run.c.budget * run.c.questions - read_lines(run.work / f"trees_{round_:02d}.counts")[0]["sampled"]
+    """Sampled tokens of the round's budget that its samples, and questions the model wrote itself, left."""
+    return run.c.budget * run.c.questions - round_counts(run, round_, ("trees", "questions"))["sampled"]
 
 
 def round_critics(run: Run, round_: int, trees: list) -> tuple:
-    """Critics, and fast rollouts if the run has any, from this round's forests and those of --critic-window before it:
-    (critic, what the log says of it)."""
+    """Critics, and fast rollouts if the run has any, from the forests of the last --critic-window rounds, this one's
+    included: (critic, what the log says of it)."""
     # older trees were drawn by older weights; `fit_critic` reads them with today's, whose states the heads will see
     earlier = so_far(run, round_, trees, round_ - run.c.critic_window + 1)[:-1]
     trees = trees + [t for _, forest in earlier for t in forest]
@@ -1169,7 +1172,8 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
     looked up. Imitated too: the right solutions of those forests, and all of earlier rounds."""
     # 1) critics from questions with answers; 2) questions without; 3) a search of these for the rest of the budget
     critic, report = round_critics(run, round_, trees)
-    new, left, rows, kept, same = imagine(run, round_), budget_left(run, round_), [], [], None
+    new = imagine(run, round_) if budget_left(run, round_) > 0 else []
+    left, rows, kept, same = budget_left(run, round_), [], [], None
     how = lambda run, questions, forest, seeds, progress: critic_search(
         run, critic, questions, forest, [mix(s, 1) for s in seeds], progress, left / len(new))
     if new and left > 0:
@@ -1214,6 +1218,7 @@ def combined(run: Run, round_: int, trees: list) -> tuple:
 # (run, round, [Worked]) -> (report for the log, state file of the training or None); the model is trained in place
 RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_explore, mcts_dpo=mcts_dpo,
                alphallm=alphallm, combined=combined)
+CHOICES["recipe"] = tuple(RECIPES)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1221,7 +1226,7 @@ RECIPES = dict(sft=sft, rft=rft, outcome_dpo=outcome_dpo, self_explore=self_expl
 # ----------------------------------------------------------------------------------------------------------
 def finish_round(run: Run, round_: int, start: float, report: dict, sampled: dict) -> dict:
     """Evaluate, write the log row and say one line."""
-    # every key is defined in the README with what to do if it looks wrong; one that a recipe does not have is null
+    # every key is defined in the README with what to do if it looks wrong; what a recipe does not have is null or 0
     found = evaluate(run, round_)
     rows = run.log()
     row = dict(recipe=run.c.recipe, round=round_, seed=run.c.seed, **found,
@@ -1295,8 +1300,9 @@ def halve(config: Config) -> Config:
 
 def halve_flags(config: Config) -> Config:
     """The same for what writes no run's folder: --evaluate, --decode. Fewer questions at once, too."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    held = half(config.rows, config.part_tokens or PART_TOKENS.get(device, 2048))
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else
+                          config.device.replace("auto", "cpu"))
+    held = half(config.rows, config.part_tokens or PART_TOKENS.get(device.type, 2048))
     return replace(config, chunk=max(1, config.chunk // 2), **held)
 
 
@@ -1442,7 +1448,11 @@ def bare_run(config: Config, folder: Path, round_: int | None = None) -> Run:
         last = len(read_lines(folder / "log.jsonl")) - 1
         folder = folder / f"round_{last if round_ is None else round_}"
     run.c, run.chunk = config, config.chunk
-    run.model, run.tokenizer = GPT.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device, dtype = (None if x == "auto" else x for x in (config.device, config.dtype))
+    run.model = GPT.from_pretrained(folder, device, dtype and getattr(torch, dtype))
+    run.tokenizer = Tokenizer.from_pretrained(folder)
     run.model.bind(run.tokenizer)
     run.model.part_tokens = config.part_tokens
     run.task = TASKS[config.task](config, run.tokenizer)

@@ -485,9 +485,10 @@ def test_combined_imitates_what_is_found(tmp_path, monkeypatch):
 def test_counts_of_the_round_alone(tmp_path):
     """Counts that a run killed at the end of a round left behind are not those of the next."""
     for name, sampled in (("trees_01", 1), ("searched_01", 2), ("trees_02", 4), ("imagined_02", 8),
-                          ("trees_02_000000", 16)):
+                          ("trees_02_000000", 16), ("questions_02", 32)):
         loop.write_lines(tmp_path / f"{name}.counts", [{"sampled": sampled}])
-    assert loop.round_counts(SimpleNamespace(work=tmp_path), 2) == {"sampled": 12}
+    run = SimpleNamespace(work=tmp_path, c=Config(budget=10, questions=7))
+    assert loop.round_counts(run, 2) == {"sampled": 44} and loop.budget_left(run, 2) == 70 - 4 - 32
 
 
 # -- votes and runs ---------------------------------------------------------------------------------------
