@@ -1338,6 +1338,17 @@ def all_rounds(config: Config) -> list:
     return run.log()
 
 
+def example(run: Run) -> tuple:
+    """The tree that `summary` shows and what it is: one in which the method can be seen, if there is such."""
+    searched = run.dir / "imagined_01.jsonl"
+    for t in read_trees(searched) if searched.exists() else []:
+        if len(t.forest.children[t.b][0]) > 1 and best_trajectory(run, t.forest, t.b, run.c.keep) is not None:
+            return t, "made up by the run, as the critics searched it (nobody looks up its answer)"
+    trees = read_trees(run.dir / "trees_01.jsonl", run.task.train_questions(1))
+    t = next((t for t in trees if t.forest.below(t.b)[0] and (t.path or any(p["node"] for p in t.pits))), trees[0])
+    return t, f"as the base sampled it (answer {t.question.answer})"
+
+
 def summary(run: Run) -> None:
     """The table, one question before and after, and where everything lies."""
     print("\nround  accuracy   95% interval    sampled    trained  pairs  seconds")
@@ -1347,15 +1358,13 @@ def summary(run: Run) -> None:
               f"{r['trained_tokens']:>10,} {r['pairs'] or 0:>6} {r['seconds']:>8.1f}")
     if (run.dir / "trees_01.jsonl").exists():
         run.load(len(run.log()) - 1)
-        trees = read_trees(run.dir / "trees_01.jsonl", run.task.train_questions(1))
-        t = next((t for t in trees if t.forest.below(t.b)[0] and (t.path or any(p["node"] for p in t.pits))), trees[0])
-        print(f"\nA question of round 1, as the base sampled it (answer {t.question.answer}):\n")
+        t, about = example(run)
+        print(f"\nA question of round 1, {about}:\n")
         print(draw(t.forest, t.b, run.tokenizer, {p["node"] for p in t.pits if p["node"]}, run.model.stop_ids, limit=14,
                    chosen=t.path))
-        q = t.question
-        answer = greedy(run, [q])[0][0].split("\n")
+        answer = greedy(run, [t.question])[0][0].split("\n")
         print("\nand as the improved model answers it:\n\n" + "\n".join("   " + printable(line) for line in answer))
-        ask = run.task.prompt(q)
+        ask = run.task.prompt(t.question)
         print(f"\nEverything lies in {run.dir}: log.jsonl, trees_, pairs_, eval_ and a model folder per round.")
         if not (run.c.template or "\\" in ask):         # model.py reads special tokens as text, \n as a newline
             ask = ask.replace("\n", "\\n")

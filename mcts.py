@@ -519,13 +519,13 @@ def printable(text: str) -> str:
 def draw(forest: Forest, b: int, tokenizer: Tokenizer, pits=(), stop_ids=(), width: int = 76, limit: int = 40,
          chosen=()) -> str:
     """The tree as text: one step a line with its `note`. Branches are ordered by simulations, then samples; at most
-    about `limit` lines: whole paths to the chosen end, the pits and the most sampled leaves."""
+    about `limit` lines: whole paths to the chosen end, the pits, the most sampled leaves, then to other nodes."""
     right, lines, shown = forest.below(b), [], {0, *chosen}
     order = lambda n: (-forest.visits[b, n], -forest.count[b, n], n)
-    ends = forest.leaves(b) or [n for n, kids in enumerate(forest.children[b]) if not kids]     # none: a cut search
-    for leaf in sorted(ends, key=lambda n: (n not in pits, *order(n))):
+    ends = set(forest.leaves(b))
+    for n in sorted(range(int(forest.size[b])), key=lambda n: (n not in pits, n not in ends, *order(n))):
         if len(shown) < limit:
-            shown.update(forest.path(b, leaf))
+            shown.update(forest.path(b, n))
     for p in pits:
         shown.update(forest.path(b, p))
     todo = [(0, "", "")]                                                # not recursive: a path may have 1,000 steps
