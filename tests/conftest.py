@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-SMOKE = ["--preset", "smoke", "--rounds", "2", "--out", "runs/a"]
+SMOKE = ["--preset", "smoke", "--recipe", "self_explore", "--rounds", "2", "--out", "runs/a"]
 FORKING = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
