@@ -115,7 +115,8 @@ def test_combinations_are_refused(tmp_path):
     files = [file(tmp_path / f"{i}", item) for i, item in enumerate((GSM8K, MATH, SCIQ, ARC))]
     config = lambda i, j, **more: Config(data=files[i], eval_data=files[j], **more)
     task = lambda *which, **more: Exercises(config(*which, **more), Tokenizer.bytes_only(), 999)
-    assert task(2, 3).train[0].text == task(2, 3).test[0].text
+    explore = task(2, 3, recipe="self_explore")
+    assert explore.train[0].text == explore.test[0].text
     flags = ["--model", "x", "--data", "x", "--eval-data", "x", "--template"]
     for case, words in ((lambda: task(0, 1), "0 is graded by a number,"), (lambda: task(0, 1), "1 by a formula: a run"),
                         (lambda: task(0, 0, sft_data=files[1]), "1 by a formula: a run"),
