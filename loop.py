@@ -1142,6 +1142,7 @@ def imagine(run: Run, round_: int) -> list:
         paths = [sampler.prompt(run.tokenizer.encode_prompt(p)) for p in prompts]
         requests = [Request(path, mix(run.c.seed, round_, i, 8), run.c.max_tokens) for i, path in enumerate(paths)]
         found = sampler.extend(requests, run.c.temperature, to_end=False)
+        # a sampler of its own, whose tokens count all the same: equal budgets are what recipes are compared by
         counts.update({k: v + sampler.counts[k] for k, v in counts.items()})
         return [run.tokenizer.decode_more(o.ids) for o in found]
     if not file.exists():
@@ -1302,6 +1303,7 @@ def halve(config: Config) -> Config:
 
 def halve_flags(config: Config) -> Config:
     """The same for what writes no run's folder: --evaluate, --decode. Fewer questions at once, too."""
+    # what `Run.settings` finds in config.json must be asked for here: these commands write none
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else
                           config.device.replace("auto", "cpu"))
     held = half(config.rows, config.part_tokens or PART_TOKENS.get(device.type, 2048))
@@ -1342,6 +1344,7 @@ def all_rounds(config: Config) -> list:
 
 def example(run: Run) -> tuple:
     """The tree that `summary` shows and what it is: one in which the method can be seen, if there is such."""
+    # a root with one child shows no choice; a trajectory that was not kept shows a search nobody believed
     searched = run.dir / "imagined_01.jsonl"
     for t in read_trees(searched) if searched.exists() else []:
         if len(t.forest.children[t.b][0]) > 1 and best_trajectory(run, t.forest, t.b, run.c.keep) is not None:
