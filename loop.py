@@ -1153,9 +1153,9 @@ def imagine(run: Run, round_: int) -> list:
     return [Question(**row) for row in read_lines(file)]
 
 
-def budget_left(run: Run, round_: int) -> int:
-    """Sampled tokens of the round's budget that its samples, and questions the model wrote itself, left."""
-    return run.c.budget * run.c.questions - round_counts(run, round_, ("trees", "questions"))["sampled"]
+def budget_left(run: Run, round_: int, *spent: str) -> int:
+    """Sampled tokens of the round's budget that these parts of it (as in `round_counts`) left."""
+    return run.c.budget * run.c.questions - round_counts(run, round_, spent)["sampled"]
 
 
 def round_critics(run: Run, round_: int, trees: list) -> tuple:
@@ -1175,8 +1175,8 @@ def alphallm(run: Run, round_: int, trees: list) -> tuple:
     looked up. Imitated too: the right solutions of those forests, and all of earlier rounds."""
     # 1) critics from questions with answers; 2) questions without; 3) a search of these for the rest of the budget
     critic, report = round_critics(run, round_, trees)
-    new = imagine(run, round_) if budget_left(run, round_) > 0 else []
-    left, rows, kept, same = budget_left(run, round_), [], [], None
+    new = imagine(run, round_) if budget_left(run, round_, "trees") > 0 else []
+    left, rows, kept, same = budget_left(run, round_, "trees", "questions"), [], [], None
     how = lambda run, questions, forest, seeds, progress: critic_search(
         run, critic, questions, forest, [mix(s, 1) for s in seeds], progress, left / len(new))
     if new and left > 0:
@@ -1200,7 +1200,7 @@ def combined(run: Run, round_: int, trees: list) -> tuple:
     does already; where it is hardly ever right, right solutions are what it lacks. Plain samples solve the easy
     questions and teach the critics; these lead a search through the rest, for which `sample_trees` has left tokens."""
     unsolved, rows, report = [t.question for t in trees if not t.forest.below(t.b)[0]], [], {}
-    left, samples = budget_left(run, round_), np.mean([t.forest.drawn[t.b, 0] for t in trees])
+    left, samples = budget_left(run, round_, "trees"), np.mean([t.forest.drawn[t.b, 0] for t in trees])
     if unsolved and left > (run.c.budget * run.c.questions - left) / samples:   # than one more sample of each takes
         critic, report = round_critics(run, round_, trees)
         each = min(run.c.budget, left / len(unsolved))
