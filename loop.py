@@ -1351,7 +1351,8 @@ def example(run: Run) -> tuple:
             return t, "made up by the run, as the critics searched it (nobody looks up its answer)"
     trees = read_trees(run.dir / "trees_01.jsonl", run.task.train_questions(1))
     t = next((t for t in trees if t.forest.below(t.b)[0] and (t.path or any(p["node"] for p in t.pits))), trees[0])
-    return t, f"as the base sampled it (answer {t.question.answer})"
+    answer = t.question.answer                          # of a file: the whole reference
+    return t, f"as the base sampled it (answer {run.task.find_answer(answer)[0] or answer})"
 
 
 def summary(run: Run) -> None:

@@ -222,4 +222,5 @@ def test_whole_runs(item, recipe, template, tmp_path):
     name = {"sft": "MATH; the formula is graded", "outcome_dpo": "SciQ; the letter is graded"}.get(
         recipe, "GSM8K; the number is graded")
     assert out.getvalue().count(f"train.jsonl: 4 questions ({name})") == 2 and "its ids: [" in out.getvalue()
+    assert ("(answer 9):" in out.getvalue()) == (recipe == "alphallm")      # not the whole reference
     assert ("Ask it" in out.getvalue()) == (not template and recipe != "sft")
