@@ -488,7 +488,8 @@ def test_counts_of_the_round_alone(tmp_path):
                           ("trees_02_000000", 16), ("questions_02", 32)):
         loop.write_lines(tmp_path / f"{name}.counts", [{"sampled": sampled}])
     run = SimpleNamespace(work=tmp_path, c=Config(budget=10, questions=7))
-    assert loop.round_counts(run, 2) == {"sampled": 44} and loop.budget_left(run, 2, "trees", "questions") == 70 - 4 - 32
+    assert loop.round_counts(run, 2) == {"sampled": 44}
+    assert loop.budget_left(run, 2, "trees", "questions") == 70 - 4 - 32
 
 
 # -- votes and runs ---------------------------------------------------------------------------------------
