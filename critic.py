@@ -1,1247 +1,654 @@
-"""Judging: is an answer right, and where did a wrong solution go wrong first.
-
-The textbook idea (Self-Explore, 2404.10346). Only the final answer of a solution can be checked. To find the
-*step* that ruined it, complete each of its prefixes k times: the first step from which no completion reaches the
-right answer is the first pit. It becomes the rejected side of a preference pair.
-
-What is different here
-  1. One grader decides everywhere, on exact fractions (formulas: on one spelling; options: on letters); two comparisons
-     in two scripts made false pits.
-  2. All wrong solutions of all trees of a chunk are labelled together, and completions are branches of the tree:
-     what one label finds (a right end below a shared prefix) is used by all others.
-  3. The last step of a wrong solution is a failure without sampling; bisection may replace the linear scan.
-  4. The three critics of AlphaLLM (value, process, outcome) are small heads on states the sampler has anyway, and a
-     solution is worth what its weakest link is worth.
-
-Chapters: 1 Grading   2 The first pit   3 Self-evaluation   4 Three critics and statistics   5 Tasks   6 Demo
-Try:  python critic.py        (labels the pit of one wrong solution; 1 second)
+"""Judging: where a wrong solution went wrong, what half a solution is worth, if an answer is right.
+The idea (Self-Explore, 2404.10346). Only the end of a solution can be checked. To find the step
+that ruined it, complete each of its prefixes k times: the first step from which no completion comes
+out right is the first pit. It becomes the rejected side of a preference pair (dpo.py).
+What is different from the published codes:
+1. Completions are branches of the tree, so a right end found for one solution serves all others.
+2. AlphaLLM's critics are small heads on states that the sampler has anyway, not language models.
+3. One function grades everywhere, by value: two comparisons in two scripts make false pits.
+Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Statistics, demo
+Try:  python critic.py      labels the first pit of one wrong solution; two seconds
 """
-import functools
-import hashlib
-import json
 import math
-import random
 import re
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import statistics
 from fractions import Fraction
-from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mcts import Forest, draw, grow
-from model import BadInput, Sampler, Tokenizer, about, field, mix, need
+from mcts import NOTHING, Tree, draw, grow, record_grade
+from model import BadInput
 
-# ----------------------------------------------------------------------------------------------------------
-# 1 · Grading
-# ----------------------------------------------------------------------------------------------------------
-# Two scripts with two ideas of "equal" make false pits: a step looks fatal because its rollouts were graded
-# by other rules. So text -> answer -> exact fraction happens here only. Left out of plain numbers, because guessing
-# costs more than it earns: units, "5k", mixed numbers (`2 1/2` is two numbers), Indian grouping (a comma
-# groups three digits), dates and times (they are several numbers), and any evaluation of expressions.
+# --------------------------------------------------------------------------------------------------
+# 1. The first pit
+# --------------------------------------------------------------------------------------------------
+# HACK HERE: what a pit is. `known_successes` says what is known of each step, `first_pit` which one
+# is the pit. For "the success rate drops by half", the former gives tried_right / tried (None if
+# not tried, 0 at the end), and the latter compares neighbours. Also change: tests/test_critic.py.
+def known_successes(path: list) -> list:
+    """For each step of a wrong solution the number of right ends below it, in any branch. None
+    means unknown. A 0 needs evidence: either the step ends the solution, or fresh completions of it
+    were tried and failed. (The wrong solution is no evidence: it was picked because it failed.)
 
-STOP = "\nQuestion:"      # a base model goes on to invent the next question: its answer is not asked for
-MAX_DIGITS = 1000         # int() raises above 4,300 digits and is quadratic below: longer runs have no value
-
-# footgun: every pattern must be linear, since a babbling model writes 100 kB of "1,1,1,": what can fail never
-# follows a repeat that could give back something matching. And [0-9], not \d, which is any script's digits.
-_PART = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"       # 1,000.5  18  .5
-_BODY = rf"{_PART}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z]))?(?: ?/ ?\$?{_PART})?"         # 1e3  1/2  1 / 2
-# Anywhere in a text a minus is a sign only if no operand stands before it: "10-3" and "3-4" end in 3 and 4.
-_NUMBER = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}%.+-])[-+](?:\$ ?)?|\$ ?[-+]?)?{_BODY}")
-# After a marker there is no left operand, so "- 5" is negative too. Decoration may come first: "**(", "€".
-_LEADING = re.compile(rf"[^0-9A-Za-z+-]*?((?:[-+] ?(?:\$ ?)?|\$ ?[-+]? ?)?{_BODY})")
-_ALONE = re.compile(_LEADING.pattern + r"[^0-9A-Za-z]*")                          # "18..." "**72**." "50%"
-_PROSE = re.compile(r"^[^0-9A-Za-z]*[A-Za-z]{2}|[0-9] *[A-WYZa-wyz][A-Za-z ,$(]*[0-9]")  # "5 since 2+3"
-_PHRASE = re.compile(r"answer[*_]*\s*(?:is\b|:)[*_:]*", re.IGNORECASE)
+    Right ends below A, nothing known of B and C, D the wrong end: [1, None, None, 0]."""
+    return [node.rights if node.rights or node.tried or node.end else None for node in path]
 
 
-def strip_calculator_marks(text):
-    """Training text without GSM8K's calculator marks: `48/2 = <<48/2=24>>24` gives `48/2 = 24`.
+def first_pit(successes: list) -> int | None:
+    """The first step with no success (Self-Explore, 3.2): [4, 2, 0, 0] -> 2; [4, 0, 3] -> 1;
+    [4, 4, 4] -> None; [4, None, 0] -> None, because step 1 is unknown.
 
-    Marks do not nest; a `<<` without its `>>` stays. (A policy that learns them waits for a calculator.)"""
-    return re.sub(r"<<[^<>]*>>", "", text)
-
-
-def _tidy(text):
-    """The text up to STOP, with U+2212 as ASCII minus and LaTeX's spellings of `$ % ,` and a/b made plain."""
-    text = text.split(STOP, 1)[0].replace("\u2212", "-")
-    text = re.sub(r"\\([$%])|\{(,)\}|\\[,!]", r"\1\2", text)
-    return re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
-
-
-def _last_box(text):
-    """What the last balanced `\\boxed{...}` to close holds, or "". One pass with a stack of open braces:
-    looking for the closing brace anew at every `\\boxed{` would be quadratic."""
-    opened, span = [], (0, 0)
-    for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
-        if brace.group() == "}":
-            start = opened.pop() if opened else None                           # a stray "}" closes nothing
-            span = span if start is None else (start, brace.start())
-        elif brace.group() not in ("\\{", "\\}"):                              # escaped braces are text
-            opened.append(brace.end() if len(brace.group()) > 1 else None)     # None: a brace, not a box
-    return text[slice(*span)]
+    When it is wrong: a good step from which the policy recovers with chance p is called a pit with
+    probability (1 - p)^k. At p = .3 that is 24% for k = 4 and .3% for k = 16."""
+    for step, count in enumerate(successes):
+        if count is None:
+            return None
+        if count == 0:
+            return step
+    return None
 
 
-def _leading(piece):
-    """The number that the first line of `piece` begins with, or that its working ends in: `10-3=7`, `x = 7`,
-    `7 since 3+3=6` give 7. Words first (a heading `#### Step 1`, `Answer: Tom has 3 ...`) give None."""
-    line = piece.split("\n", 1)[0]
-    left, _, right = line.rpartition("=")
-    found = _LEADING.match(line if _PROSE.search(left) else right)                # no "=": left is empty
-    return found and found.group(1)
+def pit(end):
+    """The node of the first pit of a wrong solution. None while an earlier step is unknown, and for
+    a right or ungraded end. A right branch that is found later makes a pit disappear."""
+    path = end.path()[1:]
+    step = first_pit(known_successes(path)) if end.right is False else None
+    return None if step is None else path[step]
 
 
-def _inside(box):
-    """The first number of a box, after its last `=` if it has one: `x_1 = 5`, `5\\text{ m}^2` give 5."""
-    found = _NUMBER.search(box.rpartition("=")[2]) or _NUMBER.search(box)
-    return found and found.group()
+def label_pits(ends: list, complete, k: int, budget=None, bisect: bool = False) -> None:
+    """Complete prefixes of wrong solutions until each has its pit or the budget is spent.
+
+    complete([(node, k)]) samples k completions below each node and grades them (record_grade).
+    budget: a mcts.Budget or None. A completion is expected to be as long as the rest of the
+    solution; a prefix that the budget does not afford stays unknown. k = 0 labels nothing.
+
+    In every wave each solution asks for one prefix. Here are two that share A; k = 4:
+
+        root - A - B - C - D  wrong     wave 1   A, for both: 2 of 4 are right
+                `- E - F  wrong         wave 2   B: 0 of 4, the pit of D;  E: 1 of 4, so F is a pit
+
+    bisect (OmegaPRM, 2406.06592): at most ceil(log2(n + 1)) probes for n steps. If success only
+    falls along a solution, this finds the same pit. If not, it may find a later step that fails
+    after a step that succeeded."""
+    while k > 0:
+        wave = {}                                       # node -> tokens its completions may take
+        for end in ends:
+            path = end.path()[1:]
+            successes = known_successes(path)
+            if end.right is False and pit(end) is None and None in successes:
+                step = successes.index(None)
+                if bisect:                              # [3, None, None, None, 0]: step 2, not 1
+                    step = (step + successes.index(0) - 1) // 2
+                wave[path[step]] = k * sum(len(node.ids) for node in path[step + 1:])
+        before, cost = {}, 0                            # node -> right ends below it so far
+        for node, tokens in wave.items():
+            if budget is None or budget.affords(cost + tokens):
+                before[node] = node.rights
+                cost += tokens
+        if not before:
+            return
+        complete([(node, k) for node in before])
+        for node, rights in before.items():
+            # other completions of this wave may lie below, too: at most k right ends are its own
+            node.tried_right += min(k, node.rights - rights)
+            node.tried += k
 
 
-def find_answer(text):
-    """(answer, rule): the number that a solution gives as its answer, and the first rule that found it.
-
-    "####": the last one with a number on its line (*strict*, the form of the training text; the rest is
-    *flexible*); "boxed": the last balanced box; "phrase": the last "answer is" or "answer:" with a number;
-    "number": the last one of the text. A marker without a number falls on to the next rule; no digit gives
-    (None, None). The answer is plain: ASCII minus, no `$`, comma, blank, plus or `%` (50% = 50), else as
-    written ("$18.00" gives "18.00"). It may have no value (1/0, 10,000 digits). Source: GSM8K, widened."""
-    text = _tidy(text)
-    rules = (("####", map(_leading, reversed(text.split("####")[1:]))),
-             ("boxed", map(_inside, [_last_box(text)])),
-             ("phrase", map(_leading, reversed(_PHRASE.split(text)[1:]))),
-             ("number", reversed(_NUMBER.findall(text))))
-    for rule, candidates in rules:
-        answer = next(filter(None, candidates), None)
-        if answer:
-            return re.sub(r"[$,+ ]", "", answer), rule
-    return None, None
-
-
-def extract_answer(text):
-    """The answer of `find_answer` without its rule: a number's plain spelling, or None."""
-    return find_answer(text)[0]
-
-
-def to_number(text):
-    """The exact fraction that one spelling stands for: "1,000.0", "$-5", "(72)", "50%" (= 50), "1/2", "1e3".
-
-    None for all else: words, two numbers, a zero denominator, more than MAX_DIGITS characters. Never raises.
-    (Floats would confuse neighbours among 17-digit answers; strings would tell 3.0 from 3.)"""
-    found = _ALONE.fullmatch(_tidy(text))
-    if not found or len(found.group(1)) > MAX_DIGITS:
-        return None
-    top, _, bottom = re.sub(r"[$,+ ]", "", found.group(1)).partition("/")
-    return Fraction(top) / Fraction(bottom or 1) if Fraction(bottom or 1) else None
-
-
-def _words(text):
-    """The answer of a text as normalised words: what follows its last marker, or the whole text."""
-    text = _tidy(text)
-    box = _last_box(text)
-    pieces = text.split("####") if "####" in text else [box] if box else _PHRASE.split(text)
-    words = [piece.strip() for piece in pieces if piece.strip()] or [""]
-    return " ".join(words[-1].split("\n", 1)[0].strip(" *_.()[]$\"'").casefold().split())
-
-
-# Formulas (MATH): equal are those with one canonical spelling. No algebra: 1 + x is not x + 1, 2^3 is not 8.
-MAX_FORMULA = 1000        # characters; what is longer is compared as it stands: so all patterns may be simple
-
-_CHARS = str.maketrans({"\u2212": "-", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u222a": r"\cup ",
-                        "\u00d7": r"\cdot ", "\u00b0": "", "\u221a": r"\sqrt ", "\u2264": r"\le ", "\u2265": r"\ge "})
-_MACROS = {m: as_ for as_, ms in {
-    r"\frac": "dfrac tfrac cfrac", r"\le": "leq leqslant", r"\ge": "geq geqslant", r"\ne": "neq",
-    r"\cdot": "times ast", r"\emptyset": "varnothing", r"\{": "lbrace", r"\}": "rbrace", "...": "ldots dots cdots",
-    "": "left right big Big displaystyle limits quad qquad degree"}.items() for m in ms.split()}
-_TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|rm|boxed) *\{"
-_POWER = r"(?: *\^ *\{?[0-9]\}?)?"
-_ANYWHERE = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<=[0-9])(?:\{,\}|, *\\! *)(?=[0-9]{3})", ""),                               # 1{,}000  1,\! 000
-    (r"\^ *\{? *\\circ *\}?|\\?[$%]|\\[,!()\[\]]", ""),                             # 90^\circ  \$5  50\%  \(x\)
-    (r"\\[;: ]|~|\s+", " "),
-    (r"\\([A-Za-z]+)", lambda m: _MACROS.get(m[1], m[0])),
-    (r",? *\\(?:text|mbox) *\{ *(?:and|or) *\}|(?<=[0-9A-Za-z}]) +(?:and|or) +", ", "),
-    (r"\{[pb]matrix\}", "{matrix}"))]
-_NAMED = re.compile(r"^(?:\\?[A-Za-z]+(?:_\{?[0-9A-Za-z]\}?|\([a-z]\))?|\([a-z](?:, *[a-z])+\)) *"
-                    r"(?:=|\\in(?![a-z]))(?=[^=]*$)")                                 # x =, f(x) =, (x, y) =, x \in
-_NO_UNIT = "sin|cos|tan|log|mod|plus|minus|times|over|sqrt|base"
-_OF_ONE = [(re.compile(pattern), new) for pattern, new in (                           # in order
-    (rf"(?:(?<=[0-9}})])|(?<=\\pi)) *{_TEXT}(?! *[ap]\.? ?m\b)[^{{}}]*\}}{_POWER}[. ]*$", ""),      # 5\text{ cm}^2
-    (rf"(?<=[0-9}}]) +(?!{_NO_UNIT})(?:[A-Za-z]{{3}}[A-Za-z. ]*|[ckm]m|ft|kg|mi){_POWER}[. ]*$", ""),    # 5 cm^2
-    (rf"{_TEXT}([^{{}}]*)\}}", r"\1"),
-    (r"^(-?)([0-9]+) +([0-9]+) */ *([0-9]+)$", r"\1\2\\frac{\3}{\4}"),               # 2 1/2
-    (r"(?<=[0-9]) +(?=[0-9])", "~"),                                                  # 1 2 is not 12
-    (r" +", ""),
-    (r"\\(sqrt|frac)([0-9A-Za-z])", r"\\\1{\2}"),                                     # \sqrt2  \frac12
-    (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})([0-9A-Za-z])", r"\1{\2}"),
-    (r"([_^])\{([0-9A-Za-z])\}", r"\1\2"),
-    (r"(?<![0-9])\.(?=[0-9])", "0."),
-    (r"^[+*_:.,`\"]+|[*_:.,`\"]+$", ""),
-    (r"^\((-?[0-9./]+|[A-Za-z]+)\)$", r"\1"),                                         # (72)  (A)
-    (r"^(-?)((?:[^-+,()\[\]/={}]|\{[^{}]*\})+)/([0-9.]+|[A-Za-z]|\\[a-z]+|\\sqrt\{[^{}]*\})$",
-     r"\1\\frac{\2}{\3}"),                                                            # \pi/4
-    (r"^\\frac\{-((?:[^-+{}]|\{[^{}]*\})*)\}(?=\{)", r"-\\frac{\1}"))]
-_THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
-_FRACTION = re.compile(rf"(-?)([0-9]*)\\frac\{{(-?{_PART})\}}\{{(-?{_PART})\}}")        # 2\frac{1}{2}
-
-
-def canonical(tex, tuples=False):
-    """One spelling for all LaTeX answers that count as equal; never empty unless `tex` is blank, never raises.
-
-    Numbers become exact fractions (`2\\frac12`, `2.5`, `\\frac{5}{2}` -> `5/2`). Tuples and intervals keep order and
-    brackets: (1, 2] is not (1, 2). Sets, unions and bare lists are sorted; of matrices the cells are read. Units,
-    `x =`, degrees, `$`, `%` and spacing go. tuples: how to read `(100,200)` and `100,200`, as two numbers or as one."""
-    if len(tex) > MAX_FORMULA:
-        return "".join(tex.split())
-    short = tex.translate(_CHARS).replace("\\\\", ";" if "matrix" in tex else "\\")   # a row, or JSON escaped twice
-    for pattern, new in _ANYWHERE:
-        short = pattern.sub(new, short)
-    if not tuples and not re.search(r"[][()]|\\[{}]", short.strip(" .*").strip("()")):
-        short = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), short)
-    return _compound(_NAMED.sub("", short.strip().rstrip(" .")), 3) or "".join(tex.split())
-
-
-def _compound(tex, depth):
-    """`canonical` of a list, union, bracket or matrix, part by part and at most `depth` deep, or of one value."""
-    tex, read = tex.strip(), lambda part: _compound(part, depth - 1)
-    matrix = re.fullmatch(r"\\begin\{matrix\}((?:(?!\\begin|\\end).)*)\\end\{matrix\}", tex)
-    if matrix and depth:
-        return ";".join("&".join(map(read, row.split("&"))) for row in matrix[1].strip(" ;").split(";"))
-    for mark in (",", r"\cup"):
-        parts = _split(tex, mark)
-        if len(parts) > 1 and depth:
-            names = [_NAMED.match(part.strip()) for part in parts]      # x = 1, x = 2: 1, 2; but x = 1, y = 2 stays
-            if all(names) and len({"".join(name[0].split()) for name in names}) == 1:
-                parts = [part.strip()[name.end():] for part, name in zip(parts, names)]
-            return mark.join(sorted(map(read, parts)))
-    bracket = re.fullmatch(r"(\\\{|[(\[])(.*?)(\\\}|[)\]])", tex)
-    parts = _split(bracket[2], ",") if bracket else []
-    if depth and (len(parts) > 1 or parts and bracket[1] == r"\{"):
-        return bracket[1] + ",".join((sorted if bracket[1] == r"\{" else list)(map(read, parts))) + bracket[3]
-    return _single(tex)
-
-
-def _split(tex, mark):
-    """The parts of `tex` between marks outside of all brackets: `(1,2],3` gives `(1,2]` and `3`. [] where brackets
-    do not balance; their kinds may differ."""
-    depth, start, parts = 0, 0, []
-    for found in re.finditer(r"[(\[{]|[)\]}]|" + re.escape(mark), tex):
-        if found.group() != mark:
-            depth += 1 if found.group() in "([{" else -1
-        elif not depth:
-            parts.append(tex[start:found.start()])
-            start = found.end()
-        if depth < 0:
-            return []
-    return [] if depth else parts + [tex[start:]]
-
-
-def _single(tex):
-    """`canonical` of what is no list: an exact fraction, or the formula in plain spelling."""
-    for pattern, new in _OF_ONE:
-        tex = pattern.sub(new, tex)
-    mixed = _FRACTION.fullmatch(tex)
-    below = mixed and to_number(mixed[4])
-    if below:
-        value = Fraction(mixed[2] or 0) + to_number(mixed[3]) / below
-        return str(-value if mixed[1] else value)
-    value = to_number(tex) if re.fullmatch("-?" + _BODY, tex) else None
-    if value is None:
-        return tex.casefold() if re.match("[A-Za-z]{3}", tex) else tex              # \text{Even} is even
-    return str(value)
-
-
-def _stated(text):
-    """((rule, lines), ...): where a text may state its answer, the last line first: in the last box, behind ####,
-    behind "answer is", or the text itself if it is one line."""
-    text = text.split(STOP, 1)[0]
-    lines = lambda parts: [part.split("\n", 1)[0] for part in reversed(parts)]
-    return (("boxed", [_last_box(text)]), ("####", lines(text.split("####")[1:])),
-            ("phrase", lines(_PHRASE.split(text)[1:])), ("bare", [] if "\n" in text.strip() else [text]))
-
-
-_SENTENCE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,} (?:[A-Za-z]{2,} [A-Za-z]{2,}|.*[0-9])")
-_MATHS = re.compile(r"[^0-9A-Za-z$\\]*(?:\$+([^$]+)\$|\\\((.*?)\\\))")                    # is $x + 1$, because
-_OPTION = re.compile(r"[^0-9A-Za-z\\]*(?:\\[a-z]+ ?\{[^0-9A-Za-z]*)?(?:(?:[Oo]ption|[Cc]hoice)[^0-9A-Za-z]+)?"
-                     r"([A-Za-z])(?:\)|[.:](?![0-9A-Za-z])|,? (?:because|since|as)\b|[^0-9A-Za-z]*$)")
-
-
-def find_formula(text, tuples=False):
-    """(canonical answer, rule) of a MATH solution: the last balanced box (*strict*); else what follows #### or
-    "answer is", a line that is no sentence, the last number. (None, None) where there is none of these."""
-    for rule, lines in _stated(text):
-        line = next((line for line in lines if re.search("[0-9A-Za-z]" if rule != "boxed" else r"\S", line)), "")
-        if rule != "boxed":
-            line = line[:MAX_FORMULA]
-            inside, said = _MATHS.match(line), "\\" not in line and re.search("[A-Za-z]{2}", line)
-            number = _leading(line) if said and rule != "bare" else None                 # 5 since 2+3=5
-            line = inside[1] or inside[2] if inside else number or ("" if _SENTENCE.search(line) else line)
-        if line.strip():
-            return canonical(line, tuples), rule
-    number = find_answer(text)[0]
-    return (None, None) if number is None else (canonical(number), "number")
-
-
-def find_letter(text):
-    """(letter, rule) of a lettered question: "#### B", `\\boxed{B}`, "the answer is (b)", or "B", "(B) iron" and
-    nothing else. Only letters are read: an option's full text is no answer."""
-    box, hashes, *others = _stated(text)
-    for rule, lines in (hashes, box, *others):
-        found = next(filter(None, map(_OPTION.match, lines)), None)
-        if found:
-            return found[1].upper(), rule
-    return None, None
-
-
-# HACK HERE: is an answer right
-def grade(text, answer):
-    """True if the text's answer is the reference's. `answer` is bare ("18", "1/2") or a solution (`####`, a box).
-
-    Numbers are compared as exact fractions. A reference whose answer is boxed, or one line of LaTeX, is compared by
-    `canonical`; one without a digit ("blue", "#### B") as words or, if it is one letter, by `find_letter`; numbers
-    without a value as spelled. Empty or None: False. Symmetric on numbers; never raises."""
-    if not text or not answer:
-        return False
-    bare = re.search(r"\\[A-Za-z]", answer) and "\n" not in answer.strip() and to_number(answer) is None
-    if "####" not in answer and (bare or _last_box(answer.split(STOP, 1)[0]).strip()):
-        wanted = find_formula(answer)[0]
-        return wanted is not None and (find_formula(text)[0] == wanted or
-                                       find_formula(text, True)[0] == find_formula(answer, True)[0])
-    words = _words(answer)
-    if words and not re.search("[0-9]", words):       # numbers in the working above "#### B" are no answer
-        letter = find_letter(text)[0] if re.fullmatch("[a-z]", words) else None
-        return letter == words.upper() if letter else _words(text) == words
-    found, wanted = extract_answer(text), extract_answer(answer)
-    if found is None or wanted is None:
-        return False
-    value = to_number(wanted)
-    return found == wanted if value is None else to_number(found) == value
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 2 · The first pit (Self-Explore, 2404.10346)
-# ----------------------------------------------------------------------------------------------------------
-# HACK HERE: what a pit is
-def first_pit(successes) -> int | None:
-    """Index of the first step with no success: [4, 2, 0, 0] -> 2, [4, 0, 3] -> 1, [4, 4, 4] -> None.
-
-    successes[i]: how many of the completions sampled from question + steps 0..i reached the right answer. A good
-    prefix whose chance is p passes for a pit with probability (1 - p)^k: p = .3 gives 24% at k = 4, .3% at 16."""
-    return next((i for i, s in enumerate(successes) if s == 0), None)
-
-
-def next_probe(known: list, search: str) -> int | None:
-    """Which prefix to complete next, given what is known of each: successes > 0, 0, or None for not known yet.
-    None when the pit is settled. The last step must be known (a finished wrong solution cannot recover: 0).
-
-    linear (the paper): the first unknown one. bisect (OmegaPRM, 2406.06592): the middle between the last known
-    success and the first known failure behind it: at most ceil(log2(n + 1)) probes for n steps, and the same pit
-    when success is monotone; else *a* failing step whose predecessor succeeds."""
-    if search == "linear":
-        i = next(i for i, s in enumerate(known) if not s)               # None or 0: the first not known to succeed
-        return i if known[i] is None else None
-    low = max((i for i, s in enumerate(known) if s), default=-1)        # deepest known success
-    high = next(i for i in range(low + 1, len(known)) if known[i] == 0)
-    return None if high == low + 1 else (low + high) // 2
-
-
-@dataclass
-class Pit:
-    """The label of one wrong solution."""
-    tree: int
-    leaf: int
-    step: int | None              # 0-based step of the path; None: the budget ran out, or a later branch recovered
-    node: int | None              # the node of that step
-    probes: int                   # prefixes that were completed by sampling for it
-
-
-def label_pits(forest: Forest, wrong: list, complete, k: int, search: str = "linear",
-               budget: float = math.inf) -> list:
-    """First pits of many wrong solutions of many trees together: in every wave each unsettled one asks for one
-    prefix, all completions of a wave are sampled in one call, and solutions that share a prefix share its k.
-
-    wrong: [(tree, leaf)]. complete([(tree, node, k)]) -> sampled tokens: grows k completions below each node and
-    grades them (forest.right). Right ends below a prefix in *any* other branch count as successes, so what a
-    wave finds serves all later ones; the labelled path ended wrong and never counts, and neither do the wrong
-    samples it came with (it was picked because it failed: only fresh completions make a 0). budget: about so many
-    tokens are sampled; a completion is taken to be as long as what it replaces. Returns a Pit per entry of `wrong`."""
-    pits = [Pit(b, leaf, None, None, 0) for b, leaf in wrong]
-    paths = [forest.path(b, leaf)[1:] for b, leaf in wrong]
-    failed, open_, spent = set(), list(range(len(wrong))), 0            # failed: (tree, node) with k fresh failures
-    while open_:
-        below, asks, still = {}, {}, []
-        for j in open_:
-            b, path = pits[j].tree, paths[j]
-            if b not in below:
-                below[b] = forest.below(b)
-            known = [int(below[b][n]) or (0 if n == path[-1] or (b, n) in failed else None) for n in path]
-            probe = next_probe(known, search)
-            if probe is None:
-                pits[j].step = first_pit([1 if s is None else s for s in known]) if search == "linear" else \
-                    max((i for i, s in enumerate(known) if s), default=-1) + 1
-                pits[j].node = path[pits[j].step]
-            else:
-                asks.setdefault((b, path[probe]), []).append(j)
-                still.append(j)
-        if not asks or spent >= budget:
-            break
-        left, take = budget - spent, []
-        for (b, n), owners in asks.items():             # as many as the budget allows, by the length of what failed
-            if left > 0:
-                rest = paths[owners[0]][paths[owners[0]].index(n) + 1:]
-                left -= k * sum(len(forest.ids[b][m]) for m in rest)
-                take.append((b, n))
-        spent += complete([(b, n, k) for b, n in take])
-        failed.update(take)                                             # stays 0 unless a right end is below it
-        for ask in take:
-            for j in asks[ask]:
-                pits[j].probes += 1
-        open_ = still
-    return pits
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 3 · Self-evaluation (MCTS-DPO, 2405.00451): the policy judges its own solution so far
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 2. The policy as its own judge (MCTS-DPO, 2405.00451)
+# --------------------------------------------------------------------------------------------------
 JUDGE = "\n\nIs the solution so far correct?\n(A) {}\n(B) {}\nThe solution so far is ("
 JUDGE_STEP = "\n\nIs the last step correct?\n(A) {}\n(B) {}\nThe last step is ("
 REFERENCE = "\n\nReference solution:\n{}"
+slots_of = lambda node: np.concatenate([step.slots for step in node.path()])    # with the question
 
 
-def confidence(forest: Forest, wants: list) -> list:
-    """The sampler's own mean log-prob per token as a judgement, exp of it: [(tree, node)] -> numbers in (0, 1]. Free,
-    and all there is for a model that cannot read a judging question. A root, without tokens, gives 1."""
-    means = [forest.path_of(b, n, "logps", root=False) for b, n in wants]
-    return [math.exp(float(m.mean())) if len(m) else 1.0 for m in means]
+@torch.no_grad()
+def self_evaluation(nodes: list, sampler, question: str = JUDGE, shown="") -> list:
+    """The policy's own P(correct) of each solution so far, a number in (0, 1) each.
+
+    The question stands behind the solution, whose keys and values are used again. Models favour a
+    letter, so the mean over both orders of the options is taken: P(correct) .3 with correct as (B)
+    and .4 with correct as (A) give .35. It is .5 if the question exceeds the context.
+
+    shown: a reference solution, as text or function node -> text. This shows the judge the answer.
+    Report it: in MCTS-DPO the AUC is 74.7 with it and 62.0 without. BadInput: split letters."""
+    model, tokenizer = sampler.model, sampler.tokenizer
+    letters = tokenizer.encode_more("A") + tokenizer.encode_more("B")
+    if len(letters) != 2:
+        raise BadInput("This tokenizer splits single letters: switch self-evaluation off.")
+    p = np.full((len(nodes), 2), 0.5)                   # (nodes, orders)
+    paths, places = [], []
+    for i, node in enumerate(nodes):
+        above = slots_of(node)[:-1 if node.end == "eos" else None]      # judge before end-of-text
+        text = shown(node) if callable(shown) else shown
+        text = text and REFERENCE.format(text)
+        for order, options in enumerate((("incorrect", "correct"), ("correct", "incorrect"))):
+            ids = tokenizer.encode_more(text + question.format(*options))
+            if len(above) + len(ids) < model.config.max_positions:
+                paths.append(sampler.follow(above, ids))
+                places.append((i, order))
+    sampler.encode(paths)
+    last = torch.tensor([path[-1] for path in paths], dtype=torch.long, device=model.device)
+    logits = model.token_logits(sampler.hidden[last])[:, letters]       # (paths, A or B)
+    for (i, order), share in zip(places, torch.softmax(logits, -1).tolist()):
+        p[i, order] = share[1 - order]                  # "correct" is (B), then (A)
+    return p.mean(1).tolist()
 
 
-def self_evaluation(forest: Forest, wants: list, sampler: Sampler, references=None, question: str = JUDGE) -> list:
-    """C(s), the policy's own P(correct) of solutions so far: [(tree, node)] -> numbers in (0, 1).
-
-    The judging question is put behind the solution, so the prefix's keys and values are used again; the next token's
-    probability is normalised over the two option letters, and averaged over both orders of the options (models favour
-    a letter). references: a solution per tree to show to the judge. That is a gold leak: AUC 74.7 with, 62.0 without
-    in MCTS-DPO; say which was used. Where the question does not fit the context any more C is .5: nothing known.
-    Raises BadInput when an option letter is not one token."""
-    tokenizer, model, paths = sampler.tokenizer, sampler.model, []
-    letters = [tokenizer.encode_more(letter) for letter in "AB"]
-    if any(len(ids) != 1 for ids in letters):
-        raise BadInput("This tokenizer splits a single letter: self-evaluation cannot read its answer; use "
-                       "--self-eval logp or off.")
-    for b, n in wants:
-        path = forest.path_of(b, n, "slots")
-        path = path[:-1] if sampler.ids[path[-1]] in model.stop_ids else path      # judge before the end-of-text
-        shown = REFERENCE.format(references[b]) if references else ""
-        for options in (("incorrect", "correct"), ("correct", "incorrect")):
-            ids = tokenizer.encode_more(shown + question.format(*options))
-            fits = len(path) + len(ids) < model.config.max_positions
-            paths.append(sampler.follow(path, ids) if fits else None)
-    there = [p for p in paths if p is not None]
-    sampler.encode(there)
-    ends = torch.tensor([int(p[-1]) for p in there], dtype=torch.long, device=model.device)
-    logits = model.token_logits(sampler.hidden[ends])[:, [ids[0] for ids in letters]]           # (paths, 2)
-    share = iter(torch.softmax(logits, -1).tolist())                    # (P(A), P(B)) of each path
-    both = [next(share) if p is not None else (.5, .5) for p in paths]
-    return [(first[1] + second[0]) / 2 for first, second in zip(both[::2], both[1::2])]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 4 · Three critics (AlphaLLM, 2404.12253) and statistics
-#     M nodes, C hidden size of the policy
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 3. Learned critics                      M nodes, C hidden size of the policy
+# --------------------------------------------------------------------------------------------------
 HEADS = ("value", "process", "outcome")
-LEAST_AUC = 0.55              # a head below it is not listened to
+LEAST_AUC = 0.55                        # a head that ranks worse on kept questions is not trusted
 
 
 class Critic(torch.nn.Module):
-    """Three heads on what the policy knows anyway, all giving probabilities:
+    """Three heads on one hidden layer; each gives a probability.
 
-        value    from this prefix, the chance that the policy ends right    label: share of right ends below the node
-        process  is this last step good                                     label: can a right end still be reached
-        outcome  is this finished solution right                            label: its grade
+        head      question                                label (critic_labels)
+        value     how likely is a right end from here?    share of right ends below the node
+        process   is this step good?                      can the solution still end right?
+        outcome   is this finished solution right?        its grade
 
-    They read the policy's hidden state from which the node's *last token* was drawn, and four numbers about the
-    log-probs of the tokens (`log_prob_features`). The sampler has both already, so a critic costs no forward pass
-    in a search; the state of the last token itself would, and was no better (AUC of value .82 against .80 on
-    homework). Without the log-probs a rare slip of a good policy looks like any other line: AUC of outcome .63
-    against .90. The paper has a language model for each head."""
+    Inputs: `features`, which the sampler has already. fit_critic trains the heads anew in every
+    round, on four questions of five. The fifth question gives the report, and trusted (3,): 1 for a
+    head whose AUC there is at least LEAST_AUC. loop.train_critic collects the rows."""
 
-    def __init__(self, width: int, hidden: int = 128, seed: int = 0):
+    def __init__(self, hidden_size: int, seed: int = 0):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.inner, self.heads = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, len(HEADS))
-        for name, size, start in (("mean", width, 0), ("std", width, 1), ("odds", 3, 0), ("trusted", 3, 1)):
-            self.register_buffer(name, torch.full((size,), float(start)))
+            self.inner = torch.nn.Linear(hidden_size + 4, 128)
+            self.heads = torch.nn.Linear(128, 3)
+        for name, width in dict(mean=hidden_size + 4, std=hidden_size + 4, trusted=3).items():
+            self.register_buffer(name, torch.full((width,), float(name == "std")))
 
-    device = property(lambda self: self.inner.weight.device)
-    dtype = property(lambda self: self.inner.weight.dtype)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(M, C) features -> (M, 3) logits as trained, between balanced classes."""
-        return self.heads(F.gelu(self.inner((features.to(self.dtype) - self.mean) / self.std)))
+    def forward(self, x):
+        """(M, C + 4) features -> (M, 3) logits."""
+        return self.heads(F.gelu(self.inner((x - self.mean) / self.std)))
 
     @torch.no_grad()
-    def score(self, features: torch.Tensor) -> np.ndarray:
-        """(M, C) -> (M, 3) probabilities: the shares of right and wrong that balancing hid are put back."""
-        return torch.sigmoid(self(features) + self.odds).double().cpu().numpy()
-
-    def read(self, sampler: Sampler, forest: Forest, wants: list) -> np.ndarray:
-        """What the heads say of [(tree, node)]: (M, 3) probabilities."""
-        return self.score(critic_features(sampler, forest, wants))
-
-    def prepare(self, rows: list) -> None:
-        """Scale of the features and balance of the labels, from the rows [(features (M, C), labels (M, 3), weights
-        (M,), depths (M,))] that it will be trained on."""
-        features, labels, weights = (torch.cat([r[i] for r in rows]) for i in range(3))
-        self.mean.copy_(features.float().mean(0)), self.std.copy_(features.float().std(0) + 1e-6)
-        for head in range(len(HEADS)):
-            known = ~labels[:, head].isnan()
-            right, every = (labels[known, head] * weights[known]).sum(), weights[known].sum()
-            self.odds[head] = ((right + 0.5) / (every - right + 0.5)).log()
+    def read(self, nodes: list, sampler) -> np.ndarray:
+        """(M, 3): what the heads say of nodes that lie in the sampler's store."""
+        return torch.sigmoid(self(features(nodes, sampler))).cpu().numpy()
 
 
 class Judge:
-    """AlphaLLM's critics as it has them, by asking a language model, here the policy itself: value and outcome are its
-    P(correct) of the solution so far, process its P(correct) of the last step (`self_evaluation`). Nothing to train,
-    four short questions a node to encode; for models that can judge."""
+    """The three opinions by asking the policy, as AlphaLLM asks language models."""
+    trusted = torch.ones(3)
 
-    def __init__(self):
-        self.trusted = torch.ones(3)
-
-    def read(self, sampler: Sampler, forest: Forest, wants: list) -> np.ndarray:
-        """As `Critic.read`."""
-        whole = self_evaluation(forest, wants, sampler)
-        return np.array([whole, self_evaluation(forest, wants, sampler, question=JUDGE_STEP), whole]).T
+    def read(self, nodes: list, sampler) -> np.ndarray:
+        """(M, 3), as Critic.read."""
+        whole = self_evaluation(nodes, sampler)
+        return np.array([whole, self_evaluation(nodes, sampler, JUDGE_STEP), whole]).T
 
 
-class Rollouts:
-    """AlphaLLM's fast rollouts: a smaller policy finishes a leaf n times; the mean of what the outcome critic says of
-    these ends is one more opinion about the leaf. That critic is a head on the small model's own states, so the
-    policy never encodes their tokens; they are in this sampler's `counts`, apart from the policy's. A forest beside
-    the searched one keeps prefixes: here, too, nothing is encoded twice. Both models must have the same tokenizer."""
+def features(nodes: list, sampler) -> torch.Tensor:
+    """(M, C + 4): the hidden state from which the step's last token was drawn, and four log-probs:
+    lowest and mean of the step, lowest and mean of the whole path.
 
-    def __init__(self, critic: Critic, sampler: Sampler, n: int, max_tokens: int, temperature: float = 1.0):
-        self.critic, self.sampler, self.n = critic, sampler, n
-        self.max_tokens, self.temperature = max_tokens, temperature
-        self.seconds = 0.0        # spent on rollouts so far
-
-    def begin(self, forest: Forest, seeds: list) -> None:
-        """Roots of the trees of a chunk; forgets those before."""
-        self.sampler.reset()
-        self.seeds, self.mine, self.place = seeds, Forest(len(forest)), [{0: 0} for _ in seeds]     # node -> my node
-        for b in range(len(forest)):
-            self.mine.add(b, -1, forest.ids[b][0], slots=self.sampler.prompt(forest.ids[b][0]))
-
-    def score(self, forest: Forest, wants: list) -> list:
-        """[(tree, node that is no end)] -> the mean outcome of n rollouts of each, in [0, 1]."""
-        start, nodes = time.perf_counter(), [self._copy(forest, b, n) for b, n in wants]
-        self.sampler.encode([self.mine.path_of(b, m, "slots") for (b, _), m in zip(wants, nodes)])
-        for (b, _), m in zip(wants, nodes):
-            for k in self.mine.path(b, m)[1:]:
-                if not len(self.mine.logps[b][k]):      # steps of the policy: what does the small model think of them
-                    above = self.mine.path_of(b, int(self.mine.parent[b, k]), "slots")
-                    self.mine.logps[b][k] = self.sampler.log_probs(above, self.mine.slots[b][k])
-        leaves = grow(self.mine, self.sampler, [(b, m, self.n) for (b, _), m in zip(wants, nodes)], self.seeds,
-                      self.max_tokens, self.temperature)
-        ends = [(b, leaf) for (b, _), found in zip(wants, leaves) for leaf in found]
-        outcome = self.critic.read(self.sampler, self.mine, ends)[:, 2].reshape(len(wants), self.n)
-        self.seconds += time.perf_counter() - start
-        return outcome.mean(1).tolist()
-
-    def _copy(self, forest, b, n):
-        for k in forest.path(b, n)[1:]:
-            if k not in self.place[b]:
-                up, ids = self.place[b][int(forest.parent[b, k])], forest.ids[b][k]
-                above = self.mine.path_of(b, up, "slots")
-                there = self.mine.known[b].get((up, tuple(map(int, ids)), ""))              # a rollout went there
-                slots = () if there is not None else self.sampler.follow(above, ids)[len(above):]
-                self.place[b][k] = self.mine.add(b, up, ids, slots=slots)
-        return self.place[b][n]
+    Log-probs (-1, -4) of the first step and (-2) of the second give the second -2, -2, -4, -7/3.
+    Without these numbers a rare slip looks like any line: the AUC of the outcome head is .63 on
+    homework without them and .90 with them."""
+    slots, numbers = [], np.zeros((len(nodes), 4), np.float32)
+    for node, row in zip(nodes, numbers):
+        # a step of one token was drawn from the last state of its parent
+        drawn_from = node.slots[:-1] if len(node.slots) > 1 else (node.parent or node).slots
+        slots.append(int(drawn_from[-1]))
+        step, whole = node.logps, node.solution("logps")
+        if len(whole):
+            row[:] = step.min(), step.mean(), whole.min(), whole.mean()
+    hidden = sampler.hidden[torch.tensor(slots, dtype=torch.long, device=sampler.hidden.device)]
+    return torch.cat((hidden.float(), torch.from_numpy(numbers).to(hidden.device)), 1)
 
 
-def critic_loss(critic: Critic, batch: tuple):
-    """Cross-entropy of the three heads against soft labels, for `dpo.train`: right and wrong weigh the same in each
-    head (labels (M, 3), NaN where a head has none). -> (sum, weight, statistics). The paper's value head has a
-    squared error; on labels between 0 and 1 both have their optimum at the mean."""
-    features, labels, weights, _ = batch
-    known, share = ~labels.isnan(), torch.sigmoid(critic.odds)          # share: of right, (3,)
-    target = labels.nan_to_num()
-    balance = target * 0.5 / share + (1 - target) * 0.5 / (1 - share)
-    loss = F.binary_cross_entropy_with_logits(critic(features), target, balance * known, reduction="none")
-    return (loss * weights[:, None]).sum(), weights.sum().item(), {}
+def critic_labels(tree: Tree, k: int) -> list:
+    """[(node, (value, process, outcome), weight)]: one row for each step with graded samples below
+    it; nan where a head has no label. In the picture a 3:1 has 3 right and 1 wrong below it; k = 4:
+
+        q 3:6 -+- a 3:1 -+- b 3:0 end      a  (.75, 1, nan)       b  (nan, 1, 1)
+               |         `- c 0:1 end      d  (0, 0, nan)         c  (nan, 0, 0)
+               |- d 0:4 --- e 0:4 end      f  (0, nan, nan)       e  (nan, nan, 0)
+               `- f 0:1 --- g 0:1 end
+
+    A step is bad (process 0) if its parent can be saved and k samples below it are all wrong; f has
+    too few. Steps after the pit d get no process label: they may be good. The weight of a row is
+    its number of samples, but at most 8."""
+    rows = []
+    for node in tree.nodes[1:]:
+        samples, good = node.rights + node.wrongs, float(node.rights > 0)
+        judged = node.parent.rights > 0 and (good or samples >= k or node.end)
+        value = math.nan if node.end else node.rights / max(1, samples)
+        labels = (value, good if judged else math.nan, good if node.end else math.nan)
+        if samples:
+            rows.append((node, labels, min(samples, 8)))
+    return rows
 
 
-def critic_labels(forest: Forest, b: int, k: int) -> tuple:
-    """Labels of the nodes of a graded tree: (nodes, (M, 3) labels with NaN for none, (M,) weights, (M,) depths).
-
-    Every prefix of every sample is a free label of the value. A step is bad when its parent could still be saved and
-    none of at least k samples below it was right: whoever fell into the pit earlier says nothing about later steps."""
-    right, wrong = forest.below(b, 1), forest.below(b, 0)
-    nodes = np.flatnonzero(right + wrong)
-    n, up = (right + wrong)[nodes], forest.parent[b, nodes]
-    terminal, good = forest.terminal[b, nodes], right[nodes] > 0
-    labels = np.full((len(nodes), 3), np.nan, np.float32)
-    labels[:, 0] = np.where(terminal, np.nan, right[nodes] / n)
-    labels[:, 1] = np.where((up >= 0) & (right[up] > 0) & (good | (n >= k) | terminal), good, np.nan)
-    labels[:, 2] = np.where(terminal, good, np.nan)
-    return nodes.tolist(), labels, np.minimum(n, 8).astype(np.float32), forest.depth[b, nodes]
+def critic_loss(critic: Critic, x, labels, weights):
+    """Weighted cross-entropy over the labels (M, 3) that exist. Classes are not re-weighted, so a
+    label of .75 is learnt as .75."""
+    exists = weights[:, None] * ~labels.isnan()                             # (M, 3)
+    return F.binary_cross_entropy_with_logits(critic(x), labels.nan_to_num(), exists,
+                                              reduction="sum") / weights.sum()
 
 
-def log_prob_features(steps: list) -> list:
-    """Lowest and mean log-prob of the last step's tokens, lowest and mean of the whole path's; steps: (tokens,)
-    arrays from the first step to the last; [] (a question) gives zeros."""
-    if not steps:
-        return [0.0] * LOG_PROB_FEATURES
-    path, last = [x for step in steps for x in step.tolist()], steps[-1].tolist()       # so short: lists beat arrays
-    return [min(last), sum(last) / len(last), min(path), sum(path) / len(path)]
+def fit_critic(features, labels, weights, held_out, updates: int, seed: int) -> tuple:
+    """(Critic trained on the nodes that are not held out, report on those that are).
 
-
-LOG_PROB_FEATURES = 4
-
-
-def critic_features(sampler: Sampler, forest: Forest, wants: list) -> torch.Tensor:
-    """What the heads read of [(tree, node)]: (M, C + 4), from what sampler and forest have in store."""
-    slots, numbers = [], []
-    for b, n in wants:
-        own = forest.slots[b][n]
-        up = forest.slots[b][forest.parent[b, n]] if len(own) < 2 and n else own
-        slots.append(int(own[-2] if len(own) > 1 else up[-1]))          # the token before the last
-        numbers.append(log_prob_features([forest.logps[b][m] for m in forest.path(b, n)[1:]]))
-    hidden = sampler.hidden[torch.tensor(slots, device=sampler.hidden.device)].float()
-    return torch.cat((hidden, torch.tensor(numbers, device=hidden.device)), 1)
-
-
-# HACK HERE: what a leaf is worth
-def critic_values(critic, sampler: Sampler, forest: Forest, wants: list, weights=(1.0, 1.0, 1.0),
-                  rule: str = "weakest", known=None, rollouts=None) -> np.ndarray:
-    """One number in [0, 1] for each [(tree, node)], a leaf of a search or a finished solution.
-
-    weakest (ours): the lowest of all that the heads say along the path: process of every step, value of every
-    prefix, outcome of the end. One false line ruins a solution, and where many samples are tried some critic errs
-    upwards for one of them. Measured on homework, 160 questions, base 46%: best of 64 samples by the outcome head
-    72%, by the weakest link 89%.
-    sum (AlphaLLM): b_v value + b_prm process of the node alone + b_orm mean outcome of its rollouts, divided by the
-    weights (mixed scales are a known trap); outcome for an end.
-    critic: Critic or Judge. weights: (b_v, b_prm, b_orm); 0 leaves a critic out, as does too low an AUC (`trusted`);
-    with none left all are worth .5. known: {(tree, node): what the critics said}, kept by the caller through a search,
-    so that a node is read once. rollouts: `Rollouts` to ask about leaves that are no ends, or None."""
-    paths = [forest.path(b, n)[1 if n else 0:] if rule == "weakest" else [n] for b, n in wants]
-    known = {} if known is None else known
-    asked = [e for e in dict.fromkeys((b, m) for (b, _), path in zip(wants, paths) for m in path) if e not in known]
-    known.update(zip(asked, critic.read(sampler, forest, asked) if asked else []))
-    open_ = [e for e in wants if not forest.terminal[e]] if rollouts is not None and weights[2] else []
-    rolled = dict(zip(open_, rollouts.score(forest, open_) if open_ else []))
-    value, process, outcome = (np.array([*weights[:2], 1.0]) * critic.trusted.cpu().numpy()).tolist()
-    found = []
-    for (b, n), path in zip(wants, paths):
-        rows, end = np.array([known[b, m] for m in path]), bool(forest.terminal[b, n])
-        prefixes, ends = rows[:len(rows) - end, 0] if value else [], [rolled[b, n]] if (b, n) in rolled else []
-        ends += [rows[-1, 2]] if end and outcome else []
-        if rule == "weakest":
-            said = [*prefixes, *(rows[:, 1] if process and n else []), *ends]
-            found.append(min(said, default=0.5))
-        elif end and ends:
-            found.append(ends[0])
-        else:
-            said = [(weight, x) for weight, x in zip((value, process, weights[2]), (*rows[-1, :2], *ends)) if weight]
-            found.append(sum(w * x for w, x in said) / sum(w for w, _ in said) if said else 0.5)
-    return np.array(found)
-
-
-def critic_report(scores: np.ndarray, labels: np.ndarray, weights, depths) -> dict:
-    """How good each head is on nodes it was not trained on: AUC, Brier score, lift = 1 - Brier / Brier of the best
-    constant, ten bins of calibration [mean score, mean label, nodes], AUC by depth. AUC is None with one class only."""
-    out = {}
+    features (M, C + 4), labels (M, 3), weights (M,), held_out (M,) bool. Hold out whole questions,
+    never single nodes: the nodes of one tree share their ends. M may be 0."""
+    critic = Critic(features.shape[1] - 4, seed).to(features.device)
+    x, y, w = features[~held_out], labels[~held_out], weights[~held_out]
+    if len(x):
+        critic.mean.copy_(x.mean(0))
+        critic.std.copy_(x.std(0, unbiased=False) + 1e-6)
+    optimizer = torch.optim.AdamW(critic.parameters(), 3e-3)
+    rng = torch.Generator().manual_seed(seed)
+    for update in range(updates if len(x) else 0):
+        batch = torch.randint(len(x), (256,), generator=rng).to(x.device)
+        loss = critic_loss(critic, x[batch], y[batch], w[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - update / updates)
+        optimizer.step()
+    with torch.no_grad():
+        said = torch.sigmoid(critic(features[held_out])).cpu().numpy()      # (held out, 3)
+    report = {}
     for i, head in enumerate(HEADS):
-        known = ~np.isnan(labels[:, i])
-        p, y, w, d = scores[known, i], labels[known, i].astype(float), weights[known], depths[known]
-        if not len(y):
-            out[head] = dict(nodes=0, auc=None)
-            continue
-        brier, rate = np.average((p - y) ** 2, weights=w), np.average(y, weights=w)
-        constant = np.average((rate - y) ** 2, weights=w)
-        rounded = lambda x: None if x is None else round(float(x), 4)
-        bins = [(p >= low / 10) & (p < (low + 1) / 10 + (low == 9)) for low in range(10)]
-        out[head] = dict(nodes=len(y), rate=rounded(rate), auc=rounded(auc(p, y >= 0.5)), brier=rounded(brier),
-                         lift=rounded(1 - brier / constant) if constant else None,
-                         calibration=[[rounded(p[b].mean()), rounded(np.average(y[b], weights=w[b])), int(b.sum())]
-                                      for b in bins if b.any()],
-                         auc_by_depth={str(k): rounded(auc(p[d == k], y[d == k] >= 0.5))
-                                       for k in sorted({*d.tolist()})})
-    return out
+        report[head] = measure(said[:, i], labels[held_out, i].cpu().numpy())
+        if y[:, i].isnan().all():
+            report[head].update(trusted=False, note="no label to learn from")
+        critic.trusted[i] = report[head]["trusted"]
+    return critic, report
 
 
-def auc(scores, labels) -> float | None:
-    """Chance that a right one (label true) scores above a wrong one, ties counted half; None if one kind is missing.
+def measure(said, truth) -> dict:
+    """What a head says (M,) against the labels (M,), nan where there is none.
 
-        scores .9 .4 .4 .1, labels 1 1 0 0: of four pairs 3 won, 1 tied -> 3.5 / 4 = .875"""
-    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
-    if labels.all() or not labels.any():
-        return None
-    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = (count.cumsum() - (count - 1) / 2)[place]                    # mean rank of equal scores, from 1
-    n = labels.sum()
-    return float((rank[labels].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
-
-
-def wilson(right: int, n: int) -> tuple:
-    """Wilson's 95% interval of a rate."""
-    z, p = 1.959964, right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def mcnemar(ours: list, theirs: list) -> float:
-    """Exact two-sided McNemar test on the same questions: the chance of so lopsided a split of the questions that
-    only one of the two got right, were both equally good."""
-    only = [sum(a and not b for a, b in zip(ours, theirs)), sum(b and not a for a, b in zip(ours, theirs))]
-    n, k = sum(only), min(only)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n) if n else 1.0
+    auc          chance that a right node (label >= .5) scores above a wrong one
+    brier        mean (said - truth)^2;  constant: that of the best constant, for comparison
+    calibration  for each tenth of [0, 1]: (mean said, mean truth, number of nodes)
+    trusted      is auc at least LEAST_AUC?  note: if not, why, in words"""
+    said, truth = said[~np.isnan(truth)], truth[~np.isnan(truth)]
+    rank, n = auc(said, truth >= 0.5), len(truth)
+    note = "" if (rank or 0) >= LEAST_AUC else f"AUC below {LEAST_AUC}"
+    if rank is None:
+        note = "all held-out labels are of one kind" if n else "no held-out label"
+    tenth = np.minimum(said * 10, 9).astype(int)
+    calibration = []
+    for here in (tenth == i for i in np.unique(tenth)):
+        calibration.append((float(said[here].mean()), float(truth[here].mean()), int(here.sum())))
+    return dict(auc=rank, brier=float(np.mean((said - truth) ** 2)) if n else None,
+                constant=float(np.var(truth)) if n else None, calibration=calibration,
+                nodes=n, trusted=not note, note=note)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 5 · Tasks: where questions come from and what a right answer is
-# ----------------------------------------------------------------------------------------------------------
-@dataclass
-class Question:
-    """One question; `answer` is read by the grader only (and, on real data, by SFT on reference solutions)."""
-    text: str
-    answer: str
-    steps: int                    # difficulty for the report: operators, lines of the reference, level, options
+# HACK HERE: what a leaf of the search is worth. Also change: the numbers in tests/test_critic.py.
+def leaf_values(nodes, critic, sampler, rule="weakest", rollouts=None, known=None) -> list:
+    """One number in [0, 1] for each node. Heads that are not trusted are left out.
+
+    weakest (ours): the lowest of what the heads say along the path: value of every prefix, process
+        of every step, outcome of the end. One wrong line ruins a solution, and among many samples
+        one will fool a single head. (Best of 64 on homework: 72% by the outcome head, 89% by the
+        weakest link.) Rank by it, but set no threshold on it: the value of a prefix is low wherever
+        the policy seldom succeeds.
+    else: the mean of what the heads (AlphaLLM's sum), or a judge, say of the node alone.
+
+        heads say (value, process, outcome): a (.7, .9, -), its end b (-, .8, .95)
+        weakest   a: min(.7, .9) = .7        b: min(.7, .9, .8, .95) = .7
+        sum       a: (.7 + .9) / 2 = .8      b: (.8 + .95) / 2 = .875
+
+    rollouts say one number more of a node that is no end. If nothing is said, a node is worth .5.
+    known: {node: (3,)}, what the heads said; the caller keeps it through a search."""
+    known = {} if known is None else known
+    weakest = rule == "weakest"
+    paths = {node: weakest and node.path()[1:] or [node] for node in nodes}
+    new = {step: None for path in paths.values() for step in path if step not in known}
+    if new:
+        known.update(zip(new, critic.read(list(new), sampler)))
+    rolled = rollouts.score([node for node in nodes if not node.end]) if rollouts else {}
+    value, process, outcome = critic.trusted.bool().tolist()
+    worth = []
+    for node in nodes:
+        said = [rolled[node]] if node in rolled else []
+        said += [known[step][0] for step in paths[node] if value and not step.end]
+        said += [known[step][1] for step in paths[node] if process and step.parent]
+        said += [known[node][2]] if outcome and node.end else []
+        combine = min if weakest else np.mean
+        worth.append(float(combine(said)) if said else 0.5)
+    return worth
 
 
-def calculate(a: int, op: str, b: int) -> int:
-    """One operation."""
-    return a + b if op == "+" else a - b if op == "-" else a * b
+# --------------------------------------------------------------------------------------------------
+# 4. Fast rollouts (AlphaLLM)
+# --------------------------------------------------------------------------------------------------
+class Rollouts:
+    """A small model finishes a leaf n times. The mean of what its own outcome head says of these
+    ends is one more opinion about the leaf.
 
+    sampler, critic  of the small model
+    text             node -> str, if its tokenizer is another one; None: ids are shared
+    room             its store is emptied when it has taken in so many tokens
+    tokens           sampled by it so far
 
-def reduce_at(x: list, i: int) -> list:
-    """The expression with the operation at x[i] worked off: [17, '+', 1, '*', 4], 3 -> [17, '+', 4]."""
-    return x[:i - 1] + [calculate(*x[i - 1:i + 2])] + x[i + 2:]
+    twin[node] is the node's copy in a tree of the small model, so no prefix is encoded twice."""
 
+    def __init__(self, sampler, critic, n: int, max_tokens: int, text=None, room: int = 65536):
+        self.sampler, self.critic, self.text = sampler, critic, text
+        self.n, self.max_tokens, self.room = n, max_tokens, room
+        self.twin, self.fresh = {}, []                  # fresh: twins without log-probs
+        self.tokens = self.emptied = 0                  # emptied: taken in before the last reset
+        # the critic may have learnt from samples of this sampler: its caller has counted those
+        sampler.reset()
+        sampler.counts = dict.fromkeys(sampler.counts, 0)
 
-def due(x: list) -> int:
-    """Index of the operation that precedence asks for: the first `*`, else the first."""
-    return x.index("*") if "*" in x else 1
-
-
-def value(x: list, bounded: bool = True, order=due) -> int | None:
-    """Value by precedence, or by another order; bounded: None when some value on the way leaves 0..99."""
-    while len(x) > 1:
-        i = order(x)
-        x = reduce_at(x, i)
-        if bounded and not 0 <= x[i - 1] <= 99:
+    def copy(self, node):
+        """The twin of a node, made with those above it if they are missing. None: no room."""
+        if node in self.twin:
+            return self.twin[node]
+        above = self.copy(node.parent) if node.parent else None
+        tokenizer, limit = self.sampler.tokenizer, self.sampler.model.config.max_positions
+        encode = tokenizer.encode_more if node.parent else tokenizer.encode_prompt
+        ids = encode(self.text(node)) if self.text else node.ids.tolist()
+        prefix = slots_of(above) if above else NOTHING
+        if (node.parent and above is None) or not 0 < len(prefix) + len(ids) < limit:
             return None
-    return x[0]
+        if above is None:
+            twin = Tree(None, node.tree.seed + 1, ids, self.sampler.prompt(ids)).root
+        else:
+            slots = self.sampler.follow(prefix, ids)[len(prefix):]
+            twin = above.tree.add(above, ids, np.zeros(len(ids)), slots)
+            self.fresh.append(twin)
+        self.twin[node] = twin
+        return twin
+
+    def score(self, nodes: list) -> dict:
+        """{node: mean outcome of n rollouts}. {} if the outcome head is not trusted. Nodes that
+        leave no room for a rollout are missing."""
+        if not self.critic.trusted[2]:
+            return {}
+        sampler = self.sampler
+        taken = sampler.counts["prompt"] + self.tokens
+        if taken - self.emptied > self.room:
+            sampler.reset()
+            self.twin, self.emptied = {}, taken
+        twins = {node: twin for node, twin in zip(nodes, map(self.copy, nodes))
+                 if twin is not None and len(twin.solution()) < self.max_tokens}
+        sampler.encode([slots_of(twin) for twin in twins.values()])
+        for twin in self.fresh:                         # what does the small model say of them?
+            twin.logps = sampler.log_probs(slots_of(twin.parent), twin.slots)
+        self.fresh = []
+        ends = grow(sampler, [(twin, self.n) for twin in twins.values()], self.max_tokens)
+        self.tokens = sampler.counts["sampled"]
+        said = self.critic.read(ends, sampler)[:, 2].reshape(-1, self.n)    # (leaves, n)
+        return dict(zip(twins, said.mean(1).tolist()))
 
 
-def traps(x: list) -> int:
-    """Lines on which the operation due is not the leftmost; 0, too, when the student who always does the leftmost
-    comes out right, or leaves 0..99 and so begins anew with care."""
-    wrong, found = value(x, order=lambda y: 1), 0
-    if wrong in (None, value(x)):
-        return 0
-    while len(x) > 1:
-        found += due(x) != 1
-        x = reduce_at(x, due(x))
+# --------------------------------------------------------------------------------------------------
+# 5. Grading:  text -> the piece that states the answer -> one spelling -> equal or not
+# --------------------------------------------------------------------------------------------------
+# All patterns take linear time. Left out: 2 1/2 in plain text, 5k, 1,00,000, units, any algebra.
+DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"  # 1,000.5  .5
+VALUE = rf"{DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z]))?(?: ?/ ?\$?{DIGITS})?"  # 1e3  1 / 2
+OPENING = r"[\s*_`\"'.:,~#=>($€£¥≈\[{]*?"
+LEADING = re.compile(rf"{OPENING}((?:[-+] ?(?:\$ ?)?|\$ ?[-+]? ?)?{VALUE})")
+ALONE = re.compile(LEADING.pattern + r"[\s*_`\"'.)\]}%€]*")                         # **(-$18...
+ANYWHERE = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}%.+-])[-+](?:\$ ?)?|\$ ?[-+]?)?{VALUE}")
+# ANYWHERE: a minus is no sign behind an operand, 10-3 ends in 3. GOES_ON: 18 or 20, 18-20, 2^3
+GOES_ON = (r"[%)]*(?:(?:\s?(?:[-+*/x:;,×·÷±]|or|and|to)\s?|\s|\.|(?: [a-z]+)? (?:or|to) )"
+           r"[-+$]*\.?[0-9]|\s?[\^\\√π∞±×÷²³¹¼-¾⁰-₟⅐-↏]|_[0-9{])")
+MORE, RANGE = re.compile(GOES_ON), re.compile("[0-9]" + GOES_ON)
+PROSE = re.compile(r"^[^0-9A-Za-z]*[A-Za-z]{2}|[0-9] *[A-WYZa-wyz][A-Za-z ,$(]*[0-9]")  # 5 as 2+3
+PHRASE = re.compile(r"(?i)(?:answer|correct (?:option|choice))[*_]*\s*(?:is\b|[:：])[*_:]*"
+                    r"|<answer>\s*")
+OPTION = re.compile(r"(?i)[^0-9a-z\\]*(?:\\[a-z]+ ?\{[^0-9a-z]*)?(?:(?:option|choice)\W+)?([a-z])"
+                    r"(?:\)|[.:](?!\w)|,(?! ?[a-z0-9]\b)\s| -|,? (?:because|since)\b|[^0-9a-z]*$)")
+MINUS = str.maketrans(dict.fromkeys("\u2212\u2013\uff0d\ufe63\u2010\u2011", "-"))
+extract_answer = lambda text: find_answer(text)[0]      # the number that a text states, or None
+
+
+def last_box(text: str) -> str:
+    r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or ""."""
+    starts, found = [], ""                              # start None: a brace that opens no box
+    for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
+        if brace[0] == "}":
+            start = starts.pop() if starts else None
+            found = found if start is None else text[start:brace.start()]
+        elif brace[0] not in ("\\{", "\\}"):
+            starts.append(brace.end() if len(brace[0]) > 1 else None)
     return found
 
 
-def parse(text: str) -> list | None:
-    """'17+1*4' -> [17, '+', 1, '*', 4]; None when it is no expression."""
-    if not re.fullmatch(r"[0-9]{1,4}([-+*][0-9]{1,4})*", text):
+def stated(text: str):
+    """(rule, piece): where a text may state its answer, the surest and of a kind the last first."""
+    text = text.split("\nQuestion:")[0].translate(MINUS)                # a base model invents more
+    text = re.sub(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))", "", text)     # 12 500
+    text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text)                    # a tag ends a line
+    yield from (("####", piece.split("\n")[0]) for piece in reversed(text.split("####")[1:]))
+    yield "boxed", last_box(text)
+    yield from (("phrase", piece.split("\n")[0]) for piece in reversed(PHRASE.split(text)[1:]))
+    yield "bare", text.strip()
+
+
+def read_number(piece: str, rule: str):
+    """The number that a piece begins with, or its working ends in: `10-3=7`, `7 apples` give 7; of
+    a text without any marker the last one. `18 or 20` is returned whole and equals no number."""
+    plain = lambda found: re.sub(r"[$,+ ]", "", found)
+    if rule == "bare":
+        numbers = ANYWHERE.findall(piece)
+        return plain(numbers[-1]) if numbers else None
+    piece = re.sub(r"\\(?:text|mathrm|mbox) *\{([^{}]*)\}", r" \1", piece)
+    piece = re.sub(r"\\([$%])|\{(,)\}|\\[,!{}()]", r"\1\2", piece)
+    formula = canonical(piece) if "\\" in piece else ""
+    if re.fullmatch("-?[0-9]+(/[0-9]+)?", formula):     # \frac12, 2\frac{1}{2}
+        return formula
+    left, _, right = piece.rpartition("=")
+    for part in (piece if PROSE.search(left) else right, piece):
+        match = LEADING.match(part)
+        if match:
+            return part.strip() if MORE.match(part, match.end()) else plain(match[1])
+    return piece.strip() if RANGE.search(piece) else None               # between 10 and 18
+
+
+def read_letter(piece: str, rule: str):
+    """The letter of an option: B, (B), "B. iron", "(b) since"; a text of several lines has none."""
+    found = OPTION.match(piece) if rule != "bare" or "\n" not in piece else None
+    return found[1].upper() if found else None
+
+
+def read_words(piece: str, rule: str):
+    """What is neither letter, formula nor number: `Light  BLUE.` gives `light blue`."""
+    return " ".join(piece.split("\n")[0].strip(" #*_.()[]$\"'").casefold().split()) or None
+
+
+def number(spelling: str) -> Fraction | None:
+    """The exact value of a number that stands alone ($18.00, 1,000, 50%, 1/2, 1e3), or None."""
+    found = ALONE.fullmatch(spelling.translate(MINUS)) if len(spelling) <= 1000 else None
+    top, _, bottom = re.sub(r"[$,+ ]", "", found[1] if found else "0/0").partition("/")
+    return Fraction(top) / Fraction(bottom or 1) if Fraction(bottom or 1) else None
+
+
+# LaTeX (MATH): equal are formulas with one canonical spelling. No algebra: 1 + x is not x + 1.
+GLYPHS = MINUS | str.maketrans({"π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "°": ""})
+TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|rm|boxed) *\{"
+UNIT = r"(?!sin|cos|tan|log|mod|plus|minus|times|base)(?:[A-Za-z]{3}[A-Za-z. ]*|[ckm]m|ft|kg|mi)"
+WHOLE = {                                               # for a whole answer, in this order
+    r"\\\\(?=[dt]?frac|sqrt|text|pi)": r"\\", r"\\\\": ",;,",       # matrix: (1,2,;,3,4)
+    r"(?<=[0-9])(?:\{,\}|, *\\! *)(?=[0-9]{3})": ",",                         # 1{,}000  1,\!000
+    r"\^ *\{? *\\circ *\}?|\\?[$%]|\\[,!()\[\]]": "", r"\\[;: ]|~|\s+": " ",  # 90^\circ  \$5
+    r"\\[dtc](frac|binom)": r"\\\1", r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
+    r"\\(?:times|ast)(?![a-z])": r"\\cdot", r"\\[lc]?dots": "...", r"\\cup(?![a-z])|∪": "∪",
+    r"\\lbrace": r"\{", r"\\rbrace": r"\}", r"\\varnothing": r"\\emptyset",
+    r"\\(?:left|right|[Bb]ig|displaystyle|limits|q?quad|degree)(?![a-z])": "", "&": ",",
+    r"[(\[]? *\\begin\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?": "(",
+    r"\\end\{(?:[pb]?matrix|array)\} *[)\]]?": ")",
+    r",? *\\(?:text|mbox) *\{ *(?:and|or) *\}|(?<=[0-9A-Za-z}]) +(?:and|or) +": ", ",
+    r"^ *(?:\\?[A-Za-z]+(?:_\{?[0-9A-Za-z]\}?|\([a-z]\))?|\([a-z](?:, *[a-z])+\)) *"
+    r"(?:=|\\in(?![a-z]))(?=[^=]*$)": "", r"^\s+|[\s.]+$": ""}                # f(x) =  x \in
+PART = {                                                # for a part that is no list, in this order
+    rf"(?:(?<=[0-9}})])|(?<=\\pi)) *(?:{TEXT}(?! *[ap]\.? ?m\b)[^{{}}]*\}}|(?<=[0-9}}]) {UNIT})"
+    r"(?: *\^ *\{?[0-9]\}?)?[. ]*$": "",               # 5\text{ cm}^2, 5 cm^2; not 5\text{ pm}
+    rf"{TEXT}([^{{}}]*)\}}": r"\1", r"([_^]) *([0-9A-Za-z])": r"\1{\2}",    # x^10 is x^{1}0
+    r"^(-?)([0-9]+) +([0-9]+) */ *([0-9]+)$": r"\1\2\\frac{\3}{\4}",         # 2 1/2
+    r"(?<=[0-9]) +(?=[0-9])": "~", r" +": "", r"(?<![0-9])\.(?=[0-9])": "0.",    # 1 2 is not 12
+    r"\\(sqrt(?:\[\w*\])?|frac)([0-9A-Za-z])": r"\\\1{\2}",                 # \sqrt2  \frac12
+    r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})([0-9A-Za-z])": r"\1{\2}",
+    r"^[+*_:.,`\"]+|[*_:;.,`\"]+$": "", r"^\((-?[0-9./]+|[A-Za-z]+)\)$": r"\1",     # (72)  (A)
+    r"^(-?)\(([^()]*)\)/([0-9.]+|[A-Za-z])$": r"\1\\frac{\2}{\3}",          # (x+1)/2  \pi/4
+    r"^(-?)((?:[^-+,()\[\]/={}]|\{[^{}]*\})+)/([0-9.]+|[A-Za-z]|\\[a-z]+|\\sqrt\{[^{}]*\})$":
+    r"\1\\frac{\2}{\3}", r"^\\frac\{-((?:[^-+{}]|\{[^{}]*\})*)\}(?=\{)": r"-\\frac{\1}"}
+THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+MIXED = re.compile(r"(-?)([0-9]*)\\frac\{(-?[0-9.]+)\}\{(-?[0-9.]*[1-9][0-9.]*)\}")  # 2\frac{1}{2}
+
+
+def canonical(tex: str) -> str:
+    r"""One spelling for all formulas that count as equal; never empty unless `tex` is blank.
+    `2\frac12`, `2.5`, `x = 5/2 cm` are 5/2; (1, 2] keeps order and brackets; lists, sets and unions
+    are sorted. A comma before three digits groups them, but not inside brackets."""
+    if len(tex) > 1000:
+        return "".join(tex.split())
+    short = tex.translate(GLYPHS)
+    for pattern, new in WHOLE.items():
+        short = re.sub(pattern, new, short)
+    if len({*re.findall("([A-Za-z]) *=", short)}) == 1:
+        short = re.sub("(^|,) *[A-Za-z] *=", r"\1", short)      # x=1, x=2; but x=1, y=2 stays
+    if not re.search(r"[()\[\]]|\\\{", short):
+        short = THOUSANDS.sub(lambda digits: digits[0].replace(",", ""), short)
+    return spell(short) or "".join(tex.split())
+
+
+def spell(tex: str) -> str:
+    """`canonical` of a tidied formula: a list, union or bracket part by part, else one value."""
+    tex = tex.strip()
+    for mark in (",", "∪"):
+        parts = split(tex, mark)
+        if len(parts) > 1:
+            return mark.join(sorted(map(spell, parts)))
+    bracket = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", tex)
+    parts = split(bracket[2], ",") if bracket else []
+    if len(parts) > 1 or (bracket and bracket[1] == "\\{"):
+        order = sorted if bracket[1] == "\\{" else list
+        return bracket[1] + ",".join(order(map(spell, parts))) + bracket[3]
+    for pattern, new in PART.items():
+        tex = re.sub(pattern, new, tex)
+    mixed = MIXED.fullmatch(tex)
+    if mixed:
+        value = Fraction(mixed[2] or 0) + Fraction(mixed[3]) / Fraction(mixed[4])
+        return str(-value if mixed[1] else value)
+    if re.fullmatch("-?" + VALUE, tex) and number(tex) is not None:
+        return str(number(tex))
+    return tex.casefold() if re.match("[A-Za-z]{3}", tex) else tex      # Even is even, X is not x
+
+
+def split(tex: str, mark: str) -> list:
+    """The parts between marks outside of all brackets: `(1,2],3` at "," gives `(1,2]` and `3`."""
+    depth = np.cumsum([(char in "([{") - (char in ")]}") for char in tex])
+    cuts = [i for i, char in enumerate(tex) if char == mark and depth[i] == depth[-1] == 0]
+    return [tex[start + 1:stop] for start, stop in zip([-1, *cuts], [*cuts, len(tex)])]
+
+
+def read_formula(piece: str, rule: str):
+    """The canonical spelling of what a piece states; a sentence states its $...$ or its number."""
+    if rule == "boxed":
+        return canonical(piece)
+    maths = re.match(r"[^0-9A-Za-z$\\]*(?:\$+([^$]+)\$|\\\((.*?)\\\))", piece[:1000])
+    if maths:
+        piece = maths[1] or maths[2]
+    elif "\n" in piece or ("\\" not in piece and re.search("[A-Za-z]{2,} ", piece[:1000])):
+        piece = read_number(piece, rule) or ""
+    return canonical(piece) if re.search("[0-9A-Za-z]", piece) else None
+
+
+def find_answer(text: str, read=read_number) -> tuple:
+    """(answer, rule) that a text states; rule: "####", "boxed", "phrase", or unmarked "bare"."""
+    found = ((read(piece, rule), rule) for rule, piece in stated(text) if piece.strip())
+    return next((pair for pair in found if pair[0] is not None), (None, None))
+
+
+def same_answer(a: str | None, b: str | None) -> bool:
+    """Are two answers one? By value: 18 = 18.0 = $18.00; else as spelled. None equals nothing."""
+    return None not in (a, b) and (a == b or number(a) == number(b) is not None)
+
+
+# HACK HERE: what a right answer is. Also change: tests/test_grade.py. The reference decides how to
+# compare: `#### B` a letter, `\boxed{x}` or LaTeX a formula, `#### 18` a number, else words.
+def grade(text: str, reference: str, cut: bool = False) -> bool:
+    """Does the text state the reference's answer? cut: it ran into the length limit, so its last
+    number is any number on the way, and only a marked answer counts (####, box, phrase)."""
+    if not text or not reference:
+        return False
+    latex = last_box(reference) or ("\\" in reference and "####" not in reference)
+    for read in [read_formula] if latex else [read_letter, read_number, read_words]:
+        wanted = find_answer(reference, read)[0]
+        if wanted is not None:
+            found, rule = find_answer(text, read)
+            return same_answer(found, wanted) and not (cut and rule == "bare")
+    return False
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Statistics, demo
+# --------------------------------------------------------------------------------------------------
+def auc(scores, labels) -> float | None:
+    """Chance that a right one scores above a wrong one, ties half: .9 .4 .4 .1, 1 1 0 0 -> .875."""
+    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    right, wrong = scores[labels], np.sort(scores[~labels])
+    if len(right) == 0 or len(wrong) == 0:
         return None
-    return [t if t in "+-*" else int(t) for t in re.findall(r"[0-9]+|[-+*]", text)]
-
-
-def solution_over(line: str) -> bool:
-    """The line that ends a solution: the answer, or a base model going on to invent the next question."""
-    return "####" in line or line.startswith("Question:")
-
-
-# HACK HERE: a task of your own: a subclass with name, draw and solve (and vary, for alphallm), in TASKS
-class Builtin:
-    """What the built-in tasks share: an endless stream of questions, split by hash, and a corpus for the base."""
-
-    find_answer, over = staticmethod(find_answer), staticmethod(solution_over)
-    form = "####"                 # the rule of a strict answer
-
-    def __init__(self, c, tokenizer: Tokenizer | None = None):
-        self.c = c                    # settings, loop.Config
-        self.tokenizer = tokenizer or Tokenizer.bytes_only()            # of open weights, or bytes
-
-    def prompt(self, question: Question) -> str:
-        """What the model reads."""
-        return question.text + "?"
-
-    def prompt_ids(self, question: Question) -> list:
-        """Its ids."""
-        return self.tokenizer.encode_prompt(self.prompt(question))
-
-    def stream(self, seed: int, held_out: bool):
-        """Endless questions of one side of the split: one question in eight, by hash, is never trained on."""
-        rng = random.Random(seed)
-        while True:
-            question = self.draw(rng)
-            if self.held_out(question) == held_out:
-                yield question
-
-    def held_out(self, question: Question) -> bool:
-        """Which side of the split a question is on."""
-        return hashlib.sha256(self.key(question).encode()).digest()[0] < 32
-
-    def key(self, question: Question) -> str:
-        """What makes two questions the same for the split."""
-        return question.text
-
-    def distinct(self, seed: int, held_out: bool, count: int) -> list:
-        """The first `count` different questions of a stream; BadInput when there are not so many."""
-        found, stale = {}, 0
-        for q in self.stream(seed, held_out):
-            stale = stale + 1 if q.text in found else 0
-            found.setdefault(q.text, q)
-            if len(found) == count:
-                return list(found.values())
-            if stale > 1000 + len(found):               # hardly anything new any more: do not search for ever
-                raise BadInput(f"{self.name} with these settings has only about {len(found)} different questions "
-                               f"of this kind, not {count}: lower --questions or --eval-questions.")
-
-    def train_questions(self, round_: int) -> list:
-        """Fresh questions of a round, the same for every recipe of a seed."""
-        return self.distinct(mix(self.c.seed, round_, 1), False, self.c.questions)
-
-    def imagine(self, old: list, count: int, rng: random.Random, write=None) -> list:
-        """AlphaLLM's first step: `count` new questions from old ones. None is on the held-out side, none is an old
-        one, none twice. Their `answer` is empty: nobody knows it, and nothing may read it."""
-        found, known = [], {self.key(q) for q in old}
-        for _ in range(50 * count):
-            source = rng.choice(old)
-            q = Question(self.vary(source, rng), "", source.steps)
-            if self.key(q) not in known and not self.held_out(q):
-                known.add(self.key(q))
-                found.append(q)
-            if len(found) == count:
-                break
-        return found
-
-    @functools.cached_property
-    def _held(self):
-        return self.distinct(99, True, self.c.eval_questions)
-
-    def eval_questions(self) -> list:
-        """The same held-out questions for every run, whatever its seed; drawn once: seven of eight drafts are training
-        questions, so with traps this takes seconds."""
-        return self._held
-
-    def example(self, question: Question, rng: random.Random) -> tuple:
-        """What the base is trained on: ids of the question, ids of a careless solution with end-of-text."""
-        ids = self.tokenizer.encode_more(self.solve(question, rng))
-        return self.prompt_ids(question), ids + sorted(self.tokenizer.eos_ids)[:1]
-
-    def reward(self, question: str, text: str, answer: str) -> bool:
-        """Is the solution right? By its final answer alone."""
-        return grade(text, answer)
-
-
-class Homework(Builtin):
-    """The built-in task: expressions like 7+1*4-2, worked off one operation a line.
-
-        7+1*4-2?1*4=4 : 7+4-2        A student of the corpus does, with probability `careless`, the leftmost
-                7+4=11 : 11-2        operation instead of the one precedence asks for. So the base *can* do every
-                11-2=9 : 9           step and *chooses* wrongly: the first pit is plain to the eye, only the final
-                #### 9               answer is ever graded, and more SFT on the corpus cannot help."""
-
-    name = "homework"
-
-    def draw(self, rng: random.Random) -> Question:
-        """A random expression; every value of its right evaluation lies in 0..99. The first operator is + or -, the
-        second often *: else the leftmost were too often the right one, and the base as good as its teacher. With
-        --traps all have so many at least: right is only who resists each of them, about (1 - careless)^traps."""
-        while True:
-            x = [rng.randint(1, 9)]
-            for i in range(rng.randint(self.c.min_operators, self.c.max_operators)):
-                op = rng.choice(("+-", "+-**", "+-**" if self.c.traps else "+-*")[min(i, 2)])
-                x += [op, rng.randint(2 if op == "*" else 1, 9)]
-            # a trap takes a `*`; counting these first is cheap: with two traps 46 of 47 drafts are thrown away
-            if x.count("*") >= self.c.traps and value(x) is not None and traps(x) >= self.c.traps:
-                return Question("".join(map(str, x)), str(value(x)), len(x) // 2)
-
-    def vary(self, question: Question, rng: random.Random) -> str:
-        """A new question from an old one: one number or one operator is another. Nobody works out its value: it may
-        leave 0..99, and then no answer is consistent and the search throws it away."""
-        x = parse(question.text)
-        i = rng.randrange(len(x))
-        if i % 2:
-            x[i] = rng.choice("+-" if i == 1 else "+-*")
-            x[i + 1] = max(x[i + 1], 2 if x[i] == "*" else 1)
-        else:
-            x[i] = rng.randint(2 if i and x[i - 1] == "*" else 1, 9)
-        return "".join(map(str, x))
-
-    def solve(self, question: Question, rng: random.Random) -> str:
-        """A student's solution. One whose values leave 0..99 starts over, after 20 times with care."""
-        for attempt in range(21):
-            y, lines = parse(question.text), []
-            while len(y) > 1 and all(0 <= v <= 99 for v in y[::2]):
-                i = 1 if attempt < 20 and rng.random() < self.c.careless else due(y)
-                a, op, b = y[i - 1:i + 2]
-                y = reduce_at(y, i)
-                lines.append(f"{a}{op}{b}={y[i - 1]} : {''.join(map(str, y))}\n")
-            if len(y) == 1 and 0 <= y[0] <= 99:
-                break
-        return "".join(lines) + f"#### {y[0]}"
-
-    def first_false_step(self, question: Question, text: str) -> int | None:
-        """The truth a pit label is compared with: index of the first line whose arithmetic or copying is false, or
-        that leaves an expression whose value by precedence is no longer the answer; None when all are good."""
-        x, lines = parse(question.text), text.split("\n")
-        for i, line in enumerate(lines):
-            if len(x) == 1:
-                good = line == f"#### {x[0]}" and x[0] == int(question.answer)
-                return None if good and i == len(lines) - 1 else i
-            left, _, rest = line.partition(" : ")
-            operation, _, result = left.partition("=")
-            done = [reduce_at(x, j) for j in range(1, len(x), 2) if "".join(map(str, x[j - 1:j + 2])) == operation]
-            match = [y for y in done if "".join(map(str, y)) == rest and result.isdigit()]
-            match = [y for y in match if str(calculate(*parse(operation))) == result]
-            if not match or value(match[0], bounded=False) != int(question.answer):
-                return i
-            x = match[0]
-        return len(lines) - 1
-
-
-class Countdown(Builtin):
-    """The second built-in task: combine all numbers into the target.
-
-        10 12 9 -> 7?12-9=3 : 10 3       The corpus is random legal play, whatever it ends in: the base knows the
-                     10-3=7 : 7          rules and no strategy, as in AlphaZero. The legality of every line is
-                     #### 7              checked, so a bare right-looking answer earns nothing."""
-
-    name = "countdown"
-
-    def moves(self, numbers: tuple) -> list:
-        """All legal moves: (line, numbers left). + - * of two numbers, results in 0..99; the result goes last."""
-        found = []
-        for i, j in permutations(range(len(numbers)), 2):
-            a, b, rest = numbers[i], numbers[j], tuple(x for k, x in enumerate(numbers) if k not in (i, j))
-            for op in "+-*":
-                c = calculate(a, op, b)
-                if 0 <= c <= 99:
-                    found.append((f"{a}{op}{b}={c} : {' '.join(map(str, rest + (c,)))}\n", rest + (c,)))
-        return found
-
-    def play(self, numbers: tuple, rng: random.Random) -> tuple:
-        """Random legal play to the end: (lines, the number left). 2 numbers always have a sum or a difference."""
-        lines = ""
-        while len(numbers) > 1:
-            line, numbers = rng.choice(self.moves(numbers))
-            lines += line
-        return lines, numbers[0]
-
-    def draw(self, rng: random.Random) -> Question:
-        """Numbers from 1 to 12 and a target that some play reaches."""
-        numbers = tuple(rng.randint(1, 12) for _ in range(self.c.numbers))
-        target = self.play(numbers, rng)[1]
-        return Question(f"{' '.join(map(str, numbers))} -> {target}", str(target), self.c.numbers - 1)
-
-    def key(self, question: Question) -> str:
-        """The numbers in any order are the same question: else a held-out one could be trained on, turned round."""
-        numbers, _, target = question.text.partition(" -> ")
-        return " ".join(sorted(numbers.split())) + " -> " + target
-
-    def vary(self, question: Question, rng: random.Random) -> str:
-        """A new question from an old one: a number or the target is another. It may have no solution."""
-        numbers, target = list(self.numbers(question.text)), int(question.text.partition(" -> ")[2])
-        i = rng.randint(0, len(numbers))
-        if i == len(numbers):
-            target = min(99, max(0, target + rng.choice((-3, -2, -1, 1, 2, 3))))
-        else:
-            numbers[i] = rng.randint(1, 12)
-        return f"{' '.join(map(str, numbers))} -> {target}"
-
-    def solve(self, question: Question, rng: random.Random) -> str:
-        """A play that does not look at the target."""
-        lines, last = self.play(self.numbers(question.text), rng)
-        return lines + f"#### {last}"
-
-    @staticmethod
-    def numbers(text: str) -> tuple:
-        """The numbers of a question."""
-        return tuple(map(int, text.partition(" -> ")[0].split()))
-
-    def reward(self, question: str, text: str, answer: str) -> bool:
-        """Every line a legal move, all numbers used, the last line the target."""
-        numbers, lines = self.numbers(question), text.split("\n")
-        for line in lines[:-1]:
-            numbers = dict(self.moves(numbers)).get(line + "\n")
-            if numbers is None:
-                return False
-        return len(numbers) == 1 and lines[-1] == f"#### {answer}" and str(numbers[0]) == answer
-
-
-TASKS = dict(homework=Homework, countdown=Countdown)
-
-
-def read_gsm8k(item: dict) -> tuple:
-    """GSM8K, or any question with a reference that ends in a number: -> (question, reference, lines of it)."""
-    reference = strip_calculator_marks(field(item, "answer", str)).strip()
-    need(extract_answer(reference) is not None, "the answer holds no number to grade by")
-    return field(item, "question", str), reference, len(reference.split("\n")) - ("####" in reference)
-
-
-def read_math(item: dict) -> tuple:
-    """MATH: -> (problem, solution, level; where there is none, lines of the solution). Where the solution has no box,
-    a field "answer" is put into one; `\\boxed 5$` and `\\fbox{5}`, which occur, are boxes, too."""
-    solution = field(item, "solution", str).replace("\\fbox{", "\\boxed{").replace("####", "")
-    solution = re.sub(r"\\boxed\s+([^{$\s][^$\n]*)\$", r"\\boxed{\1}$", solution).strip()
-    if not _last_box(solution).strip() and item.get("answer") is not None:
-        solution += f"\n\\boxed{{{item['answer']}}}"
-    need(_last_box(solution).strip(), "the solution holds no \\boxed{...} to grade by")
-    level, lines = re.search("[0-9]{1,3}", str(item.get("level"))), [x for x in solution.split("\n") if x.strip()]
-    return field(item, "problem", str), solution, int(level.group()) if level else len(lines)
-
-
-def read_sciq(item: dict) -> tuple:
-    """SciQ: -> as `lettered`. Closed book: the prompt does not show the support; as a rationale it is imitated."""
-    wrong = field(item, "distractors", list, [item.get(f"distractor{i}") for i in (1, 2, 3)])
-    options = [item["correct_answer"], *wrong]
-    return lettered(field(item, "question", str), options, 0, field(item, "support", str, ""))
-
-
-def read_choices(item: dict) -> tuple:
-    """ARC, CommonsenseQA; both as they were published and as tables: -> as `lettered`."""
-    inner = item["question"] if isinstance(item["question"], dict) else item | {"stem": item["question"]}
-    choices = inner.get("choices")
-    if isinstance(choices, dict):
-        labels, texts = (field(choices, key, list) for key in ("label", "text"))
-    else:
-        labels, texts = ([field(c, key, str) for c in field(inner, "choices", list)] for key in ("label", "text"))
-    key = field(item, "answerKey", str)
-    need(labels.count(key) == 1 and len(labels) == len(texts), f'the answerKey "{key:.20}" names none of the choices')
-    return lettered(field(inner, "stem", str), texts, labels.index(key))
-
-
-def lettered(question: str, options: list, right: int, rationale: str = "") -> tuple:
-    """-> (question with lines "(A) ...", rationale and "#### B", number of options). Their order is a function of
-    the texts alone, whatever order and labels the file has: a file may have the right one always first."""
-    need(all(isinstance(o, str) and o.strip() for o in options), "every option must be a text")
-    options = [" ".join(o.split()) for o in options]
-    order = sorted({*options})
-    need(2 <= len(order) <= 26, f"{len(order)} different options; 2 to 26 can be lettered")
-    seed = hashlib.sha256("\n".join([question, *order]).encode("utf-8", "replace")).digest()[:8]
-    order = random.Random(int.from_bytes(seed, "big")).sample(order, len(order))
-    shown = "".join(f"\n({chr(65 + i)}) {option}" for i, option in enumerate(order))
-    answer = f"{' '.join(rationale.split())}\n#### {chr(65 + order.index(options[right]))}"
-    return question.strip() + shown, answer.strip(), len(order)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One form of data: how it is recognised and read, what is graded and when a solution is over."""
-    name: str
-    fields: tuple                 # an item with these is of this kind
-    read: Callable                # item -> (question, reference solution, steps); ValueError says what is wrong
-    find: Callable                # text -> (answer, rule); the one grader, `grade`, sees the kind in the reference
-    graded: str
-    form: str = "####"            # the rule of the training text: *strict*
-    ends: tuple = ()              # rules that end a solution as soon as a line has such an answer
-
-
-LETTERED = dict(find=find_letter, graded="letter", ends=("boxed", "phrase"))
-# HACK HERE: a data set of your own
-KINDS = (Kind("SciQ", ("question", "correct_answer"), read_sciq, **LETTERED),
-         Kind("ARC or CommonsenseQA", ("question", "answerKey"), read_choices, **LETTERED),
-         Kind("MATH", ("problem", "solution"), read_math, find_formula, "formula", "boxed", ("boxed",)),
-         Kind("GSM8K", ("question", "answer"), read_gsm8k, find_answer, "number"))
-
-
-class Exercises:
-    """Questions from files of one of the KINDS, for open weights."""
-
-    def __init__(self, c, tokenizer: Tokenizer, context: int):
-        self.c, self.tokenizer, self.context, self.files = c, tokenizer, context, []
-        self.name = Path(c.data or c.eval_data).stem
-        template = c.template.replace("\\n", "\n") or "Question: {question}\nAnswer:"     # \n as a shell passes it
-        self.before, _, self.after = template.partition("{question}")
-        self.train = self.read(c.data) if c.data else []
-        self.test = self.read(c.eval_data)
-        self.rationales = self.read(c.sft_data) if c.sft_data else []
-        self.kind = self.files[0][1]
-        self.find_answer, self.form = self.kind.find, self.kind.form
-        for file, other, _ in self.files:
-            if self.kind.graded != other.graded:
-                raise BadInput(f"{self.files[0][0]} is graded by a {self.kind.graded}, {file} by a {other.graded}: a "
-                               "run reads one kind of answer; take files of one kind (--evaluate works on any).")
-        if c.data and c.recipe in ("alphallm", "combined") and self.kind.graded == "letter":
-            why = dict(alphallm="makes up questions of one line, without options",
-                       combined="searches until an answer is right, and a letter is soon guessed")[c.recipe]
-            raise BadInput(f"--recipe {c.recipe} {why}; take another recipe.")
-
-    def prompt(self, question: Question) -> str:
-        """What the model reads."""
-        return self.before + question.text + self.after
-
-    def prompt_ids(self, question: Question) -> list:
-        """Its ids; all prompts of a run are made here. Special tokens that the template writes become such, those
-        that a question writes stay text: it cannot open a turn. A begin token in the template is not doubled."""
-        tok, whole = self.tokenizer, self.prompt(question)
-        if not self.c.template:
-            return tok.encode_prompt(whole)
-        if all(whole.count(name) == self.before.count(name) + self.after.count(name) for name in tok.added):
-            ids = tok.encode(whole, True)               # in one piece: words go across the borders of the template
-        else:
-            ids = tok.encode(self.before, True) + tok.encode(question.text, begins=not self.before)
-            ids += tok.encode_more(self.after, True)
-        return ids if ids[:len(tok.begin)] == tok.begin else tok.begin + ids
-
-    def describe(self) -> str:
-        """What a run says of its data: a line per file, the first prompt as the model reads it, its ids."""
-        cut = lambda text: text if len(text) < 108 else f"{text[:64]} ... {text[-38:]}"
-        first = (self.train or self.test)[0]
-        return "\n".join([f"{Path(file).name}: {count:,} questions ({kind.name}; the {kind.graded} is graded)"
-                          for file, kind, count in self.files] +
-                         [f"prompt: {cut(repr(self.prompt(first)))}", f"its ids: {cut(str(self.prompt_ids(first)))}"])
-
-    def entries(self, file: str):
-        """(where, item) of JSON lines, or of one JSON array. BadInput: no such file, no JSON."""
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{file} cannot be read ({error}); --data, --eval-data and --sft-data take files of JSON "
-                           "lines.") from error
-        array = text.lstrip().startswith("[")
-        for number, line in enumerate([text] if array else text.split("\n"), 1):
-            where = f"{file}, line {number}"
-            try:
-                found = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{where}: not JSON ({error}).") from error
-            if array:
-                yield from ((f"{file}, item {i}", item) for i, item in enumerate(found, 1))
-            elif line.strip():
-                yield where, found
-
-    def read(self, file: str) -> list:
-        """All questions of a file. Raises BadInput with the line number for anything that is not one."""
-        found, kind = [], None
-        for where, item in self.entries(file):
-            here = next((k for k in KINDS if isinstance(item, dict) and {*k.fields} <= item.keys()), None)
-            if here is None or here is not (kind or here):
-                raise BadInput(f"{where}: " + (f"{here.name} in a file of {kind.name}; one kind a file" if here else
-                               "expected an object with the fields " +
-                               "; or ".join(f"{' and '.join(k.fields)} ({k.name})" for k in KINDS)) + ".")
-            kind = here
-            with about(where):
-                text, answer, steps = kind.read(item)
-                q = Question(text.strip(), answer, steps)
-                need(q.text, "the question is empty")
-                need(grade(answer, answer), f"the reference holds no {kind.graded} to grade by")
-                size = len(self.prompt_ids(q))
-                need(size < self.context, f"the question takes {size} tokens, the model's context is {self.context}; "
-                     "shorten or remove it")
-            found.append(q)
-        if not found:
-            raise BadInput(f"{file} holds no question.")
-        self.files.append((file, kind, len(found)))
-        return found
-
-    def over(self, line: str) -> bool:
-        """Does this line end a solution? A heading (`#### Step 1`) does not."""
-        return line.startswith("Question:") or self.kind.find(line)[1] in ("####", *self.kind.ends)
-
-    def train_questions(self, round_: int) -> list:
-        """The next `questions` of a shuffled file; every question once before any comes again."""
-        order, start = [], (round_ - 1) * self.c.questions
-        for epoch in range(start // len(self.train), (start + self.c.questions - 1) // len(self.train) + 1):
-            order += random.Random(mix(self.c.seed, epoch, 1)).sample(self.train, len(self.train))
-        return order[start % len(self.train):][:self.c.questions]
-
-    def imagine(self, old: list, count: int, rng: random.Random, write) -> list:
-        """AlphaLLM's first step on real questions: shown three (fewer in a short context), the model writes one more
-        (the paper rephrases one or turns it round; a base model cannot be asked to, but goes on with a list).
-        write([prompt]) -> [the line it goes on with]. Kept: one line that ends in "?", holds a number, fits the
-        context, and shares fewer than half of its word triples with any question known here, held-out ones included.
-        `answer` is empty: nothing may read it."""
-        triples = lambda text: {*zip(*[text.split()[i:] for i in range(3)])} or {text}
-        fits = lambda text: len(self.tokenizer.encode_prompt(text)) < self.context // 2     # half is for the new one
-        found, known = [], [triples(q.text) for q in self.train + self.test]
-        for _ in range(4):
-            picks = [rng.sample(old, min(3, len(old))) for _ in range(count - len(found))]
-            prompts = [next(filter(fits, ("".join(f"Question: {q.text}\n\n" for q in pick[i:]) + "Question:"
-                                          for i in range(len(pick)))), None) for pick in picks]
-            for text in write([p for p in prompts if p]):
-                q, words = Question(text.strip(), "", 0), triples(text.strip())
-                if q.text.endswith("?") and re.search("[0-9]", q.text) and \
-                        len(self.prompt_ids(q)) < self.context and \
-                        all(2 * len(words & other) < len(words) for other in known):
-                    known.append(words)
-                    found.append(q)
-            if len(found) == count:
-                break
-        return found
-
-    def eval_questions(self) -> list:
-        """The first eval_questions of the held-out file."""
-        return self.test[:self.c.eval_questions]
-
-    def example(self, question: Question, rng: random.Random) -> tuple:
-        """Ids of the question and of the reference solution, for SFT; what the context cannot hold is cut off."""
-        lead = "" if self.after[-1:].isspace() else " "                 # a turn of a chat begins on a line of its own
-        ids = self.tokenizer.encode_more(lead + question.answer) + sorted(self.tokenizer.eos_ids)[:1]
-        prompt = self.prompt_ids(question)
-        return prompt, ids[:self.context - len(prompt)]
-
-    def reward(self, question: str, text: str, answer: str) -> bool:
-        """Is the solution right? By its final answer."""
-        return grade(text, answer)
-
-
-def calculations(text: str) -> str:
-    """What makes two solutions distinct: their calculations, not their words (Self-Explore sec. 3.1)."""
-    found = re.findall(r"[0-9.]+ *[-+*/x] *[0-9.]+ *=? *[0-9.]*", text)
-    return " ".join(found).replace(" ", "") or " ".join(text.split())
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 6 · Demo
-# ----------------------------------------------------------------------------------------------------------
-def main() -> None:
-    """Label 8+1*4-2 solved in the wrong order. A scripted student stands in for the model: it goes on faultlessly
-    from what is written, so prefixes that are still good are completed right and ruined ones never."""
-    tokenizer, forest, answer = Tokenizer.bytes_only(), Forest(1), "#### 10"
-    lines = {"8+1*4-2": ["1*4=4 : 8+4-2\n", "8+1=9 : 9*4-2\n"], "8+4-2": ["8+4=12 : 12-2\n"],
-             "12-2": ["12-2=10 : 10\n"],
-             "9*4-2": ["9*4=36 : 36-2\n"], "36-2": ["36-2=34 : 34\n"]}
-    forest.add(0, -1, tokenizer.encode("8+1*4-2?"))
-
-    def finish(node, first, rng):
-        """Go on to the end from a node, `first` step given or drawn; -> the leaf, graded."""
-        here = tokenizer.decode(forest.ids[0][node].tolist()).strip().rstrip("?").split(" : ")[-1]
-        while here in lines:
-            step = first or rng.choice(lines[here])
-            node, first, here = forest.add(0, node, tokenizer.encode(step)), None, step.strip().split(" : ")[-1]
-        leaf = forest.add(0, node, tokenizer.encode(f"#### {here}"), end="eos")
-        forest.right[0, leaf] = grade(forest.text(0, leaf, tokenizer), answer)
-        return leaf
-
-    def complete(wants):
-        """What `label_pits` asks for."""
-        rng, before = random.Random(1), forest.count[0].sum()
-        for _, node, k in wants:
-            for _ in range(k):
-                finish(node, None, rng)
-        return int(forest.count[0].sum() - before)
-    wrong = finish(0, lines["8+1*4-2"][1], random.Random(0))
-    pit, = label_pits(forest, [(0, wrong)], complete, k=4)
-    print(draw(forest, 0, tokenizer, pits=[pit.node]))
-    print(f"\nwrong solution: node {wrong}; first pit: step {pit.step + 1} (node {pit.node}), "
-          f"{pit.probes} probe(s) of 4 completions")
+    below, up_to = (np.searchsorted(wrong, right, side) for side in ("left", "right"))
+    return float((below + up_to).mean() / (2 * len(wrong)))
+
+
+def wilson(right: int, n: int) -> tuple:
+    """Wilson's 95% interval of a rate: 8 of 10 give .490 to .943."""
+    z2 = 1.959964 ** 2
+    half = math.sqrt(z2 * (right * (n - right) / n + z2 / 4))
+    return (right + z2 / 2 - half) / (n + z2), (right + z2 / 2 + half) / (n + z2)
+
+
+def mcnemar(ours: list, theirs: list) -> float:
+    """Exact two-sided p on the same questions of one seed; 1 against 9 that only one got: .021."""
+    won = [bool(a) for a, b in zip(ours, theirs) if bool(a) != bool(b)]
+    n, fewer = len(won), min(sum(won), len(won) - sum(won))
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2 ** n)
+
+
+def t_interval(differences) -> tuple:
+    """(mean, low, high): Student's 95% interval of a mean difference, one number a seed. 1, 2, 3:
+    2 +- 4.303 / sqrt(3), so (2, -.48, 4.48). One seed: -inf to inf; none: ValueError."""
+    t_95 = ("12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 "
+            "2.131 2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 "
+            "2.045 2.042").split()                      # Student's t, 1 to 30 degrees of freedom
+    mean, half, n = statistics.fmean(differences), math.inf, len(differences)
+    if n > 1:
+        half = float(t_95[min(n, 31) - 2]) * statistics.stdev(differences) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def demo() -> None:
+    """8-2*3+1: line 1 is good, line 2 is the mistake; completions of line 1 show the right way."""
+    after = {"2*3=6 : 8-6+1": "8-6=2 : 2+1", "8-6=2 : 2+1": "2+1=3 : 3", "2+1=3 : 3": "#### 3",
+             "6+1=7 : 8-7": "8-7=1 : 1", "8-7=1 : 1": "#### 1"}
+    tree = Tree("", 0, list(b"8-2*3+1"))
+    text = lambda node: bytes(node.ids.tolist()).decode()
+    write = lambda node, line: tree.add(node, list(line.encode()), NOTHING, NOTHING,
+                                        "eos" if line[0] == "#" else "")
+
+    def complete(wants) -> None:
+        """k completions below each node, graded."""
+        for node in [node for node, k in wants for _ in range(k)]:
+            while not node.end:
+                node = write(node, after[text(node)])
+            record_grade(node, grade(text(node), "3"))
+    complete([(write(write(tree.root, "2*3=6 : 8-6+1"), "6+1=7 : 8-7"), 1)])
+    label_pits(tree.ends(), complete, k=4)
+    print(draw(tree, text, pits=[pit(tree.ends()[0])]))
 
 
 if __name__ == "__main__":
-    main()
+    demo()

@@ -1,673 +1,620 @@
-"""Trees of solutions: everything this project does is growing them, labelling them, or training on them.
+"""Trees of solutions, and the search that grows them.
 
-The textbook idea. A language model writes a solution step by step (a step = one line). Sampling n solutions of
-a question gives a tree: the question is the root, equal first lines are one child, and so on down to the answer.
-Looking for the first wrong step is growing more branches beside a wrong path; a preference pair is two branches
-of one node. So there is one tree type, one call that grows it and one that lays it in a row for training.
-
-    question --root--+- 1*4=4 : 17+4-2 - 17+4=21 : 21-2 - 21-2=19 : 19 - #### 19    right, sampled 5 times
-                     `- 17+1=18 : 18*4-2 - ...                         - #### 70    wrong
-
-What is different here from the published systems
-  1. A node holds token ids, never text that is encoded again: joint and piecewise encoding differ.
-  2. Equal steps below one node are one node with a count, not siblings.
-  3. Growing never encodes a token twice: the sampler keeps the keys and values of every node (model.py).
-  4. Search runs on all trees at once; none waits for another, and one mean backup serves all methods.
-  5. A whole pruned tree is trained on as one row (`pack`), not as a chosen and a rejected row per pair.
-
-Chapters: 1 Forest   2 Growing   3 Search   4 Packing   5 Drawing   6 Program
-Try:  python mcts.py                                          (searches a toy game and draws the tree; 2 seconds)
-      python mcts.py --show RUN/trees_01.jsonl --question 3 --html tree.html      (any saved tree)
+A language model writes a solution step by step; a step is one line. Sample one question many times
+and the samples form a tree: the question is the root, equal first lines are one child, and every
+path from the root to an end is one solution. The three methods grow such trees in different ways.
+    7+1*4-2?  --+-- 1*4=4 : 7+4-2 -- 7+4=11 : 11-2 -- 11-2=9 : 9 -- #### 9    right
+                `-- 7+1=8 : 8*4-2 -- 8*4=32 : 32-2 -- ...        -- #### 30   wrong
+The numbers of a search, and where they are computed:
+    N   node.visits   simulations that went through the node      counted in `backup`
+    Q   node.q        the mean of their returns                   summed in `backup`, divided in `q`
+    P   node.prior    length-normalised likelihood of the step    from the log-probs of its tokens
+    x   node.count    samples that took the step                  counted in `Tree.add`
+What is different from the published codes:
+1. A node holds ids and store slots: while trees grow, no token is encoded twice (model.Sampler).
+   Training and critics encode a whole tree once more. Equal steps are one node.
+2. All trees are searched at once, in one large batch; no tree waits for another.
+3. One plain mean is backed up for all methods: see `backup`. Left out: virtual loss, discount.
+Chapters:  1 The tree   2 Files, budget   3 Growing   4 The search   5 Packing   6 Drawing, program
+Try:  python mcts.py                                       searches a toy game and draws the tree
+      python mcts.py --show FILE --question 3 --html PAGE  draws a tree that loop.py saved
 """
 import argparse
-import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from string import Template
+from types import SimpleNamespace
 
 import numpy as np
 
-from model import BadInput, Continuation, GPTConfig, Request, Sampler, Tokenizer
-from model import about, mix, need, read_json, write_text
+import model
+from model import BadInput, Request, about, mix, need, read_json, write_text
 
-# ----------------------------------------------------------------------------------------------------------
-# 1 · Forest: B trees x N nodes, a struct of arrays
-# ----------------------------------------------------------------------------------------------------------
-ENDS = ("", "eos", "answer", "length")        # why a node is a leaf; "" = it may go on
-SEARCHED = dict(prior=(np.float64, 0.0), visits=(np.int32, 0), value_sum=(np.float64, 0.0),
-                score=(np.float64, np.nan))
+# --------------------------------------------------------------------------------------------------
+# 1. The tree
+# --------------------------------------------------------------------------------------------------
+NOTHING = np.zeros(0, np.int64)
+LENGTH_POWER = 1.25                     # of `Node.prior`, as in the released code of MCTS-DPO
 
 
-class Forest:
-    """B trees with room for N nodes each; node 0 of a tree is its root, the question's prompt.
+@dataclass(eq=False)                    # eq=False: a node equals only itself and may be a dict key
+class Node:
+    """One step of a solution. The root of a tree holds the question instead."""
+    tree: "Tree" = field(repr=False)    # repr=False: printing a node must not print the whole tree
+    parent: "Node | None" = field(repr=False)
+    ids: np.ndarray                     # (tokens,) of this step
+    logps: np.ndarray                   # (tokens,) their log-probs when they were sampled
+    slots: np.ndarray                   # (tokens,) where the sampler keeps their keys and values
+    end: str = ""                       # why the solution ends here: eos, answer, length; "" = open
+    index: int = 0                      # order of birth in the tree; parents come before children
+    children: list = field(default_factory=list, repr=False)
+    count: int = 0                      # how often this step itself was sampled; not from below it
+    drawn: int = 0                      # continuations asked for so far; the next one's number
+    right: bool | None = None           # of an end: is the answer right? None: not graded
+    rights: int = 0                     # right ends at or below this step, one for each sample
+    wrongs: int = 0                     # wrong ends, likewise
+    tried: int = 0                      # fresh completions of it by critic.label_pits
+    tried_right: int = 0                # how many of these ended right
+    visits: int = 0                     # N: simulations that went through
+    value_sum: float = 0.0              # the sum of their returns
+    value_squares: float = 0.0          # the sum of their squares, for rules that need a variance
+    score: float | None = None          # the evaluator's number; None: not yet evaluated
 
-    Arrays, all (B, N); a node's number is the order of its birth:
-      parent   index of the parent, -1 for roots and unused places
-      depth    steps below the root
-      count    sampled continuations that went through the node (equal steps are one node: this is their count)
-      terminal the solution ended here
-      end      index into ENDS: why it ended
-      right    of a terminal: 1 right, 0 wrong; -1 not graded (or no terminal)
-      drawn    continuations asked for at this node so far: numbers the samples, hence their seeds
-    and, when the tree was searched:
-      prior    P of the step, not normalised over siblings
-      visits   N: simulations that went through the node
-      value_sum  sum of their returns, float64; Q = value_sum / visits
-      score    the evaluator's value of this node alone; NaN: never asked
-    Ragged things are lists: ids[b][n], logps[b][n], slots[b][n], each (tokens of the step,); slots are the
-    sampler's addresses (model.Sampler) and die with its store; logps of a root are empty."""
+    @property
+    def q(self) -> float:
+        """Q, the mean return. A step without a visit is taken to be as good as its parent."""
+        node = self                     # a loop, no recursion: 1,500 unvisited steps are possible
+        while node.visits == 0 and node.parent is not None:
+            node = node.parent
+        return node.value_sum / node.visits if node.visits else 0.0
 
-    def __init__(self, trees: int, nodes: int = 64):
-        self.arrays = dict(parent=(np.int32, -1), depth=(np.int32, 0), count=(np.int32, 0), terminal=(bool, False),
-                           end=(np.int8, 0), right=(np.int8, -1), drawn=(np.int32, 0)) | SEARCHED
-        for name, (kind, empty) in self.arrays.items():
-            setattr(self, name, np.full((trees, max(1, nodes)), empty, kind))
-        self.size = np.zeros(trees, np.int64)                           # nodes in use, per tree
-        self.ids, self.logps, self.slots = ([[] for _ in range(trees)] for _ in range(3))
-        self.children = [[] for _ in range(trees)]                      # children[b][n]: list, in order of birth
-        self.known = [{} for _ in range(trees)]                         # (parent, ids of the step, end) -> node
+    @property
+    def prior(self) -> float:
+        """P = exp(sum of log-probs / tokens ** 1.25). For 20 tokens of log-prob -0.5 the product is
+        exp(-10) = 0.00005, and P is exp(-10 / 42.3) = 0.79. The paper's p / length^lambda is 0."""
+        return math.exp(float(self.logps.sum()) / len(self.ids) ** LENGTH_POWER)
 
-    def __len__(self) -> int:
-        return len(self.size)
-
-    def add(self, b: int, parent: int, ids, logps=(), slots=(), end: str = "") -> int:
-        """The child of `parent` with these ids: a new node, or the one that is there already. A line cut by the
-        length limit stays apart from the same ids going on."""
-        key = (parent, tuple(map(int, ids)), end)
-        n = self.known[b].get(key)
-        if n is None:
-            n = self.known[b][key] = int(self.size[b])
-            if n == self.parent.shape[1]:                               # full: twice the room
-                for name, (_, empty) in self.arrays.items():
-                    old = getattr(self, name)
-                    setattr(self, name, np.concatenate((old, np.full_like(old, empty)), 1))
-            self.size[b] += 1
-            self.parent[b, n], self.depth[b, n] = parent, 0 if parent < 0 else self.depth[b, parent] + 1
-            self.terminal[b, n], self.end[b, n] = end != "", ENDS.index(end)
-            self.ids[b].append(np.asarray(ids, np.int64))
-            self.logps[b].append(np.asarray(logps, np.float32))
-            self.slots[b].append(np.asarray(slots, np.int64))
-            self.children[b].append([])
-            if parent >= 0:
-                self.children[b][parent].append(n)
-        self.count[b, n] += 1
-        return n
-
-    def path(self, b: int, n: int) -> list:
-        """Nodes from the root to n, both included."""
-        nodes = []
-        while n >= 0:
-            nodes.append(int(n))
-            n = self.parent[b, n]
+    def path(self) -> list:
+        """Nodes from the root down to this one."""
+        nodes = [self]
+        while nodes[-1].parent is not None:
+            nodes.append(nodes[-1].parent)
         return nodes[::-1]
 
-    def path_of(self, b: int, n: int, what: str, root: bool = True) -> np.ndarray:
-        """ids, logps or slots along the path to n, in one array; root=False leaves the question out."""
-        nodes = self.path(b, n)[0 if root else 1:]
-        return np.concatenate([getattr(self, what)[b][m] for m in nodes] or [np.zeros(0)])
-
-    def text(self, b: int, n: int, tokenizer: Tokenizer, stop_ids=()) -> str:
-        """Text of the solution down to n, without question and end-of-text."""
-        return tokenizer.decode_more([int(i) for i in self.path_of(b, n, "ids", root=False) if i not in stop_ids])
-
-    def leaves(self, b: int) -> list:
-        """Terminal nodes, in order of birth."""
-        return np.flatnonzero(self.terminal[b, :self.size[b]]).tolist()
-
-    def below(self, b: int, right: int = 1) -> np.ndarray:
-        """(nodes,) sampled continuations below each node (itself included) that ended right (or wrong, 0).
-        Children are born after their parents, so one sweep backwards sums up."""
-        N = self.size[b]
-        count = np.where(self.right[b, :N] == right, self.count[b, :N], 0)
-        for n in range(N - 1, 0, -1):
-            count[self.parent[b, n]] += count[n]
-        return count
-
-    def to_json(self, b: int) -> dict:
-        """One tree as plain lists; `from_json` reads it back (without slots: the sampler's store is gone). What only
-        a search fills in is left out when there was none; a score that was never asked for is null."""
-        N = self.size[b]
-        out = {name: getattr(self, name)[b, :N].astype(int).tolist() for name in self.arrays if name not in SEARCHED}
-        if self.visits[b, :N].any():
-            out |= {name: [x if x == x else None for x in getattr(self, name)[b, :N].tolist()] for name in SEARCHED}
-        return out | {"ids": [i.tolist() for i in self.ids[b]],
-                      "logps": [[round(float(x), 6) for x in l] for l in self.logps[b]]}
-
-    @classmethod
-    def from_json(cls, trees: list) -> "Forest":
-        """Trees written by `to_json`. Raises BadInput when a tree is not of that form."""
-        b = 0
-        try:
-            if not isinstance(trees, list):
-                raise TypeError("no list of trees")
-            forest = cls(len(trees))
-            for b, t in enumerate(trees):
-                N, names = len(t["parent"]), [n for n in forest.arrays if "visits" in t or n not in SEARCHED]
-                if any(len(t[name]) != N for name in (*names, "ids", "logps")):
-                    raise ValueError("its lists differ in length")
-                for n, (parent, end) in enumerate(zip(t["parent"], t["end"])):
-                    if (parent not in range(n) or forest.terminal[b, parent] if n else parent != -1) or end < 0 \
-                            or forest.add(b, parent, t["ids"][n], t["logps"][n], end=ENDS[end]) != n:
-                        raise ValueError("nodes are out of order")
-                for name in {*names} & {"count", "right", "drawn", *SEARCHED}:
-                    getattr(forest, name)[b, :N] = [np.nan if x is None and name == "score" else x for x in t[name]]
-        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-            raise BadInput(f"Tree {b} of the file is damaged ({error!s:.80}); delete the file, it is made again.") \
-                from error
-        return forest
+    def solution(self, what: str = "ids") -> np.ndarray:
+        """(tokens,) "ids", "logps" or "slots" of all steps to this one, without the question."""
+        return np.concatenate([getattr(node, what) for node in self.path()[1:]] or [NOTHING])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2 · Growing: the sampler on chosen nodes
-# ----------------------------------------------------------------------------------------------------------
-def plant(forest: Forest, b: int, sampler: Sampler, prompt_ids) -> None:
-    """Give tree b its root."""
-    forest.add(b, -1, prompt_ids, slots=sampler.prompt(prompt_ids))
+class Tree:
+    """Everything tried so far for one question. nodes: in order of birth; nodes[0] is the root."""
+
+    def __init__(self, question, seed: int, prompt_ids, prompt_slots=NOTHING):
+        self.question, self.seed = question, seed
+        self.tokens = 0                 # sampled for this tree: methods compare at equal tokens
+        self.nodes = []
+        self.known = {}                 # (parent, end, ids or key of the step) -> node
+        self.root = self.add(None, prompt_ids, NOTHING, prompt_slots)
+        self.search_from = self.root    # where simulations begin (`commit_every` moves it down)
+        self.last_growth = 0            # root visits when the search last sampled something
+        self.last_commit = 0            # root visits when `commit_every` last moved search_from
+        self.chosen = []                # the path that a search without answers stands for, if any
+
+    def add(self, parent, ids, logps, slots, end: str = "", key=None) -> Node:
+        """The child with these ids. It is made if it is missing, and its count grows by one.
+        Steps of equal `key` are one node, too (AlphaLLM's state merge): "so 2+3=5" and "2+3=5"."""
+        same_ids = (parent, end, tuple(ids))
+        same_key = same_ids if key is None else (parent, end, key)
+        node = self.known.get(same_ids) or self.known.get(same_key)
+        if node is None:
+            ids, logps = np.asarray(ids, np.int64), np.asarray(logps, np.float32)
+            node = Node(self, parent, ids, logps, np.asarray(slots), end, len(self.nodes))
+            self.nodes.append(node)
+            if parent is not None:
+                parent.children.append(node)
+        self.known[same_ids] = self.known[same_key] = node
+        node.count += 1
+        return node
+
+    def ends(self) -> list:
+        """The ends of all solutions, in order of birth."""
+        return [node for node in self.nodes if node.end]
 
 
-def grow(forest: Forest, sampler: Sampler, wants: list, seeds: list, max_tokens: int, temperature: float = 1.0,
-         progress=None) -> list:
-    """Sample whole continuations at many nodes of many trees at once and hang them into the trees.
-
-    wants: [(tree, node, how many)]; seeds: one number per tree (run and question), mixed with node and sample.
-    max_tokens bounds the whole solution, question not counted. Returns the leaves, a list per want, in sample
-    order (not in order of finishing, so that a tree does not depend on who else is in the batch)."""
-    requests = [r for b, n, count in wants for r in _requests(forest, b, n, count, seeds[b], max_tokens,
-                                                                          sampler.newline)]
-    done = iter(sampler.extend(requests, temperature, progress=progress))
-    return [[_hang(forest, b, n, next(done), sampler.step_over) for _ in range(count)] for b, n, count in wants]
+def record_grade(end: Node, right: bool) -> None:
+    """A sample ended at `end`, right or wrong: count it at every step of its path."""
+    end.right = bool(right)
+    for node in end.path():
+        node.rights += end.right
+        node.wrongs += not end.right
 
 
-def _requests(forest, b, n, count, seed, max_tokens, newline, greedy=False):
-    """`count` requests to go on from a node, numbered on from what was drawn there before."""
-    path, first = forest.path_of(b, n, "slots"), int(forest.drawn[b, n])
-    solution = forest.path_of(b, n, "ids", root=False).tolist()
-    begun = max((i + 1 for i, token in enumerate(solution) if token in newline), default=0)
-    line = tuple(solution[begun:])                                      # a step need not end with its line
-    left = max(1, max_tokens - (len(path) - len(forest.slots[b][0])))
-    forest.drawn[b, n] += count
-    return [Request(path, mix(seed, n, i), left, greedy and i == 0, line) for i in range(first, first + count)]
+# --------------------------------------------------------------------------------------------------
+# 2. Trees in files, and the token budget
+# --------------------------------------------------------------------------------------------------
+# The fields of a node that a file keeps. A field that an older file lacks gets its default.
+FACTS = dict(count=int, drawn=int, right=bool, rights=int, wrongs=int, tried=int,
+             tried_right=int, visits=int, value_sum=float, value_squares=float, score=float)
 
 
-def split_steps(ids, over) -> list:
-    """[(first, past the last)] of each step; over(ids of a step so far) says that it ends there (model.step_rule)."""
-    ids, first, spans = [int(i) for i in ids], 0, []
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or over(ids[first:i]):
-            spans.append((first, i))
-            first = i
-    return spans
+def to_json(tree: Tree) -> dict:
+    """A tree as plain lists, without slots: they are places in a sampler that will be gone."""
+    rows = []
+    for node in tree.nodes:
+        logps = [round(float(logp), 6) for logp in node.logps]
+        parent = node.parent and node.parent.index
+        row = dict(parent=parent, ids=node.ids.tolist(), logps=logps, end=node.end)
+        rows.append(row | {name: getattr(node, name) for name in FACTS})
+    chosen = [node.index for node in tree.chosen]
+    return dict(seed=tree.seed, tokens=tree.tokens, chosen=chosen, nodes=rows)
 
 
-def _hang(forest, b, n, new, over):
-    spans = split_steps(new.ids, over)
-    for i, (first, last) in enumerate(spans):
-        end = new.why if i == len(spans) - 1 and new.why != "step" else ""
-        n = forest.add(b, n, new.ids[first:last], new.logps[first:last], new.slots[first:last], end)
-    return n
+def from_json(saved: dict, question) -> Tree:
+    """The inverse of to_json; BadInput for a damaged or foreign file. The tree can be grown further
+    once its nodes have slots (Sampler.follow gives them): it knows their ids and merges steps."""
+    with about("a saved tree"):
+        need(rows := model.field(saved, "nodes", list), "key 'nodes' is empty: there is no root")
+        tree = Tree(question, model.field(saved, "seed", int), _numbers(rows[0], "ids", int))
+        tree.tokens, node = model.field(saved, "tokens", int, 0), tree.root
+        for number, row in enumerate(rows):
+            with about(f"node {number}"):
+                if number > 0:
+                    ids = _numbers(row, "ids", int)
+                    logps = _numbers(row, "logps", float, -1e9, 0.0, [])
+                    need(ids and len(logps) in (0, len(ids)), "keys 'ids', 'logps' do not fit")
+                    parent, end = model.field(row, "parent", int), model.field(row, "end", str, "")
+                    need(0 <= parent < number, f"key 'parent': no node {parent} stands before it")
+                    need(end in ("", "eos", "answer", "length"), f"key 'end' is {end!r:.60}")
+                    node = tree.add(tree.nodes[parent], ids, logps, NOTHING, end)
+                    need(node.index == number, f"is the same step as node {node.index}")
+                for name, kind in FACTS.items():
+                    if row.get(name) is not None:
+                        setattr(node, name, model.field(row, name, kind))
+    tree.last_growth = tree.last_commit = tree.root.visits
+    with about("a saved tree"):
+        last = len(tree.nodes) - 1
+        tree.chosen = [tree.nodes[i] for i in _numbers(saved, "chosen", int, 0, last, [])]
+    return tree
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3 · Search: Monte-Carlo tree search over many trees at once
-#     R trees at work (at most one simulation each), W candidates of the widest of their nodes
-# ----------------------------------------------------------------------------------------------------------
-# A simulation goes down from the root by `select`, expands or evaluates one node, and adds the return to the visits
-# and value sums on its way back. MCTS-DPO writes rewards as differences of state scores, r = R(s') - R(s), and
-# Q = r + V(s'): along a path they telescope, so Q(s, a) + R(s) is the plain mean of the scores at the ends of the
-# simulations that went through a. Siblings share R(s). Hence one mean backup serves every method here.
-# Left out: virtual loss (we batch across trees, one simulation a tree at a time), discounting (gamma = 1).
-# HACK HERE: where to search next
-def puct(q, prior, above, visits, c):
-    """Q + c P sqrt(N(s)) / (1 + N(s, a))  (AlphaZero; MCTS-DPO 2405.00451 eq. 1): (R, W) scores; above (R, 1) is
-    N(s). note: a parent nobody visited yet counts as one, so that the very first choice goes by P."""
-    return q + c * prior * np.sqrt(np.maximum(above, 1)) / (1 + visits)
+def _numbers(row, key: str, kind, low=0, high=2 ** 31, default=None) -> list:
+    """A list of numbers in a file, checked."""
+    numbers = model.field(row, key, list, default)
+    need(all(type(number) is kind and low <= number <= high for number in numbers),
+         f"key {key!r} must be a list of {kind.__name__}, each from {low} to {high}")
+    return numbers
 
 
-def uct(q, prior, above, visits, c):
-    """Q + c sqrt(2 ln N(s) / N(s, a))  (AlphaLLM 2404.12253 eq. 2), without P; an unvisited child comes first."""
-    bonus = c * np.sqrt(2 * np.log(np.maximum(above, 1)) / np.maximum(visits, 1))
-    return np.where(visits > 0, q + bonus, np.inf)
+class Budget:
+    """How many tokens a set of trees may still sample. Trees are held to their tokens here:
+
+        rft, outcome_dpo     | samples                                                 |
+        self_explore         | samples for RFT (round 1) | samples | labels | samples  |
+        mcts_dpo             | samples for RFT (round 1) | search                      |
+        alphallm             | samples for the critics | search of new questions       |
+        combined             | samples for the critics | search, or more samples       |
+
+    Who asks: loop.sample for samples, critic.label_pits for labels, `until` and `commit_every` for
+    a search (one Budget a tree, so that no tree depends on the others). Three things do not ask:
+    the first sample or simulation of each question, the policy writing new questions (counted
+    afterwards, in loop.grow_imagined), and rollouts of a smaller model (counted apart)."""
+
+    def __init__(self, trees: list, tokens: float):
+        self.trees = trees
+        self.limit = tokens + sum(tree.tokens for tree in trees)
+
+    def left(self) -> float:
+        """Tokens that may still be sampled."""
+        return self.limit - sum(tree.tokens for tree in self.trees)
+
+    def affords(self, cost: float) -> bool:
+        """Is there room for work of this expected cost? At least one token must be left."""
+        return max(1, cost) <= self.left()
 
 
-def length_prior(forest: Forest, b: int, kids: list) -> list:
-    """P of each child by its tokens: exp(sum log p / len^1.25). The paper's p / len^lambda vanishes for any step of
-    some length. Not normalised over siblings."""
-    return [math.exp(float(forest.logps[b][n].sum()) / len(forest.ids[b][n]) ** 1.25) for n in kids]
+# --------------------------------------------------------------------------------------------------
+# 3. Growing: asking the sampler to go on from chosen nodes
+# --------------------------------------------------------------------------------------------------
+def requests(node: Node, k: int, max_tokens: int, sampler) -> list:
+    """k requests to go on below a node; max_tokens for the whole solution. Sample i is seeded with
+    (tree, node, i), so a tree is the same in any batch. ValueError: no tokens left, or no slots."""
+    path, written = node.path(), node.solution().tolist()
+    need(all(len(step.slots) for step in path), "a tree from a file needs slots: Sampler.follow")
+    left = max_tokens - len(written)
+    need(left > 0 and not node.end, f"node {node.index} is an end or uses all {max_tokens} tokens")
+    slots = np.concatenate([step.slots for step in path])
+    line = sampler.unfinished_line(written)             # an answer is looked for in whole lines
+    first, node.drawn = node.drawn, node.drawn + k
+    return [Request(slots, mix(node.tree.seed, node.index, i), left, line=line)
+            for i in range(first, first + k)]
 
 
-def count_prior(forest: Forest, b: int, kids: list) -> list:
-    """P of each child as its share of the samples drawn below the parent."""
-    counts = forest.count[b, kids]
-    return (counts / counts.sum()).tolist()
+def attach(node: Node, sample, step_over, key=None) -> Node:
+    """Cut a sampled continuation into steps, add them below a node, and return the last one. A step
+    ends at the first token for which step_over(ids of the step so far) is true. If 0 is the
+    newline, 5 0 7 8 0 9 gives the steps 5 0, 7 8 0 and 9."""
+    node.tree.tokens += len(sample.ids)
+    first = 0
+    for last in range(1, len(sample.ids) + 1):
+        final = last == len(sample.ids)
+        if final or step_over(sample.ids[first:last].tolist()):
+            ids, logps = sample.ids[first:last], sample.logps[first:last]
+            slots = sample.slots[first:last]
+            end = sample.why if final and sample.why != "step" else ""
+            node = node.tree.add(node, ids, logps, slots, end, key and key(ids))
+            first = last
+    return node
 
 
-def fixed_width(root: int, below: int, every: int = 0):
-    """How many steps a node should have drawn by now: MCTS-DPO's b1 = 5 at the root, b2 = 3 below. every > 0: as many
-    again after each so many visits (progressive widening). Without it a sure-footed policy's tree is soon exhausted:
-    simulations go round and round in ends that are known already, and the token budget is not spent."""
-    return lambda forest, b, n: (below if n else root) * (1 + (int(forest.visits[b, n]) // every if every else 0))
+def grow(sampler, wants: list, max_tokens: int, temperature: float = 1.0, progress=None) -> list:
+    """Whole solutions below many nodes of many trees at once. wants: [(node, k)]. Returns the ends
+    of the samples, k for each want, in order. ValueError while a search uses the sampler."""
+    need(not sampler.live and not sampler.waiting, "a search waits for answers of this sampler")
+    asked = [(node, one) for node, k in wants for one in requests(node, k, max_tokens, sampler)]
+    samples = sampler.extend([one for _, one in asked], temperature, progress=progress)
+    return [attach(node, sample, sampler.step_over) for (node, _), sample in zip(asked, samples)]
 
 
-def importance_width(root: tuple, below: tuple, alpha: float, every: int = 0):
-    """AlphaLLM's adaptive width (2404.12253 eq. 3), one new step a simulation: n(s) = max(c_min, min(floor(alpha I) +
-    1, c_max)), I = max |v(child) - v(s)| over the evaluated children; (c_min, c_max) at the root and below it. With
-    alpha 1 and values in [0, 1] nothing ever widens: alpha about c_max - 1 uses the whole range. An equal step drawn
-    again counts as drawn, so a sure-footed policy is asked c_max times at most, and as often again after each
-    `every` visits (0: never)."""
-    def width(forest, b, n):
-        """Steps node n should have drawn by now."""
-        kids, drawn, (least, most) = forest.children[b][n], int(forest.drawn[b, n]), below if n else root
-        if any(not forest.visits[b, k] for k in kids):                  # the last new one was not tried yet
-            return drawn
-        known, here = forest.score[b, n], forest.value_sum[b, n] / max(1, forest.visits[b, n])
-        here = known if known == known else here                        # a root is never evaluated: its mean return
-        scores = [abs(forest.score[b, k] - here) for k in kids]
-        importance = max((x for x in scores if x == x), default=0.0)    # x == x: not NaN
-        again = 1 + (int(forest.visits[b, n]) // every if every else 0)
-        return min(drawn + 1, again * max(least, min(int(alpha * importance) + 1, most)))
-    return width
+class StepSampler:
+    """Samples single steps for a search. All trees share one batch of the sampler."""
 
+    def __init__(self, sampler, max_tokens: int, temperature: float = 1.0, key=None, progress=None):
+        self.sampler, self.max_tokens, self.temperature = sampler, max_tokens, temperature
+        self.key, self.progress = key, progress         # key: merges steps, see Tree.add
+        self.open, self.owner = {}, {}  # node -> its samples, None: missing; ticket -> (node, i)
 
-def select(forest: Forest, trees, nodes, score, c: float):
-    """The child to go to from each node: (R,) trees, (R,) nodes with children -> (R,). An unvisited child shows its
-    parent's mean (0 while the parent has none); ties go to the lowest index.
+    def ask(self, node: Node, k: int) -> None:
+        """Ask for k more steps below this node. Raises ValueError if k < 1 or the node waits."""
+        need(k > 0, f"{k} steps asked for below node {node.index}: the search would wait for ever")
+        need(node not in self.open, f"node {node.index} still waits for the steps it asked for")
+        queue = requests(node, k, self.max_tokens, self.sampler)
+        self.open[node] = [None] * k
+        for i, ticket in enumerate(self.sampler.submit(queue, self.temperature, to_end=False)):
+            self.owner[ticket] = node, i
 
-        N(s) = 3, V(s) = .5; children: Q .75 N 2 P .4 | Q 0 N 1 P .4 | unvisited P .2; puct, c = 1
-        .75 + .4 sqrt(3) / 3 = .98    0 + .4 sqrt(3) / 2 = .35    .5 + .2 sqrt(3) = .85     -> the first"""
-    width = max(len(forest.children[b][n]) for b, n in zip(trees, nodes))
-    kids = np.array([forest.children[b][n] + [-1] * (width - len(forest.children[b][n]))
-                     for b, n in zip(trees, nodes)])                    # (R, W), -1: no candidate
-    t = trees[:, None]
-    visits, above = forest.visits[t, kids], forest.visits[trees, nodes][:, None]
-    mean = forest.value_sum[trees, nodes][:, None] / np.maximum(above, 1)
-    q = np.where(visits > 0, forest.value_sum[t, kids] / np.maximum(visits, 1), mean)
-    scores = np.where(kids >= 0, score(q, forest.prior[t, kids], above, visits, c), -np.inf)     # (R, W)
-    return kids[np.arange(len(kids)), scores.argmax(1)]
-
-
-def descend(forest: Forest, trees, nodes, score, c: float, width):
-    """Follow `select` to an end, or to a node that has drawn fewer steps than its width. (R,) -> (R,)."""
-    nodes = nodes.copy()
-    inner = lambda: np.array([bool(forest.children[b][n]) and forest.drawn[b, n] >= width(forest, b, n)
-                              for b, n in zip(trees, nodes)])
-    while (go := inner()).any():
-        nodes[go] = select(forest, trees[go], nodes[go], score, c)
-    return nodes
-
-
-def expand(forest: Forest, b: int, n: int, candidates: list, prior, same=None) -> None:
-    """Hang sampled steps (model.Continuation) below a node, in sample order; equal ones become one child with a
-    count, and so do those to which same(ids) gives the same key, if they end alike (AlphaLLM's state merge). Raises
-    ValueError when there are none: the tree could never go on."""
-    if not candidates:
-        raise ValueError(f"tree {b}, node {n}: the proposer gave no candidate for a node that is no end")
-    for found in candidates:
-        end, key = "" if found.why == "step" else found.why, same(found.ids) if same else None
-        twins = [k for k in forest.children[b][n] if key and ENDS[forest.end[b, k]] == end and
-                 same(forest.ids[b][k]) == key]
-        if twins:
-            forest.count[b, twins[0]] += 1
-        else:
-            forest.add(b, n, found.ids, found.logps, found.slots, end)
-    forest.prior[b, forest.children[b][n]] = prior(forest, b, forest.children[b][n])
-
-
-def backup(forest: Forest, trees, nodes, values) -> None:
-    """Add one return to every node from `nodes` up to the root: N += 1, sum += value (float64). (R,) each, no
-    tree twice. Paths go to the first root also after a commitment, so visits are conserved everywhere."""
-    while len(trees):
-        forest.visits[trees, nodes] += 1
-        forest.value_sum[trees, nodes] += values
-        nodes = forest.parent[trees, nodes]
-        up = nodes >= 0
-        trees, nodes, values = trees[up], nodes[up], values[up]
-
-
-def best_child(forest: Forest, b: int, n: int) -> int | None:
-    """The child to commit to: most visits, then highest Q, then lowest index; None when none was visited."""
-    kids = [k for k in forest.children[b][n] if forest.visits[b, k]]
-    return min(kids, key=lambda k: (-forest.visits[b, k], -forest.value_sum[b, k] / forest.visits[b, k], k),
-               default=None)
-
-
-def search(forest: Forest, proposer, evaluate, simulations: int, select=puct, c: float = 1.0,
-           width=fixed_width(5, 3), to_terminal: bool = False, prior=length_prior, commit: bool = False,
-           budget: float = math.inf, same=None, patience: int = 0, enough=None) -> list:
-    """Search all trees of the forest together; returns the path each commits to, a list of nodes from the root.
-
-    proposer: `submit([(tree, node, how many)])` asks for steps below nodes, `poll()` waits for some and returns the
-    finished [(tree, node, [Continuation])] (`Steps` asks a model, `Direct` a plain function). evaluate(forest,
-    [(tree, node)]) -> returns, asked once per node. A simulation ends at a terminal, or (to_terminal False) at a node
-    it visits for the first time; to_terminal True expands on and on: growing the tree is the simulation (MCTS-DPO).
-    commit: after `simulations` at the root its best child becomes the root and keeps its subtree, until a terminal
-    (AlphaZero style); else all are done from the first root. width(forest, tree, node): steps a node should have drawn
-    by now; a simulation that comes by asks for what is missing. budget: sampled tokens of a tree; no simulation begins
-    that would, at twice the mean cost so far, exceed it. same: see `expand`.
-    patience: with so many simulations in a row that sampled nothing the tree is exhausted, and done; 0: never.
-    enough(tree), asked after each simulation: True when the tree is done for any other reason. A tree never waits for
-    another, and without `enough` its result does not depend on the others.
-
-    Four simulations by hand, evaluated at birth, c = 1; root r, children a (P .6) and b (P .4):
-        1  r expanded; a (P): returns 1           N r1 a1      Q r 1    a 1
-        2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0            N r2 a1 b1   Q r .5   a 1    b 0
-        3  a 1 + .6 * 1.41/2 = 1.42, b 0 + .28: a expanded, its child d returns 0    N r3 a2 d1   Q r .33 a .5
-        4  a .5 + .6 * 1.73/3 = .85, b 0 + .35: a, then d (its only child), visited before: expanded, ..."""
-    roots, paths = np.zeros(len(forest), np.int64), [[0] for _ in range(len(forest))]
-    done, spent, idle, ready, asked = *([0] * len(forest) for _ in range(3)), {b: 0 for b in range(len(forest))}, 0
-
-    def finished(b):
-        """Count a simulation of tree b; commit when it is time. True: the tree is done."""
-        done[b] += 1
-        idle[b] += 1
-        rich = spent[b] * (1 + 2 / forest.visits[b, 0]) <= budget       # costs vary: reserve twice the mean
-        rich = rich and (not patience or idle[b] <= patience) and not (enough and enough(b))
-        if done[b] < simulations and rich:
-            return False
-        while (kid := best_child(forest, b, roots[b])) is not None:
-            paths[b].append(kid)
-            roots[b], done[b] = kid, 0
-            if commit and rich and not forest.terminal[b, kid]:
-                return False
-        return True
-
-    while ready or asked:
-        if not ready:                                   # 1) all wait for steps: let the proposer work
-            for b, n, candidates in proposer.poll():
-                expand(forest, b, n, candidates, prior, same)
-                spent[b] += sum(len(found.ids) for found in candidates)
-                ready[b], asked, idle[b] = n, asked - 1, 0
-        trees, nodes = np.array([*ready]), np.array([*ready.values()])
-        nodes = descend(forest, trees, nodes, select, c, width)         # 2) go down
-        fresh = (nodes > 0) & (forest.visits[trees, nodes] == 0)
-        ends = forest.terminal[trees, nodes] | (fresh & (not to_terminal))
-        wants = [(b, n, width(forest, b, n) - int(forest.drawn[b, n]))
-                 for b, n in zip(trees[~ends].tolist(), nodes[~ends].tolist())]
-        proposer.submit(wants)                                          # 3) ask for steps, or
-        asked, trees, nodes = asked + len(wants), trees[ends], nodes[ends]
-        new = [(b, n) for b, n in zip(trees.tolist(), nodes.tolist()) if np.isnan(forest.score[b, n])]
-        for (b, n), value in zip(new, evaluate(forest, new) if new else []):
-            forest.score[b, n] = value
-        backup(forest, trees, nodes, forest.score[trees, nodes])        # 4) evaluate and back up
-        ready = {b: int(roots[b]) for b in trees.tolist() if not finished(b)}
-    return paths
-
-
-class Direct:
-    """A proposer made of a plain function propose(forest, tree, node, how many) -> [Continuation]."""
-
-    def __init__(self, forest: Forest, propose):
-        self.forest, self.propose, self.asked = forest, propose, []
-
-    def submit(self, wants: list) -> None:
-        """Take note of [(tree, node, how many)]."""
-        self.asked += wants
-        for b, n, count in wants:
-            self.forest.drawn[b, n] += count
-
-    def poll(self) -> list:
-        """Answer all that was asked."""
-        asked, self.asked = self.asked, []
-        return [(b, n, self.propose(self.forest, b, n, count)) for b, n, count in asked]
-
-
-class Steps:
-    """A proposer that samples single steps with the model: expansions of all trees share the sampler's rows, and each
-    is handed back as soon as its own rows are done. greedy: the first candidate of an expansion by argmax (a good
-    habit of AlphaLLM's code). seeds, max_tokens, temperature: as for `grow`."""
-
-    def __init__(self, forest: Forest, sampler: Sampler, seeds: list, max_tokens: int, temperature: float = 1.0,
-                 greedy: bool = False, progress=None):
-        self.forest, self.sampler, self.seeds, self.max_tokens = forest, sampler, seeds, max_tokens
-        self.temperature, self.greedy, self.progress = temperature, greedy, progress
-        self.owner, self.open = {}, {}                  # ticket -> (tree, node, place); (tree, node) -> candidates
-
-    def submit(self, wants: list) -> None:
-        """Queue the samples of [(tree, node, how many)]; nothing is computed yet."""
-        for b, n, count in wants:
-            requests = _requests(self.forest, b, n, count, self.seeds[b], self.max_tokens, self.sampler.newline,
-                                 self.greedy)
-            self.open[b, n] = [None] * count
-            for i, ticket in enumerate(self.sampler.submit(requests, self.temperature, to_end=False)):
-                self.owner[ticket] = (b, n, i)
-
-    def poll(self) -> list:
-        """Decode until at least one expansion has all its candidates; [] when nothing is queued."""
+    def answers(self) -> list:
+        """Nodes with all their new children, in order of number: the same tree in any batch."""
         ready = []
         while self.open and not ready:
-            for ticket, found in self.sampler.step(self.progress).items():
-                b, n, i = self.owner.pop(ticket)
-                self.open[b, n][i] = found
-                if all(self.open[b, n]):
-                    ready.append((b, n, self.open.pop((b, n))))
+            for ticket, sample in self.sampler.step(self.progress).items():
+                node, i = self.owner.pop(ticket)
+                self.open[node][i] = sample
+                if all(self.open[node]):
+                    ready.append(node)
+                    for one in self.open.pop(node):
+                        attach(node, one, self.sampler.step_over, self.key)
         return ready
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 4 · Packing: a pruned tree in one row
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 4. The search
+# --------------------------------------------------------------------------------------------------
+# HACK HERE: where to look next. A rule gives a child a number; the search goes to the largest.
+#   variance   child.value_squares / child.visits - child.q ** 2                     (UCB1-tuned)
+#   chance     random.Random(mix(parent.tree.seed, child.index, parent.visits))      (Thompson);
+#              no other random numbers, or a tree would depend on the batch
+# Also change: RULES, nothing else. Then try `python mcts.py --rule NAME`.
+def puct(parent: Node, child: Node, c: float = 1.0) -> float:
+    """Q + c P sqrt(N(parent)) / (1 + N(child)): AlphaZero's rule; MCTS-DPO (2405.00451) eq. 1."""
+    return child.q + c * child.prior * math.sqrt(max(1, parent.visits)) / (1 + child.visits)
+
+
+def uct(parent: Node, child: Node, c: float = 0.1) -> float:
+    """Q + c sqrt(2 ln N(parent) / N(child)): AlphaLLM (2404.12253) eq. 2. New children first."""
+    if child.visits == 0:
+        return math.inf
+    return child.q + c * math.sqrt(2 * math.log(max(1, parent.visits)) / child.visits)
+
+
+RULES = dict(puct=puct, uct=uct)
+
+
+def fixed_width(root: int = 5, below: int = 3, every: int = 8):
+    """MCTS-DPO's width: 5 steps at the root, 3 below. A low-entropy policy repeats itself, so every
+    8 visits a node gets the same number again: 5, then 10 from visit 8, 15 from 16. (every=0: no.)
+    """
+    waves = lambda node: 1 + node.visits // every if every else 1
+    return lambda node: waves(node) * (below if node.parent else root)
+
+
+def importance_width(most: int = 10, alpha: float = 10.0, least_at_root: int = 5, every: int = 8):
+    """AlphaLLM's adaptive width (eq. 3, 4): one new child a simulation, up to n(s) = floor(alpha
+    I(s)) + 1, I(s) = max |v(child) - v(s)|: a parent of .5 with children .9 and .4 has I .4, n 5.
+    (With the paper's alpha = 1, n hardly changes.) n is held between a low and a high bound, wide
+    at the root, and multiplied by 1 + visits // 8: often visited nodes go on widening."""
+
+    def width(node):
+        """Steps that this node should have drawn by now."""
+        if any(child.visits == 0 for child in node.children):
+            return node.drawn                   # the last new one has not been tried yet
+        here = node.q if node.score is None else node.score
+        gaps = [abs(child.score - here) for child in node.children if child.score is not None]
+        n = int(alpha * max(gaps, default=0.0)) + 1
+        low, high = (1, most) if node.parent else (least_at_root, 4 * most)
+        cap = min(max(n, low), high) * (1 + node.visits // every)
+        return min(node.drawn + 1, cap)
+    return width
+
+
+def descend(node: Node, choose, width) -> Node:
+    """Go down to an end, or to a node that should have drawn more steps than it has."""
+    while node.children and node.drawn >= width(node):
+        node = max(node.children, key=lambda child: choose(node, child))     # ties: the first-born
+    return node
+
+
+def backup(node: Node, value: float) -> None:
+    """Add the return of a simulation to every node of its path, the root included. AlphaLLM backs
+    up the critics' number of a leaf, MCTS-DPO +1 or -1 of an end; only `evaluate` and `to_end` of
+    `search` differ.
+
+    Why a plain mean is MCTS-DPO's Q = r + V(s'): its rewards r = R(s') - R(s) are differences of
+    state scores, and along a path they cancel. Say R(root) = 0, a .6, below it t1 1.7 and t2 -.7:
+
+        to t1        Q(root, a) = (.6 - 0) + (1.7 - .6) = 1.7                    the return
+        then to t2   Q(root, a) = (.6 - 0) + ((1.7 - .6) + (-.7 - .6)) / 2 = .5  the mean of both
+        in general   Q(s, a) + R(s) = the mean of the returns through a"""
+    while node is not None:
+        node.visits += 1
+        node.value_sum += value
+        node.value_squares += value * value
+        node = node.parent
+
+
+def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), to_end=True) -> None:
+    """Monte-Carlo tree search of many trees at once.
+
+    proposer          ask(node, k) asks for k more steps; answers() -> nodes that have got theirs
+    evaluate(nodes)   a number for each node, higher is better; asked once a node
+    go_on(tree)       asked before every simulation: shall there be one?
+    to_end            True: a simulation goes on until a solution ends (MCTS-DPO). False: it ends at
+                      the first node without a visit (AlphaLLM, whose critics judge half solutions)
+
+    Four simulations of a tree with two children a (P .6) and b (P .4), c = 1, to_end=False:
+        1  both Q are 0, so P decides: a; it returns 1     N(root) 1   a: N 1 Q 1
+        2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0   N(root) 2   b: N 1 Q 0
+        3  a 1.42, b .28: a has no children yet: one child, d, is sampled; it returns 0
+        4  a .85, b .35: a again, then d, its only child: children of d are sampled, ..."""
+    # Each tree with work left is in one of two places: the node that its simulation has reached is
+    # in `standing`, or a node of it waits for new children in `proposer.open`.
+    standing = [tree.search_from for tree in trees if go_on(tree)]
+    while standing or proposer.open:
+        arrived = []
+        for node in standing:
+            # 1) Select: go down by `choose` to where the simulation ends ...
+            node = descend(node, choose, width)
+            unseen = node.visits == 0 and node.parent is not None
+            if node.end or (unseen and not to_end):
+                arrived.append(node)
+            else:
+                # 2) Expand: ... or to a node that needs more steps. It asks for them and waits.
+                proposer.ask(node, width(node) - node.drawn)
+        # 3) Evaluate the nodes at which a simulation ended: one call for all trees.
+        new = [node for node in arrived if node.score is None]
+        for node, score in zip(new, evaluate(new) if new else []):
+            node.score = float(score)
+        # 4) Back up, and begin the next simulation.
+        for node in arrived:
+            backup(node, node.score)
+        standing = [node.tree.search_from for node in arrived if go_on(node.tree)]
+        if not standing:
+            standing = proposer.answers()               # all trees wait for the model: let it work
+            for node in standing:
+                node.tree.last_growth = node.tree.root.visits
+
+
+def until(simulations: float, tokens: float = math.inf, patience: float = math.inf):
+    """A stop rule: go_on(tree) is False after so many simulations of a tree, after `patience` in a
+    row without a new sample, or when the next one may not fit into the tree's `tokens`. It is
+    expected to cost twice the mean so far. Example: tokens = 30. Three simulations took 24, 8 each.
+    The next may cost 16, and only 6 are left: stop."""
+    started = {}                        # tree -> (its budget, its visits) at the first call
+
+    def go_on(tree):
+        """Shall this tree have another simulation?"""
+        visits = tree.root.visits
+        if tree not in started:
+            started[tree] = Budget([tree], tokens), visits
+        budget, visits_before = started[tree]
+        spent = tokens - budget.left() if tokens < math.inf else 0
+        next_cost = 2 * spent / max(1, visits - visits_before)
+        patient = visits - tree.last_growth <= patience
+        return visits < simulations and patient and budget.affords(next_cost)
+    return go_on
+
+
+def commit_every(simulations: int, tokens: float = math.inf):
+    """MCTS-DPO: after every K simulations the search moves on to the best child, up to an end."""
+    affordable = until(math.inf, tokens)
+
+    def go_on(tree):
+        """Shall this tree have another simulation? Moves search_from down when it is time."""
+        if tree.root.visits - tree.last_commit >= simulations:
+            tree.search_from = best_child(tree.search_from)
+            tree.last_commit = tree.root.visits
+        return not tree.search_from.end and affordable(tree)
+    return go_on
+
+
+def best_child(node: Node) -> Node | None:
+    """The most visited child, then the one of higher Q, then the first-born. None: no visits."""
+    visited = [child for child in node.children if child.visits]
+    return max(visited, key=lambda child: (child.visits, child.q, -child.index), default=None)
+
+
+def best_path(tree: Tree) -> list:
+    """The most visited path: from the root on, the most visited child again and again."""
+    nodes = [tree.root]
+    while (child := best_child(nodes[-1])) is not None:
+        nodes.append(child)
+    return nodes
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Packing: a whole tree as one row of tokens, for training
+# --------------------------------------------------------------------------------------------------
 @dataclass
 class Packed:
-    """A tree (or a part of it) as one row of T tokens, parents before children:
+    """Some nodes of a tree and all their ancestors in one row of T tokens:
 
-        tree        q1 q2 +- a1 a2        row     q1 q2 a1 a2 b1
-                          `- b1           position 0  1  2  3  2      depth in tokens, not the column
-                                          before  -1  0  1  2  1      the token it is predicted from: b1's is q2
+        tree   q1 q2 --+-- a1 a2      row       q1 q2 a1 a2 b1           sees      q1 q2 a1 a2 b1
+                       `-- b1         position   0  1  2  3  2   depth         q1   x
+                                      before    -1  0  1  2  1   not a2        q2   x  x
+                                                                               a1   x  x  x
+                                                                               a2   x  x  x  x
+                                                                               b1   x  x        x
 
-    A token sees its ancestors and itself (`sees`), so log-probs equal those of separate rows, while what
-    branches share is computed once."""
-    ids: np.ndarray               # (T,)
-    position: np.ndarray          # (T,)
-    before: np.ndarray            # (T,) column of the token that predicts this one; -1 for the very first
-    node: np.ndarray              # (T,) which packed node a token belongs to
-    sees: np.ndarray              # (n, n) bool: node i sees node j (ancestor or itself)
-    place: dict                   # node of the forest -> packed node
+    A token sees its ancestors and itself, so its log-prob is that of a row of its own, and what
+    branches share is computed once: 2 to 6 times less work. `before` is needed because a token's
+    predecessor in its branch need not be its left neighbour: b1 is predicted from q2, not a2."""
+    ids: np.ndarray                     # (T,)
+    position: np.ndarray                # (T,) how many tokens come before it in its own solution
+    before: np.ndarray                  # (T,) the column of the token it is predicted from
+    span: dict                          # node -> slice of its columns; parents come first
 
-
-def pack(forest: Forest, b: int, nodes) -> Packed:
-    """Lay the subtree made of `nodes` and their ancestors in one row. Order of birth puts parents first."""
-    keep = sorted({m for n in nodes for m in forest.path(b, n)})
-    place = {n: i for i, n in enumerate(keep)}
-    sees = np.eye(len(keep), dtype=bool)
-    ids, position, before, last = [], [], [], []                        # last: column of each node's last token
-    for i, n in enumerate(keep):
-        up = place.get(int(forest.parent[b, n]), -1)
-        if up >= 0:
-            sees[i] |= sees[up]
-        start, size = sum(map(len, ids)), len(forest.ids[b][n])
-        depth = 0 if up < 0 else position[up][-1] + 1
-        ids.append(forest.ids[b][n])
-        position.append(np.arange(depth, depth + size))
-        before.append(np.concatenate(([-1 if up < 0 else last[up]], np.arange(start, start + size - 1))))
-        last.append(start + size - 1)
-    sizes = [len(i) for i in ids]
-    return Packed(np.concatenate(ids), np.concatenate(position), np.concatenate(before),
-                  np.repeat(np.arange(len(keep)), sizes), sees, place)
+    def sees(self) -> np.ndarray:
+        """(T, T) bool: may the row's token look at the column's? Made on demand: 1 MB at T 1000."""
+        mask = np.zeros((len(self.ids), len(self.ids)), bool)
+        for node, here in self.span.items():
+            if node.parent is not None:
+                mask[here] = mask[self.span[node.parent].stop - 1]          # all ancestors
+            mask[here, here] = np.tri(len(node.ids), dtype=bool)            # its own step so far
+        return mask
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 5 · Drawing: one tree in the terminal, or as a page for the browser
-# ----------------------------------------------------------------------------------------------------------
-def step_text(forest: Forest, b: int, n: int, tokenizer: Tokenizer, stop_ids=()) -> str:
-    """The text of one node's step on one line."""
-    step = tokenizer.decode_more([int(i) for i in forest.ids[b][n] if i not in stop_ids])
-    return step.strip().replace("\n", " / ") or "(empty)"
+def pack(nodes) -> Packed:
+    """Lay nodes of one tree and their ancestors in a row, parents first."""
+    keep = sorted({step for node in nodes for step in node.path()}, key=lambda node: node.index)
+    ids = np.concatenate([node.ids for node in keep])                       # (T,)
+    position = np.zeros_like(ids)
+    before = np.arange(-1, len(ids) - 1)                                    # the left neighbour ...
+    span, start = {}, 0
+    for node in keep:
+        here = span[node] = slice(start, start + len(node.ids))
+        position[here] = np.arange(len(node.ids))
+        if node.parent is not None:
+            before[start] = span[node.parent].stop - 1                      # ... or the parent
+            position[here] += position[before[start]] + 1
+        start = here.stop
+    return Packed(ids, position, before, span)
 
 
-def note(forest: Forest, b: int, n: int, right_below: int, pits=(), chosen=()) -> str:
-    """What is said beside a step: samples, N, Q, P of the search, how it ended, pit, committed path."""
-    said = [f"x{forest.count[b, n]}" if n else f"{forest.count[b, forest.children[b][0]].sum()} samples"]
-    if forest.visits[b, n]:
-        said[0] += f" N {forest.visits[b, n]} Q {forest.value_sum[b, n] / forest.visits[b, n]:+.2f}"
-        said[0] += f" P {forest.prior[b, n]:.2f}" if n else ""
-    if forest.terminal[b, n]:
-        said += [s for s in [{1: "RIGHT", 0: "wrong", -1: ""}[int(forest.right[b, n])]] if s]
-        said += ["(cut at the length limit)"] * (ENDS[forest.end[b, n]] == "length")
-    elif right_below:
-        said.append(f"{right_below} right below")
-    said += ["<- chosen"] * (n in chosen)
-    return "  ".join(said) + "   <== FIRST PIT: no branch from here was right" * (n in pits)
+# --------------------------------------------------------------------------------------------------
+# 6. Drawing, and the program
+# --------------------------------------------------------------------------------------------------
+LEGEND = "x = samples that took the step, N = visits of the search, Q = their mean return"
+PRIOR_LEGEND = ", P = how likely the policy is to take it"
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Trees</title><style>
+:root { color-scheme: light dark }  body { font: 16px sans-serif }  .chosen { font-weight: bold }
+summary { border-left: 4px solid #8886; overflow-wrap: anywhere }  details { margin: 0 0 0 .6em }
+.right { border-color: #2a9d4a }  .wrong { border-color: #d9534f }</style>
+<meta name="viewport" content="width=device-width, initial-scale=1">"""
 
 
-def printable(text: str) -> str:
-    """A line for the terminal: a model may write anything, escape sequences that move the cursor included."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+def _notes(node: Node, chosen, pits, prior: bool) -> str:
+    """What stands beside a step: "x3  N 12 Q +0.50  RIGHT  <- chosen"."""
+    said = f"x{node.count}" if node.parent else ""      # a root is not sampled
+    said += f"  N {node.visits} Q {node.q:+.2f}" * (node.visits > 0)
+    said += f"  P {node.prior:.2f}" if prior and node.parent else ""
+    said += {True: "  RIGHT", False: "  wrong", None: ""}[node.right]
+    said += "  (cut at the length limit)" * (node.end == "length")
+    return said + "  <- chosen" * (node in chosen) + "  <== FIRST PIT" * (node in pits)
 
 
-def draw(forest: Forest, b: int, tokenizer: Tokenizer, pits=(), stop_ids=(), width: int = 76, limit: int = 40,
-         chosen=()) -> str:
-    """The tree as text: one step a line with its `note`. Branches are ordered by simulations, then samples; at most
-    about `limit` lines: whole paths to the chosen end, the pits, the most sampled leaves, then to other nodes."""
-    right, lines, shown = forest.below(b), [], {0, *chosen}
-    order = lambda n: (-forest.visits[b, n], -forest.count[b, n], n)
-    ends = set(forest.leaves(b))
-    for n in sorted(range(int(forest.size[b])), key=lambda n: (n not in pits, n not in ends, *order(n))):
+def draw(tree: Tree, text, chosen=(), pits=(), limit: int = 40, prior: bool = False) -> str:
+    """The tree for a terminal, with a legend; text(node) -> str. Shown are the `limit` nodes that
+    matter most: chosen, pits, often visited, often sampled. prior: show P, which only PUCT uses."""
+    weight = lambda node: (node in chosen, node in pits, node.visits, node.count, -node.index)
+    shown, lines = set(), []
+    for node in sorted(tree.nodes, key=weight, reverse=True):
         if len(shown) < limit:
-            shown.update(forest.path(b, n))
-    for p in pits:
-        shown.update(forest.path(b, p))
-    todo = [(0, "", "")]                                                # not recursive: a path may have 1,000 steps
+            shown.update(node.path())
+    todo = [(tree.root, "", "")]                        # no recursion: a path may have 1,000 steps
     while todo:
-        n, stem, joint = todo.pop()
-        text = printable(stem + joint + step_text(forest, b, n, tokenizer, stop_ids))
-        text = text[:width - 1] + "~" if len(text) > width else text
-        lines.append(f"{text:<{width // 2}}  {note(forest, b, n, right[n], pits, chosen)}")
-        kids = sorted((c for c in forest.children[b][n] if c in shown), key=order)
+        node, stem, joint = todo.pop()
+        said = "".join(c if c.isprintable() else " " for c in text(node))   # no codes for terminals
+        lines.append(f"{(stem + joint + said)[:56]:<56}  {_notes(node, chosen, pits, prior)}")
         stem += {"": "", "+- ": "|  ", "`- ": "   "}[joint]
-        todo += [(c, stem, "`- " if c == kids[-1] else "+- ") for c in kids][::-1]
-    hidden = int(forest.size[b]) - len(shown)
-    return "\n".join(lines + [f"... and {hidden} more nodes"] * (hidden > 0))
+        below = sorted(shown.intersection(node.children), key=weight)       # drawn last comes first
+        todo += [(child, stem, "+- " if i else "`- ") for i, child in enumerate(below)]
+    if hidden := len(tree.nodes) - len(shown):
+        lines.append(f"... and {hidden} more steps")
+    return "\n".join([*lines, LEGEND + PRIOR_LEGEND * prior])
 
 
-PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>$title</title>
-<style>
-  :root { color-scheme: light dark } body { font: 14px/1.5 system-ui, sans-serif; margin: 2em }
-  .step { font-family: ui-monospace, monospace; white-space: pre; padding: 0 .4em; border-radius: 4px }
-  details, .end { margin-left: 1.6em; border-left: 1px solid #8884; padding-left: .3em }
-  details.root { margin-left: 0; border: 0 } .end { padding-left: 1.4em } summary { cursor: pointer }
-  small { color: #888; margin-left: .6em } .chosen > summary .step, .chosen > .step { font-weight: 700 }
-  .mark { border: 1px solid #8888; border-radius: 4px; padding: 0 .3em; margin-left: .4em; font-size: 12px }
-  .RIGHT { color: #06c } .wrong, .pit { color: #c50 } button { margin-right: .5em }
-</style>
-<h1>$title</h1>
-<p><button onclick="fold(() => true)">unfold all</button>
-<button onclick="fold(d => d.matches('.root'))">fold all</button>
-<button onclick="fold(d => d.matches('.chosen'))">chosen path</button>
-<span class="step" style="background: rgba(230, 110, 0, .6)">Q -1</span>
-<span class="step" style="background: rgba(0, 110, 230, .6)">Q +1</span>
-N simulations, Q mean return, P prior, x samples; bold: the path the search chose; +1 / -1: sides of preference pair 1.
-Hover over a step for the whole path.</p>
-$tree
-<script>
-  const fold = open => document.querySelectorAll('details').forEach(d => d.open = open(d));
-</script>
-</html>
-""")
-
-
-def page(forest: Forest, b: int, tokenizer: Tokenizer, title: str, pits=(), pairs=(), stop_ids=(), chosen=()) -> str:
-    """The tree as one HTML file that needs nothing else: a branch folds at a click, the colour is Q (blue good, orange
-    bad; and written out), hovering shows the whole path. pairs: [(chosen nodes, rejected nodes)]. Folded at first:
-    what lies off the chosen path, when the tree is large. All text is escaped: a model may write anything."""
-    right, out, todo = forest.below(b), [], [0]
-    sides = [(n, f"{sign}{i}") for i, pair in enumerate(pairs, 1) for sign, side in zip("+-", pair) for n in side]
-    while todo:                                         # not recursive: a path may have 1,000 steps
-        n = todo.pop()
-        if n < 0:
+def page(trees: list, text, chosen=(), pits=(), prior: bool = False) -> str:
+    """Trees as one HTML file that loads nothing; branches fold. chosen, pits: nodes of any tree."""
+    weight = lambda node: (node in chosen, node.visits, node.count, -node.index)
+    out = [f"{PAGE}<p>{LEGEND + PRIOR_LEGEND * prior}</p>"]
+    todo = [tree.root for tree in reversed(trees)]
+    while todo:
+        node = todo.pop()
+        if node is None:
             out.append("</details>")
             continue
-        said = note(forest, b, n, right[n]).split("  ")
-        marks = said[1:] + [mark for m, mark in sides if m == n] + ["first pit"] * (n in pits)
-        q = forest.value_sum[b, n] / max(1, forest.visits[b, n])
-        colour = f"rgba({'0, 110, 230' if q > 0 else '230, 110, 0'}, {min(1, abs(q)) * .6:.2f})"
-        whole = forest.text(b, n, tokenizer, stop_ids) if n else ""
-        text = escape(step_text(forest, b, n, tokenizer, stop_ids))
-        line = (f'<span class="step" style="background: {colour}" title="{escape(whole)}">{text}</span>'
-                f"<small>{escape(said[0])}</small>" + "".join(
-                    f'<span class="mark {escape(m.split()[-1])}">{escape(m)}</span>' for m in marks))
-        kind = "root" * (n == 0) + " chosen" * (n in chosen)
-        kids = sorted(forest.children[b][n], key=lambda k: (-forest.visits[b, k], -forest.count[b, k], k))
-        if kids:
-            shown = " open" if n == 0 or n in chosen or forest.size[b] <= 200 else ""
-            out.append(f'<details class="{kind}"{shown}><summary>{line}</summary>')
-            todo += [-1] + kids[::-1]
-        else:
-            out.append(f'<div class="end {kind}">{line}</div>')
-    return PAGE.substitute(title=escape(title), tree="\n".join(out))
+        kind = "chosen " * (node in chosen) + {True: "right", False: "wrong", None: ""}[node.right]
+        step = f"{escape(text(node))} <small>{escape(_notes(node, chosen, pits, prior))}</small>"
+        out.append(f"<details open><summary class='{kind}'>{step}</summary>")
+        todo += [None, *sorted(node.children, key=weight)]          # None: the branch is closed
+    return "\n".join(out)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 6 · Program: show a saved tree, or search a toy game
-# ----------------------------------------------------------------------------------------------------------
-def toy() -> None:
-    """From 1, four moves out of +1, +3, *2: who ends on 10 wins (1), else loses (-1). A random player wins 5 games
-    of 81; the search sees only the ends of its own simulations."""
-    tokenizer, forest, moves = Tokenizer.bytes_only(), Forest(1), ("+1", "+3", "*2")
-    forest.add(0, -1, tokenizer.encode("1\n"))
-
-    def number(b, n):
-        """The number a node stands for: what its line ends in."""
-        return int(tokenizer.decode(forest.ids[b][n]).split("=")[-1])
-
-    def propose(forest, b, n, count):
-        """All three moves, equally likely; the fourth ends the game."""
-        x, why = number(b, n), "answer" if forest.depth[b, n] == 3 else "step"
-        lines = [f"{x}{m}={x * 2 if m == '*2' else x + int(m)}\n" for m in moves]
-        return [Continuation(np.array(ids), np.full(len(ids), math.log(1 / 3) / len(ids)), np.array([]), why)
-                for ids in map(tokenizer.encode, lines)]
-
-    def evaluate(forest, ends):
-        """1 for 10, -1 for any other number."""
-        return [1.0 if number(b, n) == 10 else -1.0 for b, n in ends]
+def toy(rule) -> None:
+    """From 1, four moves: who ends on 10 wins (5 games of 81: a random player has Q -0.88)."""
+    tree, moves, waiting = Tree("reach 10", 0, [1]), ("+1=", "+3=", "*2="), []
+    text = lambda node: moves[node.ids[0]] + str(node.ids[1]) if node.parent else "1"
+    def ask(node, k):
+        """In place of a model: all three moves at once, equally likely."""
+        x, end = int(node.ids[-1]), "answer" if len(node.path()) == 4 else ""
+        for move, result in enumerate((x + 1, x + 3, x * 2)):
+            tree.add(node, [move, result], [-1.3, -1.3], NOTHING, end)
+        node.drawn += k
+        waiting.append(node)
+    done = lambda: [waiting.pop() for _ in waiting[:]]              # all nodes that asked
+    game = SimpleNamespace(ask=ask, answers=done, open=waiting)
+    returns = lambda ends: [1.0 if end.ids[-1] == 10 else -1.0 for end in ends]
     for simulations in (4, 12, 48):
-        path, = search(forest, Direct(forest, propose), evaluate, simulations, c=1.5, to_terminal=True,
-                       prior=count_prior)
-        print(f"after {forest.visits[0, 0]} simulations (a random player: {5 / 81 * 2 - 1:+.2f}, the best one: +1)")
-        print(draw(forest, 0, tokenizer, chosen=path, width=48, limit=12), "\n")
+        search([tree], game, returns, until(simulations), rule, fixed_width(3, 3, every=0))
+        best = best_path(tree)
+        print(f"{simulations:2} simulations: Q {tree.root.q:+.2f}  {' '.join(map(text, best))}")
+    print("\n" + draw(tree, text, chosen=best, limit=12, prior=rule is puct))
+    visits = " + ".join(str(child.visits) for child in tree.root.children)
+    print(f"The visits of the children add up: {visits} = N {tree.root.visits}")
+
+
+def show(flags) -> None:
+    """Draw a tree of a file that loop.py wrote, or write it as a page."""
+    with about(flags.show):
+        lines = Path(flags.show).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        need(0 <= flags.question < len(lines), f"--question must be from 0 to {len(lines) - 1}")
+        saved = read_json(f"line {flags.question + 1}", lines[flags.question].encode())
+        tree, texts = from_json(saved, saved.get("text")), model.field(saved, "step_texts", list)
+        need(len(texts) == len(tree.nodes), "key 'step_texts' must hold one text a node")
+        marks = [{tree.nodes[i] for i in _numbers(saved, name, int, 0, len(texts) - 1, [])}
+                 for name in ("chosen", "pits")]
+    text, prior = lambda node: str(texts[node.index]), flags.rule == "puct"
+    print(draw(tree, text, *marks, prior=prior))
+    if flags.html:
+        write_text(flags.html, page([tree], text, *marks, prior))
 
 
 def main(arguments: list) -> int:
-    """Draw a tree that a run has saved, in the terminal or as an HTML page; without --show search the toy game."""
-    parser = argparse.ArgumentParser(prog="mcts.py", description="Show a saved tree.", allow_abbrev=False)
-    for name, default, text in (("show", "", "trees_KK.jsonl of a run"), ("question", 0, "line of the file, from 0"),
-                                ("html", "", "write a page to this file"), ("limit", 40, "lines to draw")):
-        parser.add_argument("--" + name, type=type(default), default=default, help=f"{text} (default {default!r})")
-    a = parser.parse_args(arguments)
-    if not a.show:
-        toy()
-        return 0
+    """Exit code 0; 2 for bad input, with one sentence."""
+    model.start_console()
+    parser = argparse.ArgumentParser(description="Search a toy game, or show a saved tree.")
+    parser.add_argument("--show", metavar="FILE", help="a file of trees that loop.py wrote")
+    parser.add_argument("--question", type=int, default=0, help="which tree of it, from 0")
+    parser.add_argument("--html", metavar="FILE", help="write the tree to this page")
+    parser.add_argument("--rule", choices=RULES, default="uct", help="(--show draws P for puct)")
+    flags = parser.parse_args(arguments)
     try:
-        show(Path(a.show), a.question, a.html, a.limit)
+        show(flags) if flags.show else toy(RULES[flags.rule])
         return 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def show(file: Path, question: int, html: str, limit: int) -> None:
-    """Tree number `question` of a run's trees file; its tokenizer is that of the run's base, round_0."""
-    with about(file):
-        lines = file.read_text(encoding="utf-8").splitlines()
-        need(0 <= question < len(lines), f"has questions 0 to {len(lines) - 1}, no {question}: change --question")
-        row = json.loads(lines[question])
-        need(isinstance(row, dict) and {"tree", "question"} <= row.keys(), f"line {question + 1} is no saved tree")
-    folder = file.parent / "round_0"
-    tokenizer, forest = Tokenizer.from_pretrained(folder), Forest.from_json([row["tree"]])
-    stop_ids = GPTConfig.from_json(read_json(folder / "config.json")).raw.get("eos_token_id")
-    stop_ids = {*tokenizer.eos_ids, *(stop_ids if isinstance(stop_ids, list) else [stop_ids])}
-    pits, path = {p["node"] for p in row.get("pits", []) if p["node"]}, row.get("path", [])
-    if html:
-        made = file.with_name(file.name.replace("trees", "pairs"))
-        lines = made.read_text(encoding="utf-8").splitlines() if made.exists() else []
-        pairs = [(p["chosen_nodes"], p["rejected_nodes"]) for p in map(json.loads, lines) if p["tree"] == question]
-        title = f"{row['question']}  (answer {row.get('answer')})"
-        write_text(html, page(forest, 0, tokenizer, title, pits, pairs, stop_ids, path))
-        print(f"written: {html}")
-    else:
-        print(draw(forest, 0, tokenizer, pits, stop_ids, limit=limit, chosen=path))
 
 
 if __name__ == "__main__":

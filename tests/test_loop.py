@@ -1,608 +1,559 @@
-"""The loop: homework's truth, recipes, statistics, resume after kill -9, refusals, and every program at smoke size."""
+"""The loop: whole runs, stopped and resumed runs, laws between the files of a run, refusals.
+
+Runs work on a toy task. A solution is a few lines "+", "-" or "*" and a last line "=0" or "=1"; it
+is right if it has no "*" and ends in 0. The toy policy is a Markov chain over bytes, written by
+hand into the weights of a one-layer GPT: right and wrong samples exist without any training."""
 import ast
 import contextlib
-import importlib
 import io
 import json
+import math
 import os
 import random
 import re
-import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
-import dpo
+import critic as judging
 import loop
-from critic import Countdown, Homework, Question, calculate, parse, value
-from loop import Config
-from mcts import Forest
-from model import Sampler, read_safetensors
+from mcts import NOTHING, Tree
+from model import GPT, BadInput, GPTConfig, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOKE = ["--preset", "smoke", "--recipe", "self_explore"]
+# a byte of the key is followed by a random one of the value; "$" stands for the end of the text
+CHAIN = {"?": "++-*", "+": "\n", "-": "\n", "*": "\n", "\n": "+-*===", "=": "0001", "0": "$",
+         "1": "$", ":": "+-*="}
+SMALL = dict(preset="smoke", threads=1, task="coins", rounds=2, questions=8, samples=4, budget=60,
+             steps=4, batch=4, eval_questions=8, base_steps=2, max_tokens=16)
 
 
-def program(*arguments, cwd, timeout=120):
-    """Run one of the five files as a user does; returns the finished process."""
-    environment = {**os.environ, "PYTHONPATH": "", "GOMP_SPINCOUNT": "2000"}
-    return subprocess.run([sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])], cwd=cwd,
-                          timeout=timeout, capture_output=True, text=True, env=environment)
+class Coins(loop.BuiltIn):
+    """The toy task. To ask whether a solution of a made-up question is right is an error."""
+    draw = lambda self, rng: loop.Question(str(rng.randrange(10_000)), "0")
+    vary = lambda self, text, rng: str((int(text) + rng.randint(1, 9)) % 10_000)
+    solve = lambda self, question, rng: rng.choice("+-*") + "\n=" + rng.choice("01")
+    answer = lambda self, text: text.rpartition("=")[2] or None
+
+    def reward(self, question, text, cut=False):
+        assert question.answer != "", "nobody knows the answer of a made-up question"
+        return not cut and "*" not in text and text.endswith("=0")
 
 
-def inside(file, *arguments, cwd):
-    """The same in this process, without two seconds of imports; returns what `program` does."""
-    here, out, err = os.getcwd(), io.StringIO(), io.StringIO()
-    os.chdir(cwd)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main = importlib.import_module(file.removesuffix(".py")).main
-            code = main() if file in ("critic.py", "dpo.py") else main([*map(str, arguments)])
-    finally:
-        os.chdir(here)
-    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), err.getvalue())
+loop.TASKS["coins"] = Coins
+loop.flags = cache(loop.flags)          # it parses the source of loop.py: a fifth of a second
 
 
-# -- homework ---------------------------------------------------------------------------------------------
-def test_value_by_precedence():
-    """`value` equals Python's own evaluation on 3,000 random expressions, and is None iff a partial result leaves
-    0..99 (checked by an independent walk)."""
-    rng = random.Random(0)
-    for _ in range(3000):
-        x = [rng.randint(1, 30)]
-        for _ in range(rng.randint(1, 5)):
-            x += [rng.choice("+-*"), rng.randint(1, 9)]
-        exact = 0
-        for sign, term in re.findall(r"([+-]?)([^+-]+)", "".join(map(str, x))):
-            product = int(np.prod([int(f) for f in term.split("*")]))
-            exact += -product if sign == "-" else product
-        assert value(x, bounded=False) == exact
-        y, inside = list(x), True
-        while len(y) > 1:
-            i = y.index("*") if "*" in y else 1
-            y[i - 1:i + 2] = [calculate(*y[i - 1:i + 2])]
-            inside &= 0 <= y[i - 1] <= 99
-        assert (value(x) is None) == (not inside)
+def write_chain(folder):
+    """The toy policy as a model folder. The norm makes a one-hot of 32 numbers sqrt(32) large."""
+    tokenizer = Tokenizer.bytes_only()
+    model = GPT(GPTConfig.tiny(tokenizer.n_ids, 32, 1)).initialise(0)
+    weights = model.state_dict()                            # shares its memory with the model
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    for name in weights:
+        if "o_proj" in name or "down_proj" in name:
+            weights[name].zero_()
+    embedding.zero_()
+    head.fill_(-20 / math.sqrt(32))
+    for place, (byte, followers) in enumerate(CHAIN.items()):
+        embedding[ord(byte), place] = 1
+        for follower in followers:
+            chance = followers.count(follower) / len(followers)
+            row = tokenizer.n_ids - 1 if follower == "$" else ord(follower)
+            head[row, place] = math.log(chance) / math.sqrt(32)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
 
 
-def test_homework_split_and_streams():
-    """Held-out questions never occur in a training stream; a round's questions depend on seed and round alone."""
-    task = Homework(Config(questions=200, eval_questions=300))
-    held = {q.text for q in task.eval_questions()}
-    trained = {q.text for q in task.train_questions(1)} | {q.text for q in task.train_questions(2)}
-    stream = task.stream(5, held_out=False)
-    trained |= {next(stream).text for _ in range(2000)}
-    assert len(held) == 300 and not held & trained
-    again = Homework(Config(questions=200, recipe="rft"))
-    assert [q.text for q in again.train_questions(1)] == [q.text for q in task.train_questions(1)]
-    assert [q.text for q in again.train_questions(2)] != [q.text for q in task.train_questions(1)]
-    assert all(str(value(parse(q.text))) == q.answer for q in task.train_questions(1))
+def go(*arguments, **settings):
+    """loop.main in this process: (exit code, what it printed, what it said on stderr)."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = loop.main([*map(str, arguments), *flags])
+    return code, out.getvalue(), err.getvalue()
 
 
-def test_truth_of_students():
-    """`first_false_step` is None exactly for students who never ruin the value; for the careless it is the first
-    line after which precedence no longer gives the answer. 500 students of each kind."""
-    careful, careless = Homework(Config(careless=0.0)), Homework(Config(careless=1.0))
-    rng, stream = random.Random(3), careful.stream(11, False)
-    ruined = 0
-    for _ in range(500):
-        q = next(stream)
-        assert careful.first_false_step(q, careful.solve(q, rng)) is None
-        text = careless.solve(q, rng)
-        found = careless.first_false_step(q, text)
-        rests = [parse(line.split(" : ")[1]) for line in text.split("\n")[:-1]]
-        wrong = [i for i, rest in enumerate(rests) if value(rest, bounded=False) != int(q.answer)]
-        assert found == (wrong[0] if wrong else None)
-        ruined += bool(wrong)
-    assert 100 < ruined < 500
+def small(home, **settings):
+    """The settings of a small run of the toy policy."""
+    return SMALL | dict(model=str(home / "m")) | settings
 
 
-@pytest.mark.parametrize("text, step", [
-    ("1*4=4 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n#### 9", None),
-    ("7+1=8 : 8*4-2\n8*4=32 : 32-2\n32-2=30 : 30\n#### 30", 0),
-    ("1*4=5 : 7+5-2\n7+5=12 : 12-2\n12-2=10 : 10\n#### 10", 0),            # arithmetic
-    ("1*4=4 : 7+4-3\n7+4=11 : 11-3\n11-3=8 : 8\n#### 8", 0),               # copying
-    ("1*4=4 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n#### 8", 3),               # answer line
-    ("1*4=4 : 7+4-2\n7+4=12 : 12-2\n12-2=10 : 10\n#### 10", 1),
-    ("1*4=4 : 7+4-2\nrubbish", 1), ("", 0), ("1*4=4 : 7+4-2\n#### 9", 1)])
-def test_truth_table(text, step):
-    """First false lines of hand-made solutions of 7+1*4-2 = 9."""
-    assert Homework(Config()).first_false_step(Question("7+1*4-2", "9", 3), text) == step
+def trees(folder, name):
+    """The trees of one stage, as they stand in its files."""
+    return [tree for file in sorted(folder.glob(f"{name}/*")) for tree in loop.read_lines(file)]
 
 
-# -- statistics and pairs ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("traps, careless", [(1, 0.85), (2, 0.8)])
-def test_traps(traps, careless):
-    """A student who always does the leftmost operation gets every question with traps wrong without leaving 0..99,
-    worked out by Python itself; the corpus is right about as often as (1 - careless)^traps: .15 and .04, and a little
-    luck."""
-    task, rng = Homework(Config(traps=traps, careless=careless, questions=400)), random.Random(1)
-    questions, right = task.train_questions(1), 0
-    for q in questions:
-        left = 0
-        for sign, digit in re.findall(r"([-+*]?)([0-9])", q.text):
-            left = left * int(digit) if sign == "*" else left + int(sign + digit)
-            assert 0 <= left <= 99
-        products = [int(np.prod([int(x) for x in part.split("*")])) for part in re.split("[-+]", q.text)]
-        signs = [1, *(1 if sign == "+" else -1 for sign in re.findall("[-+]", q.text))]
-        assert left != np.dot(signs, products) == int(q.answer) and q.text.count("*") >= traps
-        right += sum(task.reward(q.text, task.solve(q, rng), q.answer) for _ in range(5))
-    assert (1 - careless) ** traps - 0.01 < right / 2000 < (1 - careless) ** traps + 0.08
+def contents(folder):
+    """What must be equal in two runs: the bytes of each file, without times and settings."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.name in ("log.jsonl", "training.json"):
+            found[name] = [{key: value for key, value in row.items() if "seconds" not in key}
+                           for row in loop.read_lines(path)]
+        elif path.is_file() and name != "settings.json":
+            found[name] = path.read_bytes()
+    return found
 
 
-def test_wilson_and_mcnemar():
-    """Known values: Wilson 95% of 81/263 (Newcombe 1998: .2553 - .3662); exact McNemar as two-sided binomial."""
-    assert np.allclose(loop.wilson(81, 263), (0.2553, 0.3662), atol=5e-5)
-    assert loop.wilson(0, 10)[0] == pytest.approx(0.0, abs=1e-12) and loop.wilson(10, 10)[1] == pytest.approx(1.0)
-    ours, theirs = [1] * 9 + [0] * 1 + [1] * 50, [0] * 9 + [1] * 1 + [1] * 50
-    assert loop.mcnemar(ours, theirs) == pytest.approx(2 * (1 + 10) / 2 ** 10)
-    assert loop.mcnemar(theirs, ours) == loop.mcnemar(ours, theirs) and loop.mcnemar(ours, ours) == 1.0
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with the toy policy in m/."""
+    folder = tmp_path_factory.mktemp("home")
+    write_chain(folder / "m")
+    return folder
 
 
-def test_edit_distance():
-    """Equals the textbook recursion on 300 random pairs."""
-    def slow(a, b):
-        table = [[max(i, j) if not i or not j else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
-        for i in range(1, len(a) + 1):
-            for j in range(1, len(b) + 1):
-                table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1,
-                                  table[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
-        return table[-1][-1]
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        a, b = rng.integers(0, 4, rng.integers(0, 12)), rng.integers(0, 4, rng.integers(0, 12))
-        assert loop.edit_distance(a, b) == slow(a.tolist(), b.tolist())
+@pytest.fixture(scope="session")
+def run_of(home):
+    """A function: recipe -> folder of its finished run of two rounds. Each runs once, and writes
+    nothing to stderr: there is no progress bar where stderr is no terminal."""
+    @cache
+    def run(recipe):
+        folder = home / "runs" / recipe
+        code, _, err = go(**small(home, recipe=recipe, out=folder))
+        assert (code, err) == (0, "")
+        return folder
+    return run
 
 
-def hand_forest():
-    """q -> a -> (b -> right, c -> wrong), q -> d -> wrong; a second, longer right end below a."""
-    f = Forest(1)
-    f.add(0, -1, [1, 2])
-    a, d = f.add(0, 0, [3, 9]), f.add(0, 0, [4, 9])
-    b, c = f.add(0, a, [5, 9]), f.add(0, a, [6, 9])
-    good, bad = f.add(0, b, [7], end="eos"), f.add(0, c, [8], end="eos")
-    worse, long_ = f.add(0, d, [8, 8], end="eos"), f.add(0, b, [7, 7, 7], end="eos")
-    for n, right in ((good, 1), (bad, 0), (worse, 0), (long_, 1)):
-        f.right[0, n] = right
-    return f, a, b, c, d, good, bad, worse, long_
+# -- whole runs ------------------------------------------------------------------------------------
+def test_a_run_leaves_what_it_says(run_of):
+    """Log keys, evaluations, model folders that open, and pairs that are text of the trees."""
+    folder = run_of("self_explore")
+    keys = "recipe round seed accuracy accuracy_low accuracy_high questions sampled_tokens seconds"
+    log, pairs = loop.read_lines(folder / "log.jsonl"), 0
+    assert [row["round"] for row in log] == [0, 1, 2]
+    for r, row in enumerate(log):
+        solved = loop.read_lines(folder / f"eval_{r}.jsonl")
+        assert set(keys.split()) <= row.keys() and len(solved) == row["questions"] == 8
+        assert statistics.mean(one["right"] for one in solved) == row["accuracy"]
+        tokenizer = Tokenizer.from_pretrained(folder / f"round_{r}")
+        assert GPT.from_pretrained(folder / f"round_{r}").config.vocab_size == tokenizer.n_ids
+        texts = set()
+        for record in trees(folder, f"trees_{r}"):
+            steps = [record["text"] + "?", *record["step_texts"][1:]]
+            for node in loop.from_record(record).nodes:
+                texts.add("".join(steps[one.index] for one in node.path()))
+        for pair in loop.read_lines(folder / f"pairs_{r}.jsonl") if r else []:
+            assert pair.keys() == {"prompt", "chosen", "rejected"} and "" not in pair.values()
+            assert {pair["prompt"] + pair[side] for side in ("chosen", "rejected")} <= texts
+            pairs += 1
+    assert pairs == log[1]["pairs"] + log[2]["pairs"] > 4
 
 
-def test_pit_and_outcome_pairs():
-    """Pit pairs: rejected = the pit step alone, chosen = the shortest right completion of the same prefix with its
-    end; sides are siblings. Outcome pairs begin where the solutions part."""
-    f, a, b, c, d, good, bad, worse, long_ = hand_forest()
-    inner, first = loop.pit_pairs(f, 0, [{"node": c}, {"node": d}, {"node": d}, {"node": None}], 0.1)[::-1]
-    assert (inner.chosen, inner.rejected, inner.smoothing) == ([b, good], [c], 0.1) or \
-        (first.chosen, first.rejected) == ([b, good], [c])
-    by_pit = {p.rejected[0]: p for p in (inner, first)}
-    assert by_pit[c].chosen == [b, good] and by_pit[d].chosen == [a, b, good]
-    for p in loop.outcome_pairs(f, 0):
-        assert f.parent[0, p.chosen[0]] == f.parent[0, p.rejected[0]] and p.chosen[0] != p.rejected[0]
-        assert p.chosen[-1] in (good, long_) and p.rejected[-1] in (bad, worse)
-    assert len(loop.outcome_pairs(f, 0)) == 2
+def test_the_lab_lists_the_files(run_of):
+    """The names in Lab's docstring are those in the folders of the seven recipes."""
+    stem = lambda name: re.sub(r"_\d+", "", name.partition(".")[0])
+    listed = {stem(name) for name in re.findall(r"[a-z]+_1|settings|log|rft", loop.Lab.__doc__)}
+    found = {stem(path.name) for recipe in loop.RECIPES for path in run_of(recipe).iterdir()}
+    assert found <= listed and listed - found <= {"more", "searched"}
 
 
-def test_sibling_pairs():
-    """The pairs of a tree by hand: best against worst visited child, gap and least visits honoured, smoothing
-    N_l / (N_w + N_l), none at .5 and beyond, along the path or at every node."""
-    f, a, b, c, d, good, bad, worse, long_ = hand_forest()
-    for n, visits, q in ((0, 10, .2), (a, 7, .5), (d, 3, -1), (b, 5, 1), (c, 2, -.75), (good, 4, 1), (long_, 1, 1),
-                         (bad, 2, -.75),
-                         (worse, 3, -1)):
-        f.visits[0, n], f.value_sum[0, n] = visits, visits * q
-    made = lambda **k: [(p.chosen, p.rejected, p.smoothing) for p in
-                        loop.sibling_pairs(Config(**{"gap": 0.25} | k), f, 0, [0, d, worse])]
-    assert made() == [([a], [d], .3), ([b], [c], 2 / 7)]
-    assert made(pair_nodes="path") == [([a], [d], .3)]
-    assert made(gap=1.6) == [([b], [c], 2 / 7)] and made(min_visits=3) == [([a], [d], .3)]
-    f.visits[0, c] = 5
-    f.value_sum[0, c] = -5
-    assert made() == [([a], [d], .3)]                                   # smoothing .5: no direction
+@pytest.mark.parametrize("recipe", loop.RECIPES)
+def test_recipes_keep_to_the_budget(recipe, run_of):
+    """The log's tokens are those of the trees, and within 1.1 budgets; the weights move."""
+    folder = run_of(recipe)
+    for row in loop.read_lines(folder / "log.jsonl")[1:]:
+        r, tokens = row["round"], 0
+        for kind in ("first", "trees", "more", "imagined", "searched"):
+            tokens += sum(tree["tokens"] for tree in trees(folder, f"{kind}_{r}"))
+        assert row["sampled_tokens"] == tokens <= 1.1 * 60 * 8
+        assert (tokens > 0.5 * 60 * 8) == (recipe != "sft")
+        assert 0 < row["steps"] + row.get("rft_steps", 0) <= 4
+        old, new = (folder / f"round_{i}" / "model.safetensors" for i in (r - 1, r))
+        assert old.read_bytes() != new.read_bytes()
 
 
-def test_countdown():
-    """Rewards against a replay written again, solvability by brute force: 300 random plays and 300 damaged ones; a bare
-    answer earns nothing; held-out questions are not trained on in any order of their numbers."""
-    task, rng = Countdown(Config(task="countdown", questions=300, eval_questions=200)), random.Random(2)
+def test_explorer_and_reference_are_the_rft_model(home, tmp_path, monkeypatch):
+    """Log-probs in trees_1 are those of rft/, not of round_0, and so are the reference's. The RFT
+    samples and the labelled trees share one budget."""
+    gaps, store = dict(reference=[], rft=[], round_0=[]), loop.store_reference
 
-    def legal(numbers, target, text):
-        """Replay a solution with a multiset."""
-        pool, lines = sorted(numbers), text.split("\n")
-        for line in lines[:-1]:
-            m = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+) : (\d+(?: \d+)*)", line)
-            if not m or not 0 <= calculate(int(m[1]), m[2], int(m[3])) == int(m[4]) <= 99:
-                return False
-            for used in (int(m[1]), int(m[3])):
-                if used not in pool:
-                    return False
-                pool.remove(used)
-            pool = sorted(pool + [int(m[4])])
-            if pool != sorted(map(int, m[5].split())):
-                return False
-        return lines[-1] == f"#### {target}" and pool == [target]
-
-    def reaches(numbers, target):
-        """Brute force: can the target still be made?"""
-        return numbers == (target,) or any(reaches(left, target) for left in {
-            tuple(sorted(left)) for _, left in task.moves(numbers)})
-    solved = 0
-    for i in range(600):
-        q = task.draw(rng)
-        text = task.solve(q, rng)
-        if i % 2:
-            k = rng.randrange(len(text))
-            text = text[:k] + rng.choice("0123456789 +") + text[k + 1:]
-        want = legal(task.numbers(q.text), int(q.answer), text)
-        # one spelling of what is left is asked for: so a reward is a legal solution, and an untouched one is both
-        assert task.reward(q.text, text, q.answer) <= want and (i % 2 or task.reward(q.text, text, q.answer) == want)
-        solved += want
-        assert reaches(task.numbers(q.text), int(q.answer))        # every question can be solved
-    assert 5 < solved < 200
-    q = Question("10 12 9 -> 7", "7", 2)
-    assert task.reward(q.text, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7", "7") and not task.reward(q.text, "#### 7", "7")
-    assert not reaches((9, 22), 7) and reaches((2, 9), 7)
-    held = {task.key(q) for q in task.eval_questions()}
-    assert len(held) > 100 and not held & {task.key(q) for q in task.train_questions(1)}
+    def checked(model, rows, *more):
+        store(model, rows, *more)
+        for pair in (pair for row in rows for pair in row.pairs):
+            for side, said in ((pair.chosen, pair.ref_chosen), (pair.rejected, pair.ref_rejected)):
+                recorded = sum(float(node.logps.sum()) for node in side)
+                gaps["reference"].append(abs(float(said) - recorded))
+    monkeypatch.setattr(loop, "store_reference", checked)
+    settings = small(home, recipe="self_explore", rounds=1, sft_lr=0.05, out=tmp_path)
+    assert go(**settings)[0] == 0
+    for name in ("rft", "round_0"):
+        model = GPT.from_pretrained(tmp_path / name)
+        model.bind(Tokenizer.from_pretrained(tmp_path / name))
+        for tree in map(loop.from_record, trees(tmp_path, "trees_1")):
+            for end in tree.ends():
+                ids = torch.tensor([[*tree.root.ids, *end.solution()]])
+                with torch.no_grad():
+                    logps = model.token_logits(model(ids)).log_softmax(-1)
+                said = logps[0, :-1].gather(-1, ids[0, 1:, None])[len(tree.root.ids) - 1:, 0]
+                gap = said - torch.tensor(end.solution("logps"))
+                gaps[name].append(float(gap.abs().max()))
+    assert len(gaps["reference"]) > 4 and max(gaps["reference"] + gaps["rft"]) < 1e-3
+    assert max(gaps["round_0"]) > 0.1
+    spent = [tree["tokens"] for name in ("first_1", "trees_1") for tree in trees(tmp_path, name)]
+    assert len(spent) == 2 * 8 and sum(spent) <= 1.1 * 60 * 8
 
 
-def test_too_few_questions(tmp_path):
-    """A task that has not so many different questions says so instead of searching for ever."""
-    with pytest.raises(loop.BadInput, match="different questions"):
-        Countdown(Config(task="countdown", numbers=2, eval_questions=5000)).eval_questions()
-    refused("different questions", "loop.py", *SMOKE, "--task", "countdown", "--numbers", 2, "--eval-questions",
-            5000, cwd=tmp_path)
-    assert not [*tmp_path.glob("runs/base_*")]                          # said before any training
+def test_what_is_said(home, tmp_path):
+    """A line tells if one sample of each question costs more than the budget, and another one how
+    many updates DPO makes, since with --epochs 1 no tree is used twice."""
+    settings = dict(recipe="outcome_dpo", rounds=1, steps=20, epochs=1, out=tmp_path / "a")
+    assert go(**small(home, **settings))[1].count("of 20 updates") == 1
+    mixed = [tree for tree in trees(tmp_path / "a", "trees_1")
+             if tree["nodes"][0]["rights"] and tree["nodes"][0]["wrongs"]]
+    updates = loop.read_lines(tmp_path / "a" / "log.jsonl")[1]["steps"]
+    assert 4 * (updates - 1) < len(mixed) <= 8 and updates > 0
+    out = go(**small(home, recipe="rft", rounds=1, budget=2, out=tmp_path / "b"))[1]
+    assert loop.read_lines(tmp_path / "b" / "log.jsonl")[1]["sampled_tokens"] > 1.1 * 2 * 8
+    assert len([line for line in out.split("\n") if "--budget" in line]) == 1
 
 
-def test_calculations_make_distinct():
-    """Other words with the same calculations are the same solution; other calculations are another."""
-    same = loop.calculations("She has 3 + 4 = 7 apples.\n#### 7"), loop.calculations("So 3+4=7 in all.\n#### 7")
-    assert same[0] == same[1] != loop.calculations("4+3=7\n#### 7")
+@pytest.mark.parametrize("settings", [
+    dict(recipe="mcts_dpo", judge="gold", commit=5), dict(recipe="self_explore", pits="bisect"),
+    dict(recipe="mcts_dpo", judge="plain", rule="uct"), dict(critic="judge", rule="puct"),
+    dict(recipe="outcome_dpo", loss="ipo", unit="3"), dict(chunk=3, unit="paragraph"),
+    dict(critic="sum", rollouts=1), dict(recipe="self_explore", share=0), dict(questions=1)])
+def test_switches(settings, home, tmp_path):
+    """Each part of a method that a flag chooses runs through, and the budget holds."""
+    rollout_model = home / "m" if "rollouts" in settings else ""
+    settings = dict(rounds=1, rollout_model=rollout_model, out=tmp_path / "run") | settings
+    code, _, err = go(**small(home, **settings))
+    row = loop.read_lines(tmp_path / "run" / "log.jsonl")[1]
+    assert code == 0 and 0 < row["sampled_tokens"] <= 1.1 * row["budget_tokens"], err
+    assert (row["rollout_tokens"] > 0) == ("rollouts" in settings)
 
 
-# -- whole runs -------------------------------------------------------------------------------------------
-def comparable(folder: Path) -> dict:
-    """What must be equal byte for byte (log rows without seconds and rates)."""
-    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*"))
-             if p.is_file() and p.name not in ("lock", "log.jsonl", "config.json")
-             or p.parent.name.startswith("round_")}
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    files["log"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
-    return files
+def test_files_of_questions(home, tmp_path):
+    """Open weights, real questions and reference solutions: a run of each kind of recipe. Recipes
+    of numbers refuse letters, and leave no folder."""
+    numbers, letters = tmp_path / "numbers", tmp_path / "letters"
+    loop.write_lines(numbers, [dict(question=f"{i}+1?", answer=f"#### {i + 1}") for i in range(9)])
+    choices = dict(text=["yes", "no"], label=["A", "B"])
+    loop.write_lines(letters, [dict(question="1?", answerKey="A", choices=choices)])
+    for file, recipe, wanted in ((numbers, "sft", 0), (numbers, "alphallm", 0),
+                                 (letters, "mcts_dpo", 0), (letters, "combined", 2)):
+        out = tmp_path / f"{recipe}_run"
+        files = dict(data=file, eval_data=file, sft_data=file, template="{question}:", out=out)
+        code, _, err = go(**small(home, recipe=recipe, rounds=1, questions=4, **files))
+        assert code == wanted and out.exists() == (wanted == 0), err
 
 
-def test_run_leaves_what_it_says(smoke):
-    """Folders round_0..2, trees, pairs, per-question results, log keys; nothing of work/ is left; every sampled
-    token is encoded at most once; the budget binds within a wave; tree files load and their pits are labelled."""
-    folder, out = smoke
-    run = folder / "runs" / "a"
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [r["round"] for r in rows] == [0, 1, 2] and not (run / "work").exists()
-    for r in rows:
-        assert {"recipe", "round", "seed", "accuracy", "accuracy_low", "accuracy_high", "questions", "sampled_tokens",
-                "seconds", "no_answer", "never_ends", "accuracy_by_steps", "distinct_answers", "processed_tokens",
-                "trained_tokens"} <= set(r)
-        assert r["processed_tokens"] <= r["prompt_tokens"] + r["sampled_tokens"]
-        assert r["sampling_seconds"] + r["train_seconds"] + r["eval_seconds"] <= r["seconds"]
-        assert len((run / f"eval_{r['round']:02d}.jsonl").read_text().splitlines()) == r["questions"] == 32
-    assert rows[1]["sampled_tokens"] > 0.5 * 16 * 300 and rows[0]["sampled_tokens"] == 0
-    both = loop.two_stages({"tokens": 3, "train_seconds": 1.5, "loss": 9}, {"tokens": 4, "train_seconds": 2, "loss": 1})
-    assert both == {"tokens": 7, "train_seconds": 3.5, "loss": 1}       # round 1 imitates first: both trainings count
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert all((run / f"round_{k}" / name).exists() for k in range(3))
-    pairs = [json.loads(line) for line in (run / "pairs_01.jsonl").read_text().splitlines()]
-    assert all(set(p) == {"prompt", "chosen", "rejected", "tree", "chosen_nodes", "rejected_nodes"} for p in pairs)
-    assert "round 2   accuracy" in out and "Ask it:" in out
+def test_combined_searches_the_unsolved(home, tmp_path, monkeypatch):
+    """Questions without a right sample are searched, each until its first right end. Grades value
+    ends, and critics all other nodes. What is found is imitated."""
+    monkeypatch.setattr(loop, "SEARCH_ABOVE", 0)
+    settings = small(home, recipe="combined", rounds=1, questions=24, budget=40, out=tmp_path)
+    assert go(**settings)[0] == 0
+    sampled, searched = trees(tmp_path, "trees_1"), trees(tmp_path, "searched_1")
+    assert [tree["text"] for tree in sampled if not tree["nodes"][0]["rights"]] == [
+        tree["text"] for tree in searched] != []
+    for tree in searched:
+        visited = [node for node in tree["nodes"][1:] if node["visits"]]
+        assert all(node["score"] == node["right"] if node["end"] else 0 <= node["score"] <= 1
+                   for node in visited)
+        assert sum(bool(node["right"]) for node in visited) == tree["nodes"][0]["rights"] <= 1
+    assert any(tree["nodes"][0]["rights"] for tree in searched)
 
 
-def test_finished_run_called_again(smoke):
-    """The same command on a finished run trains nothing, changes no file and prints the same table."""
-    folder, out = smoke
-    before = comparable(folder / "runs" / "a")
-    again = inside("loop.py", *SMOKE, "--rounds", 2, "--out", "runs/a", cwd=folder)
-    assert again.returncode == 0 and comparable(folder / "runs" / "a") == before
-    assert out[out.index("A question of round 1"):] == again.stdout[again.stdout.index("A question of round 1"):]
+# -- resuming --------------------------------------------------------------------------------------
+def start_child(settings):
+    """A forked process that runs loop.main; its exit code is main's."""
+    child = os.fork()
+    if child == 0:
+        os._exit(go(**settings)[0])
+    return child
+
+
+def kill_and_resume(settings):
+    """Kill a run with SIGKILL at growing times until it comes to its end: the number of kills."""
+    wait, kills = 0.03, 0
+    while True:
+        child = start_child(settings)
+        over, done, status = time.monotonic() + wait, 0, 0
+        while time.monotonic() < over and not done:
+            time.sleep(0.005)
+            done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return kills if status == 0 else -1
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        wait, kills = 1.5 * wait, kills + 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_run_ends_in_the_same_bytes(smoke, killed):
-    """kill -9 again and again, at growing times, then the same command: weights, optimizer, pairs, trees and
-    per-question files equal those of the run that was left alone (the base is trained anew here, too)."""
-    assert int(killed[1].split()[-1]) >= 1
-    assert comparable(killed[0] / "runs" / "a") == comparable(smoke[0] / "runs" / "a")
-    base = [next(f.glob("runs/base_*/done/model.safetensors")).read_bytes() for f in (killed[0], smoke[0])]
-    assert base[0] == base[1]
+def test_killed_and_doubled_runs(home, run_of, tmp_path):
+    """Killed at least three times, or started twice at once: the bytes of a run that was left
+    alone, its base included."""
+    program = """if True:
+        import json, os, sys
+        sys.path[:0] = sys.argv[1:3]
+        import test_loop as t, torch._dynamo        # else each child imports it in its training
+        killed, doubled = map(json.loads, sys.argv[3:])
+        children = [t.start_child(doubled) for _ in range(2)]
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        print(json.dumps([t.kill_and_resume(killed), codes]))
+        """
+    folders = [tmp_path / name / "run" for name in ("killed", "doubled")]
+    settings = [json.dumps(small(home, recipe="self_explore", out=str(path))) for path in folders]
+    done = subprocess.run([sys.executable, "-c", program, ROOT, ROOT / "tests", *settings],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kills, codes = json.loads(done.stdout)
+    assert kills >= 3 and codes == [0, 0]
+    alone = contents(run_of("self_explore"))
+    for folder in folders:
+        assert contents(folder) == alone
+        base = next(folder.parent.glob("base_*[0-9a-f]/model.safetensors"))
+        assert base.read_bytes() == alone["round_0/model.safetensors"]
 
 
-def test_interrupt_says_how_to_go_on(tmp_path):
-    """Ctrl-C: exit code 130, one line, no traceback."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "loop.py"), *SMOKE, "--base-steps", "100000"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "training the base" in process.stdout.readline() + process.stdout.readline()
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
+class Stop(BaseException):
+    """What the next test raises inside a run."""
 
 
-def test_compare_and_other_recipes(compared):
-    """--compare runs sft, rft, outcome_dpo, mcts_dpo and combined on the cached base and prints one row each; called
-    again it prints the same table. All but sft, which samples none, spend the budget; trees are what they should be."""
-    folder, first, flags = compared
-    names, again = flags[flags.index("--compare") + 1].split(","), inside("loop.py", *flags, cwd=folder)
-    assert again.returncode == 0, again.stderr[-2000:]
-    row = re.compile(rf"\| ({'|'.join(names)}) \|")
-    first, second = ([line for line in out.splitlines() if row.match(line)] for out in (first, again.stdout))
-    assert [row.split(" | ")[0][2:] for row in first] == names and first == second
-    rows = {n: json.loads((folder / f"runs/c/{n}_seed0/log.jsonl").read_text().splitlines()[-1]) for n in names}
-    assert rows["sft"]["sampled_tokens"] == 0 and rows["rft"]["sampled_tokens"] == rows["outcome_dpo"]["sampled_tokens"]
-    for name in names[1:]:
-        assert 0.6 * 16 * 300 < rows[name]["sampled_tokens"] < 1.3 * 16 * 300
-        assert rows[name]["processed_tokens"] <= rows[name]["prompt_tokens"] + rows[name]["sampled_tokens"]
-    assert rows["combined"]["sampled_tokens"] < 1.1 * 16 * 300
-    assert rows["mcts_dpo"]["simulations"] > 1 and rows["mcts_dpo"]["committed_right"] is not None
-    trees = [json.loads(line) for line in (folder / "runs/c/mcts_dpo_seed0/trees_01.jsonl").read_text().splitlines()]
-    for t in trees:
-        visits, parent = t["tree"]["visits"], t["tree"]["parent"]
-        assert sum(visits[n] for n, p in enumerate(parent) if p == 0) == visits[0]
-        assert t["path"][0] == 0 and t["tree"]["terminal"][t["path"][-1]]
-    sampled, searched = ([json.loads(line) for line in (folder / f"runs/c/combined_seed0/{name}_01.jsonl").read_text()
-                          .splitlines()] for name in ("trees", "searched"))
-    right = lambda t: 1 in t["tree"]["right"]
-    assert [t["question"] for t in sampled if not right(t)] == [t["question"] for t in searched] != []
-    assert rows["combined"]["searched"] == len(searched)
-    assert rows["combined"]["searched_solved"] == sum(map(right, searched))
-    for t in searched:            # ends have their grade as score, other nodes what the critics say
-        tree = t["tree"]
-        rows = [*zip(*(tree[k] for k in ("terminal", "right", "score", "visits")))][1:]
-        assert all(grade in (0, 1) and score == grade if end else grade == -1 and 0 <= score <= 1
-                   for end, grade, score, visits in rows if visits)
-    for t in sampled:             # every sample that was asked for is there
-        tree = t["tree"]
-        assert tree["drawn"][0] == sum(c for c, p in zip(tree["count"], tree["parent"]) if p == 0) >= 4
+@pytest.mark.parametrize("recipe", ["alphallm", "mcts_dpo"])
+def test_stopped_at_every_stage(recipe, home, run_of, tmp_path, monkeypatch):
+    """A run that is stopped before and after every result is saved ends in the same bytes."""
+    real, stops, code = loop.cached, 0, None
+
+    def stopping(path, make, *how):
+        """loop.cached with a stop: before the result is saved if `stops` is even, else after."""
+        fresh = not path.exists()
+
+        def stopped():
+            result = make()
+            if stops % 2 == 0:
+                raise Stop
+            return result
+        found = real(path, stopped, *how)
+        if fresh:
+            raise Stop
+        return found
+    monkeypatch.setattr(loop, "cached", stopping)
+    while code is None:
+        try:
+            code = go(**small(home, recipe=recipe, out=tmp_path / "run"))[0]
+        except Stop:
+            stops += 1
+    assert stops >= 2 * 8 and contents(tmp_path / "run") == contents(run_of(recipe))
 
 
-def questions_file(path: Path, count: int = 16) -> Path:
-    """A small file of GSM8K's form from the copied real questions."""
-    lines = (ROOT / "tests" / "data" / "gsm8k_300.jsonl").read_text(encoding="utf-8").splitlines()
-    keep = [line for line in lines if len(json.loads(line)["question"]) < 250][:count]
-    path.write_text("\n".join(keep) + "\n", encoding="utf-8")
-    return path
+def test_called_again(home, run_of, tmp_path):
+    """A finished run goes on with more --rounds, to the end of a run of two rounds. Other settings
+    and changed files are refused and change nothing; another spelling of a path is no change."""
+    run = small(home, recipe="rft", out=tmp_path / "run")
+    assert go(**run | dict(rounds=1))[0] == 0
+    first = contents(tmp_path / "run")
+    assert go(**run)[0] == 0
+    both = contents(tmp_path / "run")
+    assert both == contents(run_of("rft")) and both["log.jsonl"][:2] == first.pop("log.jsonl")
+    assert first.items() <= both.items()
+    for other in (dict(steps=5), dict(seed=1), dict(recipe="sft"), dict(max_tokens=17)):
+        code, _, err = go(**run | other)
+        assert code == 2 and "--" + [*other][0].replace("_", "-") in err
+    assert go(**run | dict(model=f"{home / 'm'}/"))[0] == 0 and contents(tmp_path / "run") == both
+    data = tmp_path / "q.jsonl"
+    for number, code in ((2, 0), (3, 2)):
+        loop.write_lines(data, [dict(question=f"1+{number}", answer=f"#### {number}")])
+        files = dict(data=data, eval_data=data, rounds=0, out=tmp_path / "files")
+        assert go(**run | files)[0] == code
 
 
-def test_map_of_regimes(tmp_path):
-    """--regimes runs every recipe in every setting and prints one map: base and cells are those of the logs, settings
-    those of the regimes; a cell of a run that exists already is not run again."""
-    command = ("loop.py", *SMOKE, "--compare", "sft,rft", "--regimes", "often,rare", "--seeds", 1, "--out", "m",
-               "--questions",
-               8, "--eval-questions", 8, "--base-steps", 3, "--steps", 1, "--threads", 1)
-    first = inside(*command, cwd=tmp_path)
-    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("m/*/*/log.jsonl")}
-    second = inside(*command, cwd=tmp_path)
-    assert first.returncode == 0 and len(times) == 4, first.stderr[-2000:]
-    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("m/*/*/log.jsonl")}
-    row = re.compile(r"\| (often|rare) \|")
-    tables = [[line.strip("| ").split(" | ") for line in done.stdout.splitlines() if row.match(line)]
-              for done in (first, second)]
-    assert tables[0] == tables[1] and [row[0] for row in tables[0]] == ["often", "rare"]
-    for name, *cells in tables[0]:
-        logs = [[json.loads(line) for line in (tmp_path / f"m/{name}/{r}_seed0/log.jsonl").read_text().splitlines()]
-                for r in ("sft", "rft")]
-        settings = json.loads((tmp_path / f"m/{name}/rft_seed0/config.json").read_text())["settings"]
-        assert settings["traps"] == {"often": 0, "rare": 2}[name]
-        want = [f"{100 * logs[1][1]['sampled_accuracy']:.1f}", f"{100 * logs[0][0]['accuracy']:.1f}"]
-        last = [f"{100 * log[-1]['accuracy']:.1f}" for log in logs]
-        assert cells[:2] == want and [c.split(" ")[0] for c in cells[2:]] == last
-        assert re.fullmatch(r"[0-9.]+ \[[0-9.]+, [0-9.]+, p = 1\]", cells[2]) and "p" not in cells[3]
+# -- AlphaLLM, votes, distinct solutions -----------------------------------------------------------
+def test_what_the_outcome_head_trusts_is_kept(home, tmp_path, monkeypatch):
+    """Searched trees have no grades. A tree's chosen path is kept just if the outcome head, asked
+    again, says at least --keep."""
+    monkeypatch.setattr(judging, "LEAST_AUC", 0.0)          # every head is trusted
+    settings = small(home, recipe="alphallm", rounds=1, questions=16, out=str(tmp_path / "run"))
+    assert go(**settings)[0] == 0
+    lab = loop.Lab(loop.Settings(**settings))
+    lab.load(tmp_path / "run" / "round_0")
+    critic = loop.train_critics(lab, "critic_1", [])[0]
+    searched, kept = loop.forests_so_far(lab, 1, "imagined"), 0
+    assert all(node.right is None for tree in searched for node in tree.nodes)
+    loop.encode_again(searched, lab.sampler)
+    for tree in searched:
+        end = loop.trusted_end(lab, tree)
+        said = critic.read([end], lab.sampler)[0, judging.HEADS.index("outcome")] if end else 0
+        assert tree.chosen == (end.path() if said >= lab.settings.keep else [])
+        kept += bool(tree.chosen)
+    assert 0 < kept == loop.read_lines(tmp_path / "run" / "log.jsonl")[1]["kept"] < len(searched)
 
 
-def test_open_weights_and_real_questions(smoke, tmp_path):
-    """The same loop on a model folder and files of GSM8K's form; --evaluate of the result; model.py on its folder."""
-    model = smoke[0] / "runs" / "a" / "round_0"
-    data = questions_file(tmp_path / "q.jsonl")
-    for recipe in ("sft", "self_explore"):
-        done = inside("loop.py", *SMOKE, "--model", model, "--data", data, "--eval-data", data, "--recipe", recipe,
-                       "--out", f"out_{recipe}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-    found = inside("loop.py", "--evaluate", "out_sft", cwd=tmp_path)
-    assert found.returncode == 0 and json.loads(found.stdout)["questions"] == 16, found.stderr
-    asked = inside("model.py", "--model", "out_sft/round_1", "--prompt", "Question: 1+1? Answer:", "--temperature", 0,
-                    "--max-tokens", 5, cwd=tmp_path)
-    assert asked.returncode == 0 and "tokens/s" in asked.stdout
+End = namedtuple("End", "text score visits value_sum end", defaults=(1, 0.5, "eos"))
 
 
-# -- refusals ---------------------------------------------------------------------------------------------
-def refused(words, *arguments, cwd):
-    """Exit code 2, one sentence with these words, no traceback."""
-    done = inside(*arguments, cwd=cwd)
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr[-1500:])
-    assert "Traceback" not in done.stderr and words.lower() in done.stderr.lower(), done.stderr
+def test_votes_count_values():
+    """18, 18.0 and $18.00 are one answer. Ends without an answer and cut ends are in no group. A
+    search stands for an answer with half of the visits, and for its end of highest score."""
+    task = loop.Homework(loop.Settings(), Tokenizer.bytes_only())
+    lab = SimpleNamespace(task=task, text=lambda end: end.text)
+    said = zip(["#### 18", "#### 7", "#### $18.00", "well", "#### 18.0", "#### 5"],
+               [.1, .3, .2, .9, .15, .4])
+    ends = [End(*pair) for pair in said] + [End("#### 7", .9, 9, 9, "length")]
+    groups = loop.by_answer(lab, ends)
+    assert groups == [[ends[0], ends[2], ends[4]], [ends[1]], [ends[5]]]
+    scores = {end: end.score for end in ends}
+    for method, winner in (("majority", 2), ("best of n", 5), ("weighted vote", 2)):
+        assert loop.vote(groups, scores, method) is ends[winner]
+    assert loop.vote([], scores, "majority") is None
+    found = lambda *some: loop.trusted_end(lab, SimpleNamespace(ends=lambda: list(some)))
+    assert found(*ends) is ends[2] and found(ends[3], ends[6]) is None
+    assert found(End("#### 1", .5), End("#### 2", .4), End("#### 3", .4)) is None
+    assert found(End("#### 1", .5, 5, 2.5), End("#### 2", .9, 2, 1.8)).text == "#### 1"
+    assert found(End("#### 1", .9, 0, 0), ends[3]) is None              # no simulation ended there
+
+
+def test_right_solutions_differ_in_calculations():
+    """All operands and results count; words, $, commas and spelling do not. None is cut."""
+    groups = [["So 2 + 3 + 4 = $9 in all", "2+3+4=9"], ["3 x 4 = 12", "3 \u00d7 4 = 12", "3*4=12"],
+              ["That is $1,200 / 4 = $300.", "1200/4=300"], ["So (2+3)*4=20.", "(2 + 3) * 4 = 20"],
+              ["2+3+5=10"], ["2+3+4=10"], ["3+2=5"], ["12-9=3 : 10 3"], ["12-9=3 : 3 10"]]
+    keys = [{loop.calculations(text) for text in group} for group in groups]
+    assert [len(group) for group in keys] == [1] * 9 and len(set.union(*keys)) == 9
+    tree = Tree(None, 0, [1])
+    for i, text in enumerate(["So 2+3=5", "We get 2 + 3 = $5", "3+2=5", "2+2=4", "1+4=5"]):
+        end = tree.add(tree.root, [i], [-1.0], NOTHING, "length" if i == 4 else "eos")
+        end.text, end.right = text, i != 3
+    found = loop.right_solutions(SimpleNamespace(text=lambda end: end.text), tree)
+    assert [end.text for end in found] == ["So 2+3=5", "3+2=5"]
+
+
+# -- comparing, evaluating, decoding ---------------------------------------------------------------
+def table(out):
+    """The rows of a printed table, without its head."""
+    lines = [line.strip("| ").split(" | ") for line in out.split("\n") if line[:2] == "| "]
+    return {line[0]: line[1:] for line in lines[1:]}
+
+
+def test_compare(home, tmp_path, monkeypatch):
+    """Means, differences, t interval over seeds and each seed, worked out by hand from the files of
+    the runs. One seed: an exact McNemar test on its questions."""
+    def random_grades(lab, questions):
+        rng = random.Random(f"{lab.settings.recipe} {lab.settings.seed}")
+        return [dict(right=rng.random() < 0.6, why="eos", tokens=1) for _ in questions]
+    monkeypatch.setattr(loop, "solve", random_grades)
+    monkeypatch.setattr(loop, "show_example", lambda *arguments: None)
+    names = ("sft", "rft")
+    settings = small(home, rounds=1, steps=1, questions=2, eval_questions=40, out=tmp_path)
+    assert go(**settings, compare="sft,rft", seeds=3)[0] == 0
+    right = {name: [[row["right"] for row in loop.read_lines(file)] for file in
+                    sorted(tmp_path.glob(f"{name}_seed*/eval_1.jsonl"))] for name in names}
+    each = {name: [100 * statistics.mean(seed) for seed in right[name]] for name in names}
+    gains = [ours - theirs for ours, theirs in zip(each["rft"], each["sft"])]
+    gain, half = statistics.mean(gains), 4.30265 * statistics.stdev(gains) / math.sqrt(3)
+    found = table(go(**settings, compare="sft,rft", seeds=3)[1])
+    for name in names:
+        values = " ".join(f"{value:.1f}" for value in each[name])
+        assert found[name][::3] == [f"{statistics.mean(each[name]):.1f}", values]
+    assert found["rft"][1:3] == [f"{gain:+.1f}", f"{gain - half:+.1f} to {gain + half:+.1f}"]
+    pairs = list(zip(right["rft"][0], right["sft"][0]))
+    won, lost = pairs.count((True, False)), pairs.count((False, True))
+    tail = sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1)) / 2 ** (won + lost)
+    found = table(go(**settings, compare="sft,rft", seeds=1)[1])["rft"]
+    assert found[2:] == [f"McNemar p = {min(1, 2 * tail):.2g}", f"{each['rft'][0]:.1f}"]
+
+
+def test_evaluate_and_decode(home, run_of):
+    """--evaluate gives the run's own accuracy of that round. --decode prints one row a method: the
+    votes choose among the same samples, and the search spends no more tokens."""
+    folder = run_of("rft")
+    code, out, _ = go(**small(home, evaluate=folder / "round_2"))
+    said, row = json.loads(out), loop.read_lines(folder / "log.jsonl")[2]
+    keys = ("accuracy", "accuracy_low", "accuracy_high", "questions", "mean_tokens")
+    assert code == 0 and all(said[key] == row[key] for key in keys)
+    settings = small(home, recipe="rft", out=folder)
+    code, out, _ = go(**settings, decode=1)
+    assert code == 0 and go(**settings, decode=1)[1] == out and go(**settings, decode=7)[0] == 2
+    assert [*table(out)] == ["greedy", "majority", "best of n", "weighted vote", "MCTS"]
+    spent = [float(cells[0].replace(",", "")) for cells in table(out).values()]
+    assert spent[0] == 0 and spent[1] == spent[2] == spent[3] and 0 < spent[4] <= 1.1 * spent[1]
+
+
+# -- the command line, files, source ---------------------------------------------------------------
+GOOD = '{"question": "1+1", "answer": "#### 2"}\n'
+FILES = "--model m --data {} --eval-data {}"
 
 
 @pytest.mark.parametrize("words, flags", [
-    ("did you mean --rounds", ["--round", "3"]), ("out of range", ["--rounds", "-1"]),
-    ("out of range", ["--temperature", "0"]),
-    ("invalid choice", ["--recipe", "dpo"]), ("invalid int", ["--steps", "many"]),
-    ("go together", ["--model", "x", "--data", "x"]),
-    ("go together", ["--model", "x", "--eval-data", "x"]), ("--sft-data needs", ["--model", "x", "--sft-data", "x"]),
-    ("need --model", ["--data", "x.jsonl"]), ("below --min-operators", ["--max-operators", "2"]),
-    ("unknown recipe 'ppo'", ["--compare", "rft,ppo"]), ("multiple of 8", ["--width", "30"]),
-    ("--max-operators of 5", ["--traps", "4"]), ("out of range", ["--traps", "9"]),
-    ("any of often", ["--regimes", "often"]),
-    ("any of often", ["--compare", "rft", "--regimes", "seldom"]),
-    ("--rollout-model folder", ["--model", "x", "--data", "x", "--eval-data", "x", "--rollouts", "2"])])
-def test_flags_are_refused(words, flags):
-    """A wrong flag is named together with what would be right."""
-    with pytest.raises(loop.BadInput, match=re.compile(re.escape(words), re.I)):
-        loop.parse_flags(flags)
+    ("--recipe rft", "rft"), ("--recipe", "--recipe ppo"), ("--task", "--task chess"),
+    ("--round", "--round 3"), ("--steps", "--steps many"), ("--questions", "--questions 0"),
+    ("--share", "--share 2"), ("nowhere", "--model nowhere"), ("cuda", "--device cuda"),
+    ("--eval-data", "--data good --model m"), ("none.jsonl", FILES.format("none.jsonl", "good")),
+    ("damaged, line 1", FILES.format("damaged", "good")), ("empty", FILES.format("good", "empty")),
+    ("{question}", FILES.format("good", "good") + " --template Q:"), ("--decode", "--decode 1"),
+    ("xyz", "--compare rft,xyz"), ("nowhere", "--evaluate nowhere")])
+def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):
+    """Exit code 2, one line that names what is wrong, and no run folder."""
+    if words == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").symlink_to(home / "m")
+    for name, text in dict(good=GOOD, damaged=GOOD[:-2] + "\n", empty="").items():
+        (tmp_path / name).write_text(text)
+    sizes = dict(preset="smoke", threads=1, base_steps=1, rounds=0, out="runs/a")
+    code, _, err = go(*flags.split(), **sizes)
+    assert code == 2 and words in err and "Traceback" not in err, err
+    assert not (tmp_path / "runs").exists() and err.strip().count("\n") == 0, err
 
 
-def test_bad_files_are_refused(smoke, tmp_path):
-    """Missing folder, missing file, a bad line (with its number), no question, no number, a question longer than
-    the context: exit code 2 and one sentence, and no run folder with results is left."""
-    model, data = smoke[0] / "runs" / "a" / "round_0", questions_file(tmp_path / "good.jsonl")
-    cases = {"no.jsonl": (None, "cannot be read"), "empty.jsonl": ("\n", "no question"),
-             "json.jsonl": ('{"question": 1\n', "line 1"),
-             "field.jsonl": ('{"question": "a", "answer": "1"}\n{"question": "b"}\n', "line 2"),
-             "number.jsonl": ('{"question": "a", "answer": "none"}\n', "no number"),
-             "long.jsonl": (json.dumps({"question": "x" * 600, "answer": "1"}) + "\n", "context")}
-    for name, (text, words) in cases.items():
-        if text is not None:
-            (tmp_path / name).write_text(text)
-        done = loop.main([*SMOKE, "--model", str(model), "--data", str(tmp_path / name), "--eval-data", str(data),
-                          "--out", str(tmp_path / ("out" + name))])
-        assert done == 2 and not (tmp_path / ("out" + name) / "round_0").exists(), name
-        with pytest.raises(loop.BadInput, match=words):
-            loop.Exercises(Config(data=str(tmp_path / name), eval_data=str(data)), Homework(Config()).tokenizer, 512)
-    refused("nowhere", "model.py", "--model", "nowhere", "--prompt", "x", cwd=tmp_path)
+def test_interrupt_is_one_line(home, tmp_path, monkeypatch):
+    """Ctrl-C during training: exit code 130, and one line without a traceback."""
+    monkeypatch.setattr(loop, "train", Mock(side_effect=KeyboardInterrupt))
+    code, _, err = go(**small(home, out=tmp_path / "run"))
+    assert code == 130 and err.strip().count("\n") == 0 and "Traceback" not in err
 
 
-def test_open_weights_on_a_built_in_task(smoke, tmp_path):
-    """--model without --data: the folder's model is fine-tuned on the task's corpus with the folder's own tokenizer,
-    once for all runs beside each other, and then goes through the loop; --sft-data: on a file's solutions."""
-    folder = smoke[0] / "runs" / "a" / "round_0"
-    few = [*SMOKE, "--model", folder, "--base-steps", 3, "--questions", 8, "--steps", 2, "--eval-questions", 8]
-    for recipe, rounds in (("rft", 1), ("sft", 0)):
-        done = inside("loop.py", *few, "--recipe", recipe, "--rounds", rounds, "--out", f"runs/{recipe}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-1000:]
-        assert ("from scratch" in done.stdout, f"the base from {folder}" in done.stdout) == (False, recipe == "rft")
-    start, base = (read_safetensors(f / "model.safetensors")[0] for f in (folder, tmp_path / "runs/rft/round_0"))
-    moved = [float((base[n] - start[n]).abs().max()) for n in start]
-    assert len(base) == len(start) and 0 < max(moved) < 3e-3            # three steps at the rate of open weights
-    assert len([*(tmp_path / "runs").glob("base_*")]) == 1
-    data = questions_file(tmp_path / "questions.jsonl")
-    done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--rounds", 0,
-                  "--out", "runs/text", cwd=tmp_path)
-    assert done.returncode == 0 and f"of {data}" in done.stdout, done.stderr[-1000:]
-    text = read_safetensors(tmp_path / "runs/text/round_0/model.safetensors")[0]
-    assert any(not torch.equal(text[n], base[n]) for n in text) and len([*(tmp_path / "runs").glob("base_*")]) == 2
-    done = inside("loop.py", *few, "--data", data, "--eval-data", data, "--sft-data", data, "--rounds", 0,
-                  "--template", "{question} So", "--out", "runs/other", cwd=tmp_path)
-    assert done.returncode == 0 and len([*(tmp_path / "runs").glob("base_*")]) == 3         # its prompts are others
-    done = inside("loop.py", "--evaluate", "runs/rft", "--eval-data", data, cwd=tmp_path)   # not the run's questions
-    assert json.loads(done.stdout)["questions"] == len(data.read_text().splitlines()) != 8, done.stderr[-1000:]
+def test_flags_are_settings():
+    """At most 46 flags, each with help: the fields of Settings, and four more."""
+    actions = [action for action in loop.flags()._actions if action.dest != "help"]
+    extra = {"evaluate", "decode", "compare", "seeds"}
+    assert len(actions) <= 46 and all(action.help for action in actions) and go("--help")[0] == 0
+    assert {action.dest for action in actions} - extra == {f.name for f in fields(loop.Settings)}
 
 
-def test_out_of_memory(smoke, tmp_path):
-    """A device that decodes 16 rows and trains on 600 padded tokens at most: the run halves both, says so, goes on
-    from what is on the disk, samples the same trees and ends with the same weights but for rounding; the sizes are
-    remembered. Where nothing fits: one sentence."""
-    forward, collate = Sampler._forward, dpo.collate
-
-    def small_forward(self, slots, *rest):
-        """Refuses what is too large; in the words of CUDA."""
-        if len(slots) > 16:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, slots, *rest)
-
-    def small_collate(rows, device):
-        """The same; in the words of a CPU."""
-        batch = collate(rows, device)
-        if batch.ids.numel() > 600 and len(rows) > 1:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return batch
-    base = next((smoke[0] / "runs").glob("base_*"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "_forward", small_forward)
-        patch.setattr(dpo, "collate", small_collate)
-        done = inside("loop.py", *SMOKE, "--base", base, "--out", "runs/a", cwd=tmp_path)
-        small = inside("loop.py", "--evaluate", "runs/a/round_0", "--eval-questions", "32", cwd=tmp_path)
-    large = inside("loop.py", "--evaluate", "runs/a/round_0", "--eval-questions", "32", cwd=tmp_path)
-    said, found = small.stdout.split("{", 1)
-    assert "{" + found == large.stdout and "going on with 16 rows" in said and not large.returncode, small.stderr
-    assert done.returncode == 0 and "going on with 16 rows and 512 padded tokens" in done.stdout, done.stderr[-1000:]
-    about = json.loads((tmp_path / "runs/a/config.json").read_text())
-    assert about["held"] == {"rows": 16, "part_tokens": 512} and about["settings"]["rows"] == 64
-    trees, weights = [], []
-    for where in (smoke[0], tmp_path):
-        lines = (where / "runs/a/trees_01.jsonl").read_text().splitlines()
-        trees.append([json.loads(line)["tree"]["ids"] for line in lines])
-        weights.append(read_safetensors(where / "runs/a/round_1/model.safetensors")[0])
-    assert trees[0] == trees[1] and weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        assert torch.allclose(tensor, weights[1][name], atol=1e-4), name
-    run = loop.Run(loop.parse_flags([*SMOKE, "--base", str(base), "--out", str(tmp_path / "runs/a")]))
-    assert run.sampler.rows == 16 and dpo.part_tokens(run.model) == 512
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "_forward", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-        refused("one solution and one tree", "loop.py", *SMOKE, "--base", base, "--out", "runs/b", cwd=tmp_path)
+def test_lines_are_read_back(tmp_path):
+    """The identity for every code point: half characters, U+2028 and U+0085, too. A key that is
+    twice in one object is refused with its line."""
+    order = range(0x10ffff, -1, -1)             # downwards: two halves never make one character
+    items = [dict(text="".join(map(chr, order[i:i + 4096]))) for i in range(0, len(order), 4096)]
+    loop.write_lines(tmp_path / "a", items)
+    assert loop.read_lines(tmp_path / "a") == items
+    lines = '{"a": "1\u2028 2\u2029 3\x85"}\n\n', '{"a": 1, "b": {"c": 1, "c": 2}}\n'
+    for name, text in (("b", lines[0]), ("c", "".join(lines))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert loop.read_lines(tmp_path / "b") == [dict(a="1\u2028 2\u2029 3\x85")]
+    with pytest.raises(BadInput, match="c, line 3.*twice"):
+        loop.read_lines(tmp_path / "c")
 
 
-def test_chunk_is_part_of_a_run(smoke, tmp_path, monkeypatch):
-    """The number of questions a chunk is chosen by the memory free at the first start, and kept: files of finished
-    chunks depend on it."""
-    flags = loop.parse_flags([*SMOKE, "--base", str(next((smoke[0] / "runs").glob("base_*"))), "--out", str(tmp_path)])
-    found = []                    # 8 questions were asked for
-    for free in (1 << 20, 1 << 40):
-        monkeypatch.setattr(loop, "free_memory", lambda device: free)
-        found.append(loop.Run(flags).chunk)
-    assert found == [2, 2] and json.loads((tmp_path / "config.json").read_text())["chunk"] == 2
-
-
-def test_settings_and_lock(smoke, tmp_path):
-    """A resume with other settings names the difference; a second run in a folder in use is refused; the lock of a
-    dead process is none."""
-    refused("--steps was 4, now 5", "loop.py", *SMOKE, "--rounds", 2, "--out", "runs/a", "--steps", 5, cwd=smoke[0])
-    held = loop.lock(tmp_path / "busy")
-    refused("in use by another run", "loop.py", *SMOKE, "--out", "busy", cwd=tmp_path)
-    held.close()
-    loop.lock(tmp_path / "busy").close()
-
-
-# -- the house --------------------------------------------------------------------------------------------
 def test_imports_run_one_way():
-    """model <- mcts <- critic <- dpo <- loop, and no other package than the card's."""
-    rooms, allowed = ["model", "mcts", "critic", "dpo", "loop"], {"torch", "numpy", "tiktoken", "tqdm"}
-    for i, room in enumerate(rooms):
-        tree = ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8"))
-        names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-        names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-        for name in (n.split(".")[0] for n in names):
-            assert name in rooms[:i] or name in allowed or name in sys.stdlib_module_names, (room, name)
+    """model <- mcts <- critic <- dpo <- loop, and only the packages of requirements.txt."""
+    names, packages = "model mcts critic dpo loop".split(), "torch numpy tiktoken regex tqdm"
+    for i, name in enumerate(names):
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
+            used = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            used += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for package in {module.split(".")[0] for module in used} - {*names[:i]}:
+                assert package in [*packages.split(), *sys.stdlib_module_names], (name, package)
 
 
-def test_default_recipe():
-    """The best of the three published methods on the built-in tasks; on files of questions one that reads all kinds."""
-    files = ["--model", "m", "--data", "d", "--eval-data", "e"]
-    given = [[], files, [*files, "--recipe", "rft"], ["--recipe", "rft"]]
-    assert [loop.parse_flags(flags).recipe for flags in given] == ["alphallm", "self_explore", "rft", "rft"]
-
-
-def test_readme_commands_and_names(smoke, tmp_path):
-    """Every `python ...` command of the README is accepted by its program (parsed; those without a folder of the
-    reader's own are run at smoke size), and every `file.name` in its paper map exists."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = [c.split("#")[0].split() for c in re.findall(r"^(?:\$ )?python (?!-m)(.+)$", text, re.M)]
-    assert len(commands) >= 8
-    ran, shown = set(), {"model.py": "encoded", "mcts.py": "after 64 simulations", "critic.py": "first pit: step 1",
-                         "dpo.py": "margin"}
-    foreign = ("--model", "--data", "--evaluate", "--decode", "--compare")
-    small = "--rounds 1 --questions 8 --steps 2 --budget 150 --base-steps 5 --eval-questions 8".split()
-    for command in commands:
-        name, flags = command[0], command[1:]
-        if name == "loop.py":
-            loop.parse_flags([f.strip('"') for f in flags])
-        if not any(f in command for f in foreign) and name != "tests/bench.py":
-            extra = ("--preset", "smoke", *small) if name == "loop.py" else ()
-            key = (name, *[f for f in flags if f not in ("--preset", "smoke")])
-            if key not in ran:
-                ran.add(key)
-                done = inside(name, *flags, *extra, cwd=tmp_path)
-                assert done.returncode == 0, (command, done.stderr[-1000:])
-                assert flags or name not in shown or shown[name] in done.stdout
-    assert len(ran) >= 9 and (tmp_path / "tree.html").exists()
-    modules = {n: __import__(n) for n in ("model", "mcts", "critic", "dpo", "loop")}
-    names = re.findall(r"`(model|mcts|critic|dpo|loop)\.([A-Za-z_.]+)`", text)
-    assert len(names) >= 15
-    for module, path in names:
-        if path == "py":
-            continue
-        thing = modules[module]
-        for part in path.split("."):
-            assert hasattr(thing, part), f"README names {module}.{path}"
-            thing = getattr(thing, part)
+def test_no_code_asks_for_a_name():
+    """loop.py compares nothing with the name of a recipe or of a task."""
+    names = "|".join([*loop.RECIPES, "homework", "countdown"])
+    asked = rf"""(==|!=|\bin\b)[ ([{{]*["']({names})["']|["']({names})["']\)? *(==|!=|in\b)"""
+    source = (ROOT / "loop.py").read_text(encoding="utf-8")
+    assert not re.search(asked + r"|\b(recipe|task) *(==|!=)|isinstance\([^)]*task", source)

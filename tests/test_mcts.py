@@ -1,472 +1,328 @@
-"""Forest, growing, packing, drawing: arrays against brute force, a batch against alone, one row against
-many.
-
-Oracles: definitions written down as loops over paths, on seeded random trees; plain forwards of every path
-of a packed tree on its own; the exact text of one drawn tree. Seeds are fixed: no chance but rounding, see
-there."""
-import copy
+"""Trees, files, growing, packing, drawing. Oracles: definitions written as loops over paths, plain
+forwards of every path on its own, a tree grown alone, the exact text of one drawn tree."""
 import json
-import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dpo import Pair, collate, tree_log_probs, tree_row  # noqa: E402
-from mcts import ENDS, Forest, Steps, draw, grow, pack, plant, split_steps  # noqa: E402
-from model import BadInput, Request, Sampler, Tokenizer, mix, step_rule  # noqa: E402
-from test_model import V, Letters, distinct, language_model, log_probs  # noqa: E402
+import mcts
+from mcts import (NOTHING, StepSampler, Tree, draw, from_json, grow, pack, page, record_grade,
+                  to_json)
+from model import GPT, BadInput, GPTConfig, Request, Sampler, mix
 
-ARRAYS = ("parent", "depth", "count", "terminal", "end", "right", "drawn")
-
-
-def random_forest(seed, trees=3, adds=60, nodes=4, ids=V):
-    """Trees of short random steps, many of them equal; leaves that ended are graded right, wrong or not at
-    all."""
-    rng, forest = np.random.default_rng(seed), Forest(trees, nodes)
-    for b in range(trees):
-        forest.add(b, -1, rng.integers(0, ids, rng.integers(1, 6)))
-        for _ in range(rng.integers(1, adds)):
-            open_nodes = np.flatnonzero(~forest.terminal[b, :forest.size[b]])
-            step = rng.integers(0, rng.choice((2, ids)), rng.integers(1, 4))
-            n = forest.add(b, int(rng.choice(open_nodes)), step, -rng.random(len(step)),
-                           end=ENDS[rng.choice(4, p=(0.7, 0.1, 0.1, 0.1))])
-            if forest.terminal[b, n]:
-                forest.right[b, n] = rng.integers(-1, 2)
-            forest.drawn[b, n] = rng.integers(0, 5)
-    return forest
+V = 40                                  # ids of the models made here
+LLAMA = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+             rms_norm_eps=1e-5, rope_theta=1e4, model_type="llama")
+MODELS = dict(llama=LLAMA, window=LLAMA | dict(model_type="mistral", sliding_window=5), gpt2=dict(
+    model_type="gpt2", vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+PROMPTS = ([3, 5, 7], [3, 5, 7, 9, 11], [3, 6], [30] * 8)
 
 
-def ancestors(forest, b, n):
-    """Root to n, by the definition."""
-    return ([] if forest.parent[b, n] < 0 else ancestors(forest, b, int(forest.parent[b, n]))) + [int(n)]
+class Letters:
+    """The part of a tokenizer that a model and a sampler look at: one letter an id."""
+    n_ids = base_ids = V
+    holes, begin, eos_ids, newline_ids = [], [], {1, 2}, list(range(0, V, 4))
+
+    def decode_more(self, ids):
+        """Text of ids."""
+        return "".join("\n" if i in self.newline_ids else chr(65 + i) for i in map(int, ids))
+    decode = decode_more
 
 
-def assert_sound(forest, b):
-    """What every tree must be: one root, parents born before, depths, children and ends that agree."""
-    N = int(forest.size[b])
-    assert N == len(forest.ids[b]) == len(forest.logps[b]) == len(forest.slots[b]) == len(forest.children[b])
-    assert N == 0 or forest.parent[b, 0] == -1 and forest.depth[b, 0] == 0
-    for n in range(1, N):
-        up = forest.parent[b, n]
-        assert 0 <= up < n and forest.depth[b, n] == forest.depth[b, up] + 1 and not forest.terminal[b, up]
-    for n in range(N):
-        assert forest.children[b][n] == np.flatnonzero(forest.parent[b, :N] == n).tolist()
-        assert forest.terminal[b, n] == (forest.end[b, n] != 0) and 0 <= forest.end[b, n] < len(ENDS)
-        steps = [(tuple(forest.ids[b][c]), int(forest.end[b, c])) for c in forest.children[b][n]]
-        assert len(steps) == len({*steps})                              # exact duplicates are never siblings
+def language_model(kind="llama", seed=1):
+    """A random model of a family, with logits spread so that a wrong hidden state shows."""
+    model = GPT(GPTConfig.from_json(MODELS[kind], "test")).initialise(seed)
+    rng = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.data += 0.2 * torch.randn(p.shape, generator=rng)
+        elif "embed" in name and kind == "gpt2":
+            p.data *= 6
+    return model.requires_grad_(False).bind(Letters())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Forest
-# ----------------------------------------------------------------------------------------------------------
+def plain_log_probs(model, ids, last):
+    """(last,) log-probs of the last tokens: one forward of the whole text."""
+    with torch.no_grad():
+        logits = model.token_logits(model(torch.tensor([ids])))[0, -last - 1:-1]
+    return torch.log_softmax(logits, -1)[torch.arange(last), torch.tensor(ids[-last:])].numpy()
+
+
+def random_tree(seed, adds=60):
+    """A tree of short random steps, many of them equal; some ends are graded."""
+    rng = np.random.default_rng(seed)
+    tree = Tree(f"question {seed}", seed, rng.integers(0, V, rng.integers(1, 6)))
+    for _ in range(rng.integers(2, adds)):
+        parent = rng.choice([node for node in tree.nodes if not node.end])
+        step = rng.integers(0, rng.choice((2, V)), rng.integers(1, 4))
+        end = str(rng.choice(["", "eos", "answer", "length"], p=(0.7, 0.1, 0.1, 0.1)))
+        node = tree.add(parent, step, -rng.random(len(step)), NOTHING, end)
+        node.drawn, node.visits = int(rng.integers(0, 5)), int(rng.integers(0, 5))
+        node.value_sum = float(rng.random() * node.visits)
+        if end and rng.random() < 0.7:
+            record_grade(node, rng.random() < 0.5)
+    return tree
+
+
+def ancestors(node):
+    """Root to node, by the definition."""
+    return (ancestors(node.parent) if node.parent else []) + [node]
+
+
+def assert_sound(tree):
+    """What every tree must be: one root, parents born before, no two equal siblings."""
+    for index, node in enumerate(tree.nodes):
+        assert node.index == index and node.tree is tree and (node.parent is None) == (index == 0)
+        assert index == 0 or node.parent.index < index
+        assert node.children == [other for other in tree.nodes if other.parent is node]
+        assert node.end in ("", "eos", "answer", "length")
+        steps = [(tuple(child.ids), child.end) for child in node.children]
+        assert len(steps) == len(set(steps))
+
+
+def skeleton(tree):
+    """A tree without its log-probs, which are equal up to rounding only."""
+    saved = to_json(tree)
+    for row in saved["nodes"]:
+        del row["logps"]
+    return saved
+
+
 def test_equal_steps_merge():
-    """Equal ids below one node with one end are one node, and its count says so; another end, another
-    parent or other ids are another node. What was stored first stays."""
-    forest = Forest(2, 2)
-    root = forest.add(1, -1, [7, 8])
-    a = forest.add(1, root, [1, 2], [-0.5, -0.25], [10, 11])
-    assert forest.add(1, root, np.array([1, 2]), [-9, -9], [12, 13]) == a == 1
-    others = [forest.add(1, root, [1, 2], end="length"), forest.add(1, root, [1]), forest.add(1, a, [1, 2])]
-    assert others == [2, 3, 4] and forest.add(1, root, (1, 2)) == a
-    assert forest.count[1, :5].tolist() == [1, 3, 1, 1, 1] and forest.size.tolist() == [0, 5]
-    assert forest.children[1] == [[1, 2, 3], [4], [], [], []] and forest.leaves(1) == [2]
-    assert forest.logps[1][a].tolist() == [-0.5, -0.25] and forest.slots[1][a].tolist() == [10, 11]
-    assert forest.path(1, 4) == [0, 1, 4] and len(forest) == 2
-    assert forest.path_of(1, 4, "ids").tolist() == [7, 8, 1, 2, 1, 2]
-    assert forest.path_of(1, 4, "ids", root=False).tolist() == [1, 2, 1, 2]
-    assert forest.path_of(1, 0, "ids", root=False).tolist() == []
-    assert forest.text(1, 4, Letters(), stop_ids={2}) == "BB" and forest.text(1, 0, Letters()) == ""
+    """Equal ids with one parent and end are one node; equal keys too; what came first stays."""
+    tree = Tree(None, 0, [7, 8])
+    a = tree.add(tree.root, [1, 2], [-0.5, -0.25], [10, 11])
+    assert tree.add(tree.root, np.array([1, 2]), [-9, -9], [12, 13]) is a and a.count == 2
+    others = [tree.add(tree.root, [1, 2], NOTHING, NOTHING, "length"),
+              tree.add(tree.root, [1], NOTHING, NOTHING), tree.add(a, [1, 2], NOTHING, NOTHING)]
+    assert [node.index for node in others] == [2, 3, 4] and tree.ends() == others[:1]
+    assert a.slots.tolist() == [10, 11] and others[2].solution().tolist() == [1, 2, 1, 2]
+    b = tree.add(tree.root, [5], [-1.0], NOTHING, key="5")
+    assert tree.add(tree.root, [6, 5], [-1, -1], NOTHING, key="5") is b and b.ids.tolist() == [5]
+    assert tree.add(tree.root, [6, 5], [-1, -1], NOTHING) is b and b.count == 3
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_trees_equal_brute_force(seed):
-    """Paths, what lies along them, leaves and the counts of right and wrong ends below a node are what
-    their definitions say; a tree outgrows its arrays without a trace of it (nodes=1 and nodes=500 give the
-    same)."""
-    forest, wide = random_forest(seed, nodes=1), random_forest(seed, nodes=500)
-    for b in range(len(forest)):
-        assert_sound(forest, b)
-        assert forest.to_json(b) == wide.to_json(b)
-        for name in ARRAYS:                     # unused places stay empty, however often the arrays grew
-            kind, empty = forest.arrays[name]
-            assert getattr(forest, name).dtype == kind
-            assert (getattr(forest, name)[b, forest.size[b]:] == empty).all()
-        N = int(forest.size[b])
-        for n in range(N):
-            nodes = ancestors(forest, b, n)
-            assert forest.path(b, n) == nodes
-            for what in ("ids", "logps"):
-                parts = [x for m in nodes for x in getattr(forest, what)[b][m].tolist()]
-                assert forest.path_of(b, n, what).tolist() == parts
-        assert forest.leaves(b) == [n for n in range(N) if forest.terminal[b, n]]
-        for right in (0, 1):
-            ended = [leaf for leaf in forest.leaves(b) if forest.right[b, leaf] == right]
-            want = [sum(int(forest.count[b, leaf]) for leaf in ended if n in ancestors(forest, b, leaf))
-                    for n in range(N)]
-            assert forest.below(b, right).tolist() == want
-        assert forest.below(b).tolist() == forest.below(b, 1).tolist()
+def test_long_chains():
+    """1,500 unvisited steps: Q is the root's, printing a node prints no tree, all can be drawn."""
+    tree = Tree(None, 0, [1])
+    for i in range(1500):
+        last = tree.add(tree.nodes[-1], [i % V], [-1.0], NOTHING)
+    mcts.backup(tree.root, 0.5)
+    assert last.q == 0.5 and len(repr(last)) < 500 and len(last.path()) == 1501
+    assert draw(tree, str).count("\n") < 43 and page([tree], str).count("<details") == 1501
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_json_round_trip(seed):
-    """A tree written as JSON and read back is the same tree but for slots (log-probs to 6 places), and goes
-    on merging as the first would have."""
-    forest = random_forest(seed)
-    text = json.dumps([forest.to_json(b) for b in range(len(forest))])
-    again = Forest.from_json(json.loads(text))
-    assert len(again) == len(forest) and again.size.tolist() == forest.size.tolist()
-    for b in range(len(forest)):
-        assert_sound(again, b)
-        N = int(forest.size[b])
-        for name in ARRAYS:
-            one, two = (getattr(f, name)[b, :N] for f in (forest, again))
-            assert (one == two).all() and one.dtype == two.dtype, name
-        for n in range(N):
-            assert forest.ids[b][n].tolist() == again.ids[b][n].tolist()
-            assert np.allclose(forest.logps[b][n], again.logps[b][n], atol=1e-6)
-            assert again.ids[b][n].dtype == np.int64 and again.logps[b][n].dtype == np.float32
-        assert again.known[b] == forest.known[b] and again.to_json(b) == forest.to_json(b)
-    assert len(Forest.from_json([])) == 0
-
-
-JUNK = (None, True, -1, -2, 0, 1, 3, 99, 2 ** 40, 2 ** 70, 0.5, "", "x", "1", [], [1], [[]], {}, [None])
-
-
-def damage(trees, rng):
-    """One change anywhere in the lists of a file of trees: replaced by junk, dropped, cut, doubled or
-    swapped."""
-    trees = copy.deepcopy(trees)
-    place, key = trees, rng.randrange(len(trees))
-    while isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.85:
-        place = place[key]
-        key = rng.choice(sorted(place)) if isinstance(place, dict) else rng.randrange(len(place))
-    how = rng.randrange(5)
-    if how == 0:
-        del place[key]
-    elif how == 1 and isinstance(place[key], list):
-        place[key] = place[key][:rng.randrange(len(place[key]) + 1)]
-    elif how == 2 and isinstance(place, list):
-        place.insert(key, place[key])
-    elif how == 3 and isinstance(place, list):
-        other = rng.randrange(len(place))
-        place[key], place[other] = place[other], place[key]
-    else:
-        place[key] = copy.deepcopy(rng.choice(JUNK))
-    return trees
+    """A tree read back is the same but for slots; fields that an older file lacks get defaults."""
+    tree = random_tree(seed)
+    saved = json.loads(json.dumps(to_json(tree)))
+    again = from_json(saved, "q")
+    assert_sound(again)
+    assert to_json(again) == saved and again.question == "q"
+    for node in tree.nodes:                                 # counts, by their definitions
+        ends = [end for end in tree.ends() if node in ancestors(end)]
+        assert node.rights + node.wrongs == sum(end.rights + end.wrongs for end in ends)
+    for node in tree.nodes[1:]:                             # equal steps are found again
+        again.add(again.nodes[node.parent.index], node.ids, node.logps, NOTHING, node.end, key="k")
+    assert len(again.nodes) == len(tree.nodes)
+    for row in saved["nodes"]:
+        del row["tried"], row["value_squares"], row["score"]
+    assert all(node.tried == 0 and node.score is None for node in from_json(saved, "q").nodes)
 
 
 def test_damaged_json():
-    """Of 3,000 damaged files of trees each is BadInput or gives sound trees (an id or a count may well be
-    another one), never another exception."""
-    trees = [random_forest(5, adds=8).to_json(b) for b in range(2)]
-    rng, refused = random.Random(0), 0
-    for i in range(3000):
-        broken = damage(trees, rng)
-        try:
-            forest = Forest.from_json(broken)
-        except BadInput as error:
-            assert len(str(error)) < 400
-            refused += 1
-            continue
-        except Exception as error:
-            pytest.fail(f"damage {i}: {type(error).__name__}: {error}\n{broken}")
-        for b in range(len(forest)):
+    """Whatever is dropped from a saved tree or put into it: BadInput or a sound tree."""
+    text, refused = json.dumps(to_json(random_tree(5, adds=8))), 0
+    junk = (None, True, -1, 99, 2 ** 70, 0.5, "", "x", [], [1], [[]], [None], {})
+    places = [(None, key) for key in ("seed", "tokens", "nodes")] + [
+        (2, key) for key in ("ids", "logps", "parent", "end", "visits", "score", "right")]
+    for number, key in places:
+        for value in junk:
+            saved = json.loads(text)
+            (saved if number is None else saved["nodes"][number])[key] = value
             try:
-                assert_sound(forest, b)
-            except AssertionError:
-                pytest.fail(f"damage {i}: an unsound tree was read from {broken[b]}")
-            forest.below(b)
-    assert 1000 < refused < 2900
+                assert_sound(from_json(saved, None))
+            except BadInput as error:
+                refused += 1
+                assert key in str(error) or "the same step" in str(error) or key == "nodes"
+    assert 60 < refused < len(places) * len(junk)
+    saved = json.loads(text)
+    for damaged in (None, 3, [], {}, saved | dict(nodes=saved["nodes"] + saved["nodes"][-1:])):
+        with pytest.raises(BadInput):
+            from_json(damaged, None)
 
 
-@pytest.mark.parametrize("broken", (None, 3, {}, "trees", [None], [[]], [{}], [{"parent": 3}],
-                                    [{"parent": [0]}]))
-def test_json_that_is_no_forest(broken):
-    """Files of another kind are BadInput, too."""
-    with pytest.raises(BadInput):
-        Forest.from_json(broken)
+def grown(kind, chosen, rows=16):
+    """Trees of PROMPTS, grown at the root and at two children: (trees, sampler, first ends)."""
+    sampler = Sampler(language_model(kind), Letters(), 16, rows)
+    trees = [Tree(i, mix(5, i), PROMPTS[i], sampler.prompt(PROMPTS[i])) for i in chosen]
+    ends = grow(sampler, [(tree.root, 4) for tree in trees], 16)
+    inner = [[node for node in tree.root.children if not node.end][:2] for tree in trees]
+    grow(sampler, [(node, 2) for nodes in inner for node in nodes], 16)
+    return trees, sampler, ends
 
 
-def test_split_steps():
-    """A step ends after each newline token; the rest, if there is one, is a step; the steps are the whole."""
-    one = lambda step: step[-1] == 1
-    assert split_steps([5, 1, 5, 5, 1, 1, 7], one) == [(0, 2), (2, 5), (5, 6), (6, 7)]
-    assert split_steps([5, 1], one) == [(0, 2)] and split_steps([], one) == []
-    assert split_steps([4], lambda step: False) == [(0, 1)]
-
-
-def test_step_rules():
-    """Lines, paragraphs with a formula, so many tokens: by hand on text; what is no rule is refused by name."""
-    tokenizer = Tokenizer.bytes_only()
-    text = "Take two.\n\n2+2 = 4\nso 4\n\nThat = it\n\nend"
-    cut = lambda kind: [text[a:b] for a, b in split_steps(tokenizer.encode(text), step_rule(kind, tokenizer))]
-    assert cut("line") == ["Take two.\n", "\n", "2+2 = 4\n", "so 4\n", "\n", "That = it\n", "\n", "end"]
-    assert cut("paragraph") == ["Take two.\n\n2+2 = 4\nso 4\n\n", "That = it\n\nend"]
-    assert [len(step) for step in cut("16")] == [16, 16, len(text) - 32] and "".join(cut("16")) == text
-    for kind in ("sentence", "0", "-1", "", "1.5"):
-        with pytest.raises(BadInput, match="a step is a line"):
-            step_rule(kind, tokenizer)
-
-
-@pytest.mark.parametrize("step", ("3", "paragraph"))
-def test_steps_that_are_no_lines(step):
-    """Whatever a step is, the solution is the same text: sampled step by step by greedy requests, the path is that of
-    one whole greedy continuation; it ends where its answer *line* ends, although that line is spread over steps."""
-    model = language_model("llama", 0).bind(LETTERS)
-    plain = Sampler(model, LETTERS, 16)
-    whole, = plain.extend([Request(plain.prompt(PROMPTS[0]), 0, 24)], 0)
-    want = LETTERS.decode(whole.ids)
-    answer = want.split("\n")[1]                                        # six letters: no step of 3 holds it
-    sampler, forest = Sampler(model, LETTERS, 16, 4, lambda line: line.strip() == answer, step), Forest(1)
-    plant(forest, 0, sampler, PROMPTS[0])
-    steps, n = Steps(forest, sampler, [1], 24, greedy=True), 0
-    while not forest.terminal[0, n]:
-        steps.submit([(0, n, 1)])
-        (_, _, (found,)), = steps.poll()
-        n = forest.add(0, n, found.ids, found.logps, found.slots, "" if found.why == "step" else found.why)
-    text = forest.text(0, n, LETTERS)
-    assert len(answer) == 6 and text == want[:want.index("\n", want.index(answer)) + 1]
-    assert forest.end[0, n] == ENDS.index("answer")
-    sizes = [len(forest.ids[0][m]) for m in forest.path(0, n)[1:]]
-    assert {*sizes[:-1]} == {3} if step == "3" else len(sizes) == 1     # letters hold no formula: one paragraph
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        ids, newline = rng.integers(0, 6, rng.integers(0, 12)), {0, 3}
-        spans = split_steps(ids, lambda step: step[-1] in newline)
-        assert [i for a, b in spans for i in range(a, b)] == list(range(len(ids)))
-        for a, b in spans:
-            assert not newline & {*ids[a:b - 1].tolist()} and (ids[b - 1] in newline or b == len(ids))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Growing
-# ----------------------------------------------------------------------------------------------------------
-LETTERS = Letters(newline=range(0, V, 4), eos=(1, 2))
-PROMPTS = ([3, 5, 7], [3, 5, 7, 9, 11], [3, 6], [30] * 8)
-
-
-def grown(kind, chosen, seeds, rounds=((4, 0), (2, 1), (2, 2)), rows=16, most=16, together=True):
-    """Trees of PROMPTS, grown at the root and then at open inner nodes; (forest, sampler, leaves by call)."""
-    model = language_model(kind, 1).bind(LETTERS)
-    sampler, forest, calls = Sampler(model, LETTERS, 16, rows), Forest(len(chosen), 2), []
-    for b, i in enumerate(chosen):
-        plant(forest, b, sampler, PROMPTS[i])
-    for count, depth in rounds:
-        wants = []
-        for b in range(len(chosen)):
-            inner = (forest.depth[b] == depth) & ~forest.terminal[b] & (forest.count[b] > 0)
-            wants += [(b, n, count) for n in np.flatnonzero(inner)[:2].tolist()]
-        groups = [wants] if together else [[w] for w in wants]
-        calls.append((wants, [leaves for g in groups for leaves in grow(forest, sampler, g, seeds, most)]))
-    return forest, sampler, calls
-
-
-@pytest.mark.parametrize("kind", ("llama", "window", "gpt2"))
+@pytest.mark.parametrize("kind", MODELS)
 def test_grown_alone_as_in_a_batch(kind):
-    """A tree grown among others, in any number of rows, has the ids, order, counts and ends of the tree
-    grown alone. About 300 draws, each within 1e-6 of a likely border with chance 1e-5: a false alarm on
-    0.3% of other machines, none here."""
-    seeds = [mix(5, i) for i in range(len(PROMPTS))]
-    forest = grown(kind, range(4), seeds)[0]
-    few = grown(kind, range(4), seeds, rows=3)[0]
-    apart = grown(kind, range(4), seeds, together=False)[0]
-    skeleton = lambda f, b: {k: v for k, v in f.to_json(b).items() if k != "logps"}
-    for i in range(len(PROMPTS)):
-        alone = grown(kind, [i], seeds[i:i + 1])[0]
-        for other, b in ((alone, 0), (few, i), (apart, i)):
-            assert skeleton(other, b) == skeleton(forest, i)
-            for one, two in zip(other.logps[b], forest.logps[i]):
-                assert np.allclose(one, two, atol=1e-5)
-    another = grown(kind, [0], [mix(6, 0)])[0]
-    assert skeleton(another, 0) != skeleton(forest, 0)
+    """A tree in a batch is the tree grown alone; each sample continues with its own seed."""
+    trees, sampler, ends = grown(kind, range(4), rows=5)
+    for i in (1, 3):
+        assert skeleton(grown(kind, [i])[0][0]) == skeleton(trees[i])
+    plain = Sampler(sampler.model, Letters(), 16)
+    for number, end in enumerate(ends):                  # four samples of each root, in order
+        root = end.tree.root
+        request = Request(plain.prompt(root.ids), mix(root.tree.seed, 0, number % 4), 16)
+        sample, = plain.extend([request])
+        assert end.solution().tolist() == sample.ids.tolist() and end.end == sample.why
+    for tree in trees:
+        assert_sound(tree)
+        for node in tree.nodes[1:]:
+            below = sum(child.count for child in node.children)
+            assert below == (0 if node.end else node.count + node.drawn)        # counts add up
+            assert node.end or node.ids[-1] in sampler.newline
+            assert not sampler.newline & {*node.ids[:-1].tolist()}
+            ids = [*tree.root.ids, *node.solution()]
+            assert abs(node.logps - plain_log_probs(sampler.model, ids, len(node.ids))).max() < 1e-4
+    assert sampler.counts["processed"] <= sampler.counts["prompt"] + sampler.counts["sampled"]
 
 
-@pytest.mark.parametrize("kind", ("llama", "window", "gpt2"))
-def test_grown_trees(kind):
-    """Leaves come in sample order, each the continuation of its own seed (mix of tree's seed, node, number
-    of the sample); `drawn` numbers them on; counts are conserved; steps end at newlines; no solution
-    exceeds max_tokens; ids, log-probs and slots belong together; no token is encoded twice."""
-    most, seeds = 16, [mix(7, i) for i in range(4)]
-    forest, sampler, calls = grown(kind, range(4), seeds, most=most)
-    asked = np.zeros_like(forest.drawn)
-    plain = Sampler(sampler.model, LETTERS, 16)
-    ends = set()
-    for wants, leaves in calls:
-        assert [len(found) for found in leaves] == [count for _, _, count in wants]
-        for (b, n, count), found in zip(wants, leaves):
-            above, spent = forest.path_of(b, n, "ids").tolist(), len(forest.path_of(b, n, "ids", root=False))
-            path = plain.prompt(above)
-            requests = [Request(path, mix(seeds[b], n, asked[b, n] + i), most - spent) for i in range(count)]
-            for leaf, f in zip(found, plain.extend(requests)):
-                assert forest.path_of(b, leaf, "ids").tolist() == above + f.ids.tolist()
-                assert forest.terminal[b, leaf] and ENDS[forest.end[b, leaf]] == f.why
-                ends.add(f.why)
-            asked[b, n] += count
-    assert (asked == forest.drawn).all() and ends == {"eos", "length"}
-    for b in range(4):
-        assert_sound(forest, b)
-        for n in range(forest.size[b]):
-            through = forest.count[b, n] if n else 0
-            below = sum(int(forest.count[b, c]) for c in forest.children[b][n])
-            assert below == (0 if forest.terminal[b, n] else through + forest.drawn[b, n])
-            ids = forest.ids[b][n].tolist()
-            assert sampler.ids[forest.slots[b][n]].tolist() == ids
-            if n:
-                assert not sampler.newline & {*ids[:-1]}
-                assert forest.terminal[b, n] or ids[-1] in sampler.newline
-                above = forest.path_of(b, forest.parent[b, n], "ids").tolist()
-                assert abs(forest.logps[b][n] - log_probs(sampler.model, above, ids)).max() < 1e-4
-        for leaf in forest.leaves(b):
-            length = len(forest.path_of(b, leaf, "ids", root=False))
-            assert length <= most and (ENDS[forest.end[b, leaf]] != "length" or length == most)
-            assert (ENDS[forest.end[b, leaf]] == "eos") == (forest.ids[b][leaf][-1] in (1, 2))
-    c = sampler.counts
-    assert c["prompt"] == distinct(PROMPTS) and c["processed"] <= c["prompt"] + c["sampled"]
+def test_growing_goes_on_also_from_a_file():
+    """Six samples in one call, in two calls, and across a file are the same tree."""
+    sampler = Sampler(language_model(seed=2), Letters(), 16)
+    six, parts = (Tree("q", 1, [3, 4], sampler.prompt([3, 4])) for _ in range(2))
+    grow(sampler, [(six.root, 6)], 25)
+    grow(sampler, [(parts.root, 2), (parts.root, 1)], 25)
+    loaded = from_json(to_json(parts), "q")
+    with pytest.raises(ValueError, match="slots"):
+        grow(sampler, [(loaded.root, 3)], 25)
+    for node in loaded.nodes:
+        above = np.concatenate([NOTHING, *(step.slots for step in node.path()[:-1])])
+        node.slots = sampler.follow(above, node.ids)[len(above):]
+    for tree in (parts, loaded):
+        grow(sampler, [(tree.root, 3)], 25)
+        assert skeleton(tree) == skeleton(six)
 
 
-def test_growing_again_goes_on():
-    """Six samples in one call, or in calls of two and four, are the same tree; so is one put together from
-    wants that name a node twice. Another temperature is another tree, 0 a single path."""
-    model = language_model(seed=2).bind(LETTERS)
-    def tree(parts, temperature=1.0):
-        sampler, forest, seen = Sampler(model, LETTERS, 16), Forest(1), []
-        plant(forest, 0, sampler, [3, 4])
-        for wants in parts:
-            grow(forest, sampler, wants, [mix(1)], 25, temperature, seen.append)
-        assert sum(seen) == sampler.counts["sampled"]
-        return {k: v for k, v in forest.to_json(0).items() if k != "logps"}
-    six = tree([[(0, 0, 6)]])
-    assert six["drawn"][0] == 6
-    assert six == tree([[(0, 0, 2)], [(0, 0, 4)]]) == tree([[(0, 0, 5), (0, 0, 1)]])
-    assert six != tree([[(0, 0, 6)]], 0.7)
-    greedy = tree([[(0, 0, 6)]], 0)
-    steps = len(greedy["parent"]) - 1
-    assert greedy["count"][1:] == [6] * steps and greedy["parent"] == [*range(-1, steps)]
+def test_growing_refuses_what_would_hang_or_overwrite():
+    """No steps, a node that waits, a sampler in use and a full solution are a clear ValueError."""
+    sampler = Sampler(language_model(), Letters(), 16)
+    tree = Tree("q", 1, [3, 4], sampler.prompt([3, 4]))
+    steps = StepSampler(sampler, 12)
+    with pytest.raises(ValueError, match="0 steps"):
+        steps.ask(tree.root, 0)
+    steps.ask(tree.root, 2)
+    with pytest.raises(ValueError, match="waits"):
+        steps.ask(tree.root, 2)
+    with pytest.raises(ValueError, match="search"):
+        grow(sampler, [(tree.root, 1)], 12)
+    assert steps.answers() == [tree.root] and sum(n.count for n in tree.root.children) == 2
+    end, = grow(sampler, [(tree.root, 1)], 12)
+    for node, most in ((end, 99), (end.path()[1], len(end.path()[1].ids))):
+        with pytest.raises(ValueError, match="tokens"):
+            grow(sampler, [(node, 1)], most)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Packing
-# ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("seed", range(6))
+def test_a_search_obeys_max_tokens():
+    """A step that uses up the tokens is an end, "length", even if it ends with a newline."""
+    sampler = Sampler(language_model(), Letters(), 16)
+    trees = [Tree("q", seed, [3, 4], sampler.prompt([3, 4])) for seed in range(20)]
+    mcts.search(trees, StepSampler(sampler, 5), lambda nodes: [0.0] * len(nodes), mcts.until(6))
+    nodes = [node for tree in trees for node in tree.nodes[1:]]
+    full = [node for node in nodes if len(node.solution()) >= 5]
+    assert all(len(node.solution()) == 5 and node.end for node in full)
+    assert any(node.end == "length" and node.ids[-1] in sampler.newline for node in full)
+
+
+@pytest.mark.parametrize("seed", range(4))
 def test_pack_equals_brute_force(seed):
-    """A packed row holds the chosen nodes and their ancestors, each once, in order of birth; position,
-    before and sees are what the tokens of each path, written out one by one, say."""
-    forest, rng = random_forest(seed), np.random.default_rng(seed)
-    for b in range(len(forest)):
-        N = int(forest.size[b])
-        for chosen in ([0], [N - 1], list(range(N)), rng.choice(N, min(N, 4)).tolist()):
-            p = pack(forest, b, chosen)
-            keep = sorted({m for n in chosen for m in ancestors(forest, b, n)})
-            assert p.place == {n: i for i, n in enumerate(keep)}
-            tokens = [(n, k) for n in keep for k in range(len(forest.ids[b][n]))]       # k-th token of n
-            column = {token: t for t, token in enumerate(tokens)}
-            assert all(len(x) == len(tokens) for x in (p.ids, p.position, p.before, p.node))
-            for t, (n, k) in enumerate(tokens):
-                path = [(m, j) for m in ancestors(forest, b, n) for j in range(len(forest.ids[b][m]))]
-                depth = path.index((n, k))
-                assert p.ids[t] == forest.ids[b][n][k] and p.node[t] == p.place[n]
-                assert p.position[t] == depth
-                assert p.before[t] == (column[path[depth - 1]] if depth else -1)
-            want = [[m in ancestors(forest, b, n) for m in keep] for n in keep]
-            assert p.sees.dtype == bool and p.sees.tolist() == want
+    """Position, before and sees are what each path, written out token by token, says."""
+    tree, rng = random_tree(seed), np.random.default_rng(seed)
+    for chosen in ([tree.root], tree.nodes[-1:], tree.nodes, rng.choice(tree.nodes, 3)):
+        packed = pack(chosen)
+        keep = sorted({a for node in chosen for a in ancestors(node)}, key=lambda node: node.index)
+        tokens = [(node, k) for node in keep for k in range(len(node.ids))]
+        column = {token: t for t, token in enumerate(tokens)}
+        sees = np.zeros((len(tokens), len(tokens)), bool)
+        for t, (node, k) in enumerate(tokens):
+            path = [(a, j) for a in ancestors(node) for j in range(len(a.ids))]
+            depth = path.index((node, k))
+            assert packed.ids[t] == node.ids[k] and packed.position[t] == depth
+            assert packed.before[t] == (column[path[depth - 1]] if depth else -1)
+            assert packed.span[node].start + k == t
+            sees[t, [column[token] for token in path[:depth + 1]]] = True
+        assert (packed.sees() == sees).all()
 
 
-@pytest.mark.parametrize("kind", ("llama", "window", "gpt2"))
+@pytest.mark.parametrize("kind", MODELS)
 def test_packed_equals_separate_rows(kind):
-    """Hidden states of all tokens, and log-probs of all wanted ones, of three trees in one padded batch
-    equal those of every path in a row of its own, to 1e-5 in fp32 (relative for hidden states); a loss sees
-    nothing else."""
-    model = language_model(kind, 3).bind(Letters(V - 3, holes=(9,)))
-    forest = random_forest(2, trees=3, adds=25, ids=V - 3)
-    lengths = [len(forest.path_of(b, n, "ids")) for b in range(3) for n in range(forest.size[b])]
-    assert max(lengths) > 12                                            # well beyond the window of 5
-    rows = []
-    for b in range(3):
-        N = int(forest.size[b])
-        forks = [k for k in forest.children[b] if len(k) > 1]
-        rows.append(tree_row(forest, b, [Pair([k[0]], [k[1]]) for k in forks], range(N) if b != 1 else ()))
-    batch = collate(rows, "cpu")
+    """Log-probs of a packed tree are those of every path in a row of its own, to 1e-5."""
+    model, tree = language_model(kind, 3), random_tree(2, adds=40)
+    packed = pack(tree.nodes)
+    assert max(packed.position) > 8                             # beyond the window of 5
+    rows = [torch.from_numpy(x)[None] for x in (packed.ids, packed.position, packed.sees())]
     with torch.no_grad():
-        hidden = model(batch.ids, batch.position, batch.mask)
-        logps = tree_log_probs(model, batch)
-    assert torch.isfinite(hidden).all()
-    for b, row in enumerate(rows):
-        wanted = set(row.imitate) | {n for p in row.pairs for n in p.chosen + p.rejected}
-        assert wanted and (b == 1 or wanted == {*range(1, int(forest.size[b]))})
-        for n, i in row.packed.place.items():
-            ids, size = forest.path_of(b, n, "ids").tolist(), len(forest.ids[b][n])
-            columns = np.flatnonzero(row.packed.node == i)
-            with torch.no_grad():
-                alone = model(torch.tensor([ids]))[0, -size:]
-            assert (hidden[b, columns] - alone).abs().max() < 1e-5 * (1 + alone.abs().max())
-            found = logps[b, columns].numpy()
-            if n not in wanted:
-                assert (found == 0).all()
-                continue
-            there = np.array([token != 9 for token in ids[-size:]])             # 9 is a hole: never sampled
-            want = log_probs(model, ids[:-size], ids[-size:])
-            assert np.isneginf(found[~there]).all() and np.isneginf(want[~there]).all()
-            assert np.allclose(found[there], want[there], rtol=0, atol=1e-5)
-        assert (logps[b, len(row.packed.ids):] == 0).all()                      # padding
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Drawing
-# ----------------------------------------------------------------------------------------------------------
-class Plain:
-    """Ids are code points; `~` ends a text."""
-
-    def decode_more(self, ids):
-        return "".join(map(chr, ids))
+        logits = model.token_logits(model(*rows))[0, packed.before]
+    logps = torch.log_softmax(logits, -1)[torch.arange(len(packed.ids)), rows[0][0]].numpy()
+    for node in tree.nodes[1:]:
+        want = plain_log_probs(model, [*tree.root.ids, *node.solution()], len(node.ids))
+        assert np.allclose(logps[packed.span[node]], want, rtol=0, atol=1e-5)
 
 
 def small_tree():
-    forest, write = Forest(1), lambda text: [ord(c) for c in text]
-    forest.add(0, -1, write("2*3+1?"))
-    right, lost = ("2*3=6 : 6+1\n", "6+1=7 : 7\n", "#### 7~"), ("3+1=4 : 2*4\n", "2*4=8 : 8\n", "#### 8~")
-    cut = ("2*3=6 : 6+1\n", "6+6+6+6")
-    for steps, good, end in ((right, 1, "eos"), (lost, 0, "eos"), (right, 1, "eos"), (cut, 0, "length"),
-                             (lost, 0, "eos"), (right, 1, "eos")):
-        n = 0
-        for i, step in enumerate(steps):
-            n = forest.add(0, n, write(step), end=end if i == len(steps) - 1 else "")
-        forest.right[0, n] = good
-    return forest
-
-
-def test_draw_is_printable():
-    """A model may write anything: nothing that moves the cursor or clears the screen reaches the terminal."""
-    tokenizer, forest = Tokenizer.bytes_only(), Forest(1)
-    forest.add(0, -1, tokenizer.encode("1+1?"))
-    forest.add(0, 0, tokenizer.encode("\x1b[2J 2\r3 \u6c34\n"), end="eos")
-    text = draw(forest, 0, tokenizer)
-    assert "\ufffd[2J 2\ufffd3 \u6c34" in text and all(c.isprintable() or c == "\n" for c in text)
+    """Two solutions, one right; ids are code points. (tree, text, pit)"""
+    tree = Tree("q", 0, list(b"2*3+1?"))
+    for steps, right in ((("2*3=6", "#### 7"), True), (("3+1=4", "#### 8"), False)):
+        node = tree.root
+        for step in steps:
+            end = "eos" if step.startswith("#") else ""
+            node = tree.add(node, list(step.encode()), [-1.0] * len(step), NOTHING, end)
+        record_grade(node, right)
+    mcts.backup(tree.ends()[0], 1.0)
+    return tree, lambda node: "".join(map(chr, node.ids)), tree.nodes[3]
 
 
 def test_draw():
-    """The exact text of one small tree: ends are marked right and wrong, the cut one and the pit are named,
-    the more visited branch comes first. What does not fit the limit is counted, long lines are cut."""
-    forest = small_tree()
-    pit = forest.children[0][0][1]
-    assert draw(forest, 0, Plain(), pits=[pit], stop_ids={ord("~")}, width=60).split("\n") == [
-        "2*3+1?                          6 samples  3 right below",
-        "+- 2*3=6 : 6+1                  x4  3 right below",
-        "|  +- 6+1=7 : 7                 x3  3 right below",
-        "|  |  `- #### 7                 x3  RIGHT",
-        "|  `- 6+6+6+6                   x1  wrong  (cut at the length limit)",
-        "`- 3+1=4 : 2*4                  x2   <== FIRST PIT: no branch from here was right",
-        "   `- 2*4=8 : 8                 x2",
-        "      `- #### 8                 x2  wrong"]
-    short = draw(forest, 0, Plain(), stop_ids={ord("~")}, width=12, limit=2).split("\n")
-    assert short[1].startswith("+- 2*3=6 : ~") or short[1].startswith("`- 2*3=6 : ~")
-    assert short[-1] == "... and 4 more nodes" and len(short) == 5
-    assert draw(forest, 0, Plain(), pits=[pit], limit=1).count("FIRST PIT") == 1    # a pit is always shown
-    lone = Forest(1)
-    lone.add(0, -1, [10])
-    assert draw(lone, 0, Plain(), width=20) == "(empty)     0 samples"
-    lone.add(0, 0, [65])
-    assert "`- A" in draw(lone, 0, Plain(), width=20)                   # a search that was cut before any end
+    """The exact text of a small tree; long trees are limited and say so; P is shown on request."""
+    tree, text, pit = small_tree()
+    lines = draw(tree, text, chosen=tree.nodes[:3], pits=[pit]).split("\n")
+    assert [" ".join(line.split()) for line in lines[:-1]] == [
+        "2*3+1? N 1 Q +1.00 <- chosen", "+- 2*3=6 x1 N 1 Q +1.00 <- chosen",
+        "| `- #### 7 x1 N 1 Q +1.00 RIGHT <- chosen", "`- 3+1=4 x1 <== FIRST PIT",
+        "`- #### 8 x1 wrong"]
+    assert all(letter in lines[-1] for letter in ("x =", "N =", "Q =")) and "P =" not in lines[-1]
+    assert " P 0." in draw(tree, text, prior=True)
+    assert "... and 2 more steps" in draw(tree, text, chosen=tree.nodes[:3], limit=3)
+    evil = draw(tree, lambda node: "\x1b[2J\r3 \u202e\u6c34\n")
+    assert all(c.isprintable() or c == "\n" for c in evil) and "\u6c34" in evil
+
+
+def test_page_is_safe_and_whole():
+    """Every step is on the page once, HTML in it stays text, and nothing is loaded."""
+    tree, text, pit = small_tree()
+    html = page([tree, tree], lambda node: f"<script>{text(node)}</script>", pits=[pit])
+    assert html.count("&lt;script&gt;") == 10 and "<script" not in html and "FIRST PIT" in html
+    assert html.count("<details") == html.count("</details>") == 10 and "width=device-width" in html
+    assert "light dark" in html and not any(x in html for x in ("http", "src=", "href=", "url("))
+
+
+def test_show(tmp_path, capsys):
+    """--show draws a saved tree; what is wrong with the file is one sentence and exit code 2."""
+    tree, text, pit = small_tree()
+    row = to_json(tree) | dict(text="q", pits=[pit.index], chosen=[0, 1],
+                               step_texts=[text(node) for node in tree.nodes])
+    file, html = tmp_path / "trees.jsonl", tmp_path / "tree.html"
+    file.write_text("".join(json.dumps(row) + "\n" for _ in range(3)), encoding="utf-8")
+    assert mcts.main(["--show", str(file), "--question", "2", "--html", str(html)]) == 0
+    assert capsys.readouterr().out == draw(tree, text, tree.nodes[:2], [pit]) + "\n"
+    assert "FIRST PIT" in html.read_text(encoding="utf-8")
+    assert mcts.main(["--show", str(file), "--question", "3"]) == 2
+    assert "0 to 2" in capsys.readouterr().err
+    for damaged in ("", "{\n", json.dumps(row | dict(step_texts=["x"])), "3",
+                    json.dumps(row | dict(pits=[9])), json.dumps(row | dict(nodes=[3]))):
+        file.write_text(damaged, encoding="utf-8")
+        assert mcts.main(["--show", str(file)]) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert mcts.main(["--show", str(tmp_path / "nowhere")]) == 2
+    assert mcts.main([]) == 0 and "add up" in capsys.readouterr().out
