@@ -251,7 +251,6 @@ def attach(node: Node, sample, step_over, key=None) -> Node:
 def grow(sampler, wants: list, max_tokens: int, temperature: float = 1.0, progress=None) -> list:
     """Whole solutions below many nodes of many trees at once. wants: [(node, k)]. Returns the ends
     of the samples, k for each want, in order. ValueError while a search uses the sampler."""
-    need(not sampler.live and not sampler.waiting, "a search waits for answers of this sampler")
     asked = [(node, one) for node, k in wants for one in requests(node, k, max_tokens, sampler)]
     samples = sampler.extend([one for _, one in asked], temperature, progress=progress)
     return [attach(node, sample, sampler.step_over) for (node, _), sample in zip(asked, samples)]

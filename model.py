@@ -2,8 +2,8 @@
 A language model: open weights in, tokens out, and no token is encoded twice.
 
 A GPT reads tokens and predicts the next one. A sampler draws from the prediction, appends what it
-drew and goes on. Everything to the right of this file (trees, critics, training) asks it for three
-things: hidden states of tokens, log-probs of tokens, continuations of many texts at once.
+drew and goes on. The files to the right (trees, critics, training) ask this one for three things:
+hidden states of tokens, log-probs of tokens, continuations of many texts at once.
 
 What is different from a usual implementation:
 1. One class is GPT-2, Llama 2 and 3, Mistral, Qwen2 and 3, SmolLM2 and DeepSeekMath: config.json
@@ -13,22 +13,19 @@ What is different from a usual implementation:
 4. Random numbers belong to a sample, not to a batch: batching changes nothing but the speed.
 Left out: dropout, tensor parallelism, quantised weights. Nothing here needs them.
 
-Chapters: 1 Files   2 Tokenizer   3 Config   4 GPT   5 Sampler   6 Continue a prompt
+Chapters: 1 Files   2 Tokenizer   3 Config   4 GPT   5 Sampler   6 Program
 
 Try:  python model.py                                   what sharing a beginning saves; two seconds
       python model.py --model FOLDER --prompt "2+2 is"  goes on from a text, with your own weights
 """
 import argparse
-import heapq
 import json
 import math
 import os
 import re
 import sys
-import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -45,36 +42,39 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 
-class BadInput(ValueError):
-    """One sentence for the user: what is wrong, where, how to mend it. Programs exit with 2."""
-
-
 # --------------------------------------------------------------------------------------------------
 # 1. Files: JSON and safetensors
 # --------------------------------------------------------------------------------------------------
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-              BOOL=torch.bool, U8=torch.uint8, I8=torch.int8, I16=torch.int16, I32=torch.int32,
-              F64=torch.float64, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
-USABLE = [*DTYPES][:5]                          # the others may be in a file, but are not read
+              BOOL=torch.bool, U8=torch.uint8, I8=torch.int8)
 LFS = b"version https://git-lfs"
 IS_LFS = "is a git-LFS pointer, not the file itself: fetch it with `git lfs pull`"
 PICKLED = ("pickled weights, and a pickle can run code (CVE-2025-32434, CVE-2026-24747): convert "
            "them elsewhere with save_pretrained(..., safe_serialization=True)")
 LORA = ("holds a LoRA adapter (adapter_config.json), not a whole model: merge it into its base "
         "model with peft's merge_and_unload() and save_pretrained()")
-GGUF = "holds only GGUF weights, made for llama.cpp: take the safetensors files of the model"
+NO_WEIGHTS = ("has neither model.safetensors nor model.safetensors.index.json; GGUF files are made "
+              f"for llama.cpp and are not read; nor are {PICKLED}")
+
+
+class BadInput(ValueError):
+    """One sentence for the user: what is wrong, where, how to mend it. Programs exit with 2."""
 
 
 @contextmanager
 def about(path):
-    """Errors inside (absent, disk full, a failed `need`) become BadInput with the path."""
+    """Errors inside become BadInput with the path: absent files, a full disk, a failed `need`, and
+    what damaged data raise where they are used, such as KeyError for a key that is missing."""
     try:
         yield
-    except (OSError, ValueError, OverflowError, RecursionError, regex.error) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError, regex.error) as error:
+        raise BadInput(f"{path}: damaged or not supported, {error!r:.200}") from error
 
 
-def need(condition, message: str) -> None:
+def need(condition, message: str):
     """ValueError unless the condition holds. (`python -O` would leave out an assert.)"""
     if not condition:
         raise ValueError(message)
@@ -100,7 +100,7 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_json(path, raw: bytes | None = None) -> dict:
+def read_json(path, raw=None) -> dict:
     """The object in a JSON file, or in `raw` (then the path is only a name for messages). BadInput:
     the file is absent, a git-LFS pointer, no UTF-8, no JSON, no object, or has a key twice."""
     def unique(pairs) -> dict:
@@ -116,72 +116,59 @@ def read_json(path, raw: bytes | None = None) -> dict:
     return found
 
 
-def safetensors_header(path, metadata=None) -> dict[str, tuple]:
-    """{name: (dtype, shape, begin, end)} in the order of the data, fully checked. dtype is a key of
-    DTYPES; begin and end count bytes of the file. A dict given as `metadata` gets the file's own.
+def safetensors_header(path) -> tuple:
+    """({name: (dtype, shape, begin)} in the order of the data, metadata), fully checked. dtype is
+    a key of DTYPES; begin counts bytes of the file.
 
         8 bytes: N, little-endian | N bytes of JSON | the tensors, without gaps; offset 0 is here
     """
-    header = {}
     with about(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(len(LFS))
+        need(start != LFS, IS_LFS)
         data = 8 + int.from_bytes(start[:8], "little")
-        if size < 8 or data > min(size, 8 + 100_000_000):
-            need(start != LFS, IS_LFS)
-            need(not start.startswith((b"PK\3\4", b"\x80")), f"holds {PICKLED}")
-            raise ValueError(f"is no safetensors file or was cut short, at {size} bytes")
+        need(8 <= size and data <= min(size, 8 + 100_000_000),
+             f"is cut short at {size} bytes, or is no safetensors file but, say, a renamed pickle")
         file.seek(8)
         raw = read_json("header", file.read(data - 8))
-        texts = field(raw, "__metadata__", dict, {})
-        need(all(isinstance(text, str) for text in texts.values()), "__metadata__ holds no strings")
-        (metadata if metadata is not None else {}).update(texts)
-        for name in raw.keys() - {"__metadata__"}:
+        metadata = field(raw, "__metadata__", dict, {})
+        need(all(isinstance(text, str) for text in metadata.values()), "odd __metadata__")
+        entries = [(entry["data_offsets"], name, entry) for name, entry in raw.items()
+                   if name != "__metadata__"]
+        header = {}
+        at = data                                       # the byte where the next tensor must begin
+        for offsets, name, entry in sorted(entries, key=lambda entry: entry[:2]):
             with about(f"tensor {name!r:.120}"):
-                header[name] = _header_entry(raw[name], data)
-        header = dict(sorted(header.items(), key=lambda item: (*item[1][2:], item[0])))
-        at = data
-        for name, (_, _, begin, end) in header.items():
-            need(begin == at, f"tensor {name!r:.120} leaves a gap or overlaps, at byte {begin}")
+                shape = field(entry, "shape", list)
+                # (0, 2**40, 2**40) is empty, but its strides overflow in torch: a 0 counts as a 1
+                sizes = all(type(i) is int and i >= 0 for i in shape) and len(shape) < 9
+                need(sizes and math.prod(i or 1 for i in shape) < 1 << 48, f"odd shape {shape}")
+                end = at + math.prod(shape) * DTYPES[entry["dtype"]].itemsize
+                need(offsets == [at - data, end - data],
+                     f"data_offsets {offsets} leave a gap, overlap, or do not fit shape and dtype")
+            header[name] = (entry["dtype"], tuple(shape), at)
             at = end
         need(at == size, f"has {size} bytes, its header says {at}: cut short or damaged")
-    return header
+    return header, metadata
 
 
-def _header_entry(entry, data: int) -> tuple:
-    """(dtype, shape, begin, end) of one tensor. data: the byte that its offsets count from."""
-    dtype = one_of("dtype", field(entry, "dtype", str), DTYPES)
-    shape = field(entry, "shape", list)
-    span = field(entry, "data_offsets", list)
-    whole = all(type(i) is int and 0 <= i < 2 ** 48 for i in shape + span)
-    need(whole and len(span) == 2 and len(shape) <= 8, "odd shape or data_offsets")
-    # (0, 2**40, 2**40) is empty, but its strides overflow in torch: here a zero counts as a one
-    need(math.prod(max(i, 1) for i in shape) < 2 ** 48, f"shape {shape} does not fit in memory")
-    length = math.prod(shape) * DTYPES[dtype].itemsize
-    need(span[1] - span[0] == length, f"data_offsets {span} do not fit shape {shape} of {dtype}")
-    return dtype, tuple(shape), data + span[0], data + span[1]
-
-
-def read_safetensors(path, keep=None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """({name: CPU tensor}, metadata). A tensor is read if keep(name), each into memory of its own.
-    (No memory map: a file that is cut short while it is mapped kills the process.)"""
-    tensors, metadata = {}, {}
-    header = safetensors_header(path, metadata)
+def read_safetensors(path) -> tuple:
+    """({name: CPU tensor}, metadata), each tensor in memory of its own. (No memory map: a file that
+    is cut short while it is mapped kills the process.)"""
+    tensors = {}
+    header, metadata = safetensors_header(path)
     with about(path), open(path, "rb") as file:
-        for name, (dtype, shape, begin, end) in header.items():
-            if keep is not None and not keep(name):
-                continue
-            one_of(f"dtype of tensor {name!r:.120}", dtype, USABLE)
-            raw = torch.empty(end - begin, dtype=torch.uint8)
+        for name, (dtype, shape, begin) in header.items():
+            raw = torch.empty(math.prod(shape) * DTYPES[dtype].itemsize, dtype=torch.uint8)
             file.seek(begin)
-            need(file.readinto(raw.numpy()) == end - begin, f"ended while {name!r:.120} was read")
+            need(file.readinto(raw.numpy()) == len(raw), f"ended while {name!r:.120} was read")
             # a bool of any byte but 0 and 1 is undefined behaviour, hence the comparison
             tensor = raw != 0 if dtype == "BOOL" else raw.view(DTYPES[dtype])
             tensors[name] = tensor.reshape(shape)
     return tensors, metadata
 
 
-def write_atomically(path, chunks) -> None:
+def write_atomically(path, chunks):
     """Write chunks of bytes. A kill at any moment leaves the old file or the whole new one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")       # two processes never write to the same one
     with about(f"{path}: cannot be written"):
@@ -197,25 +184,24 @@ def write_atomically(path, chunks) -> None:
             temporary.unlink(missing_ok=True)           # it is there only after an error
 
 
-def write_text(path, text: str) -> None:
+def write_text(path, text: str):
     """Write a text file (UTF-8) atomically."""
     write_atomically(path, [well_formed(text).encode()])
 
 
-def write_safetensors(path, tensors: dict, metadata=None) -> None:
-    """Write {name: tensor} atomically, one tensor at a time. The same tensors give the same bytes:
-    they are sorted by width (so each begins at a multiple of its width), then by name."""
-    names = {DTYPES[name]: name for name in USABLE}
-    order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+def write_safetensors(path, tensors: dict, metadata=None):
+    """Write {name: tensor} atomically. The same tensors give the same bytes: they are sorted by
+    width (so each begins at a multiple of its width), then by name."""
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
-    for name, tensor in order:
-        with about(path):
-            need(tensor.dtype in names, f"{name!r:.120} is {tensor.dtype}, not one of {USABLE}")
-        end = at + tensor.numel() * tensor.dtype.itemsize
-        entry = dict(dtype=names[tensor.dtype], shape=[*tensor.shape], data_offsets=[at, end])
-        header[name] = entry
-        at = end
+    with about(path):
+        for name, tensor in order:
+            end = at + tensor.nbytes
+            span = [at, end]
+            header[name] = dict(dtype=kinds[tensor.dtype], shape=tensor.shape, data_offsets=span)
+            at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                     # the data begins at a multiple of 8
     flat = (tensor.detach().cpu().contiguous().reshape(-1) for _, tensor in order)
@@ -223,31 +209,30 @@ def write_safetensors(path, tensors: dict, metadata=None) -> None:
     write_atomically(path, chain([len(text).to_bytes(8, "little"), text], data))
 
 
-def weight_files(folder) -> dict[str, Path]:
-    """{tensor name: its safetensors file} of a model folder, one file or shards with an index.
+def weight_files(folder) -> dict:
+    """{tensor name: (its file, dtype, shape)} of a model folder: one file, or shards with an index.
     BadInput: no weights, weights of another kind, a missing shard, index and shards disagree."""
     single = Path(folder, "model.safetensors")
     index = Path(folder, "model.safetensors.index.json")
     with about(folder):
         names = {path.name for path in Path(folder).iterdir()}
-        endings = {Path(name).suffix for name in names}
-        weights = names & {single.name, index.name}
         need("adapter_config.json" not in names, LORA)
-        need(weights or not endings & {".bin", ".pt", ".pth", ".ckpt"}, f"has only {PICKLED}")
-        need(weights or ".gguf" not in endings, GGUF)
-        need(weights, f"has no weights: neither {single.name} nor {index.name}")
-    if single.name in names:                            # it wins over shards, as in transformers
-        return dict.fromkeys(safetensors_header(single), single)
+        need(names & {single.name, index.name}, NO_WEIGHTS)
     with about(index):
-        places = field(read_json(index), "weight_map", dict)
-        for name, file in places.items():               # a path could point anywhere on the disk
-            need(isinstance(file, str) and re.fullmatch(r"\w[\w.-]*", file),
-                 f"places {name!r:.120} in {file!r:.120}: only plain file names are allowed")
-        files = {*places.values()}
-        held = [(name, file) for file in files for name in safetensors_header(Path(folder, file))]
-        wrong = sorted({*held} ^ {*places.items()})     # in two files, in none, or not listed
+        if single.name in names:                        # it wins over shards, as in transformers
+            places = dict.fromkeys(safetensors_header(single)[0], single.name)
+        else:
+            places = field(read_json(index), "weight_map", dict)
+        plain = all(re.fullmatch(r"\w[\w.-]*", file) for file in places.values())
+        need(plain, "weight_map may hold only file names: a path could point anywhere on the disk")
+        held = {}
+        for file in {*places.values()}:
+            path = Path(folder, file)
+            for name, (dtype, shape, _) in safetensors_header(path)[0].items():
+                held[name, file] = (path, dtype, shape)
+        wrong = sorted(held.keys() ^ places.items())
         need(held and not wrong, f"{wrong[:1]} is listed here or held there, but not both")
-    return {name: Path(folder, file) for name, file in held}
+    return {name: entry for (name, _), entry in held.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,271 +242,238 @@ def weight_files(folder) -> dict[str, Path]:
 #   byte-level (GPT-2, Llama 3, Qwen, DeepSeek): regular expressions cut, bytes spell
 #   SentencePiece (Llama 2, Mistral, Llemma): nothing cuts, characters spell; a space is the letter
 #       "▁", and a character that is not in the vocabulary becomes its bytes
-# Both merge in the order of the file's merges. Ids cannot stand for that order: some files number
-# their tokens in another one, and Llama 3 lists 82 merges before those that make their halves.
-
+# Both merge in the order of the file's merges. (Ids have another order in some files.)
 # GPT-2's alphabet for bytes: 188 are letters as they are, the others the letters from U+0100 on, so
 # that no token holds a space or a control character: " the" is written "Ġthe".
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-ORDER = PLAIN + sorted({*range(256)} - {*PLAIN})
-LETTERS = dict(zip(ORDER, map(chr, PLAIN + [*range(256, 324)])))
+OTHERS = sorted({*range(256)} - {*PLAIN})
+LETTERS = dict(zip(PLAIN + OTHERS, map(chr, [*PLAIN, *range(256, 324)])))
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")         # how SentencePiece writes a byte
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Where a Metaspace puts a "▁" before a text: where a whole text begins, behind an added token
+SCHEMES = dict(always=("first", "behind"), first=("first",), never=())
 
 
-def merge(ids: list[int], pairs: dict) -> list[int]:
+def merge(ids, pairs) -> list:
     """Byte-pair encoding (Sennrich et al., 1508.07909): join two neighbours again and again, the
     pair of lowest rank first, of equal ones the leftmost. pairs: {(left, right): (rank, joined)}.
 
         merges  0: l l   1: h e   2: he ll      h e l l o  ->  h e ll o  ->  he ll o  ->  hell o
 
-    Neighbours are a linked list, and a heap holds every pair that ever was one: n log n time.
+    A pass joins all places of one pair. It stops early if a join makes a pair of lower rank.
     """
-    size = len(ids)
-    ids = [*ids, None]                                  # the end on both sides: ids[-1] is None
-    before = [*range(-1, size)]                         # places of the neighbours on the left
-    after = [*range(1, size + 2)]                       # and on the right
-    heap = [(*pairs[pair], i) for i, pair in enumerate(pairwise(ids)) if pair in pairs]
-    heapq.heapify(heap)                                 # (rank, joined, place of the left one)
-    while heap:
-        _, joined, i = heapq.heappop(heap)
-        j = after[i]
-        if pairs.get((ids[i], ids[j]), (0, None))[1] != joined:
-            continue                                    # these two are neighbours no more
-        ids[i] = joined
-        ids[j] = None                                   # place j is empty from here on
-        after[i] = after[j]
-        before[after[j]] = i
-        for left, right in ((before[i], i), (i, after[i])):
-            pair = (ids[left], ids[right])              # a new pair on either side
-            if pair in pairs:
-                heapq.heappush(heap, (*pairs[pair], left))
-    return [id for id in ids if id is not None]
+    while True:
+        ranks = [pairs[pair] for pair in pairwise(ids) if pair in pairs]
+        if not ranks:
+            return ids
+        best = min(ranks)
+        done = []
+        for i, id in enumerate(ids):
+            if not done or pairs.get((done[-1], id)) != best:
+                done.append(id)
+                continue
+            done[-1] = best[1]
+            around = [*done[-2:], *ids[i + 1:i + 2]]    # the new token and its neighbours
+            if any(pairs.get(pair, best) < best for pair in pairwise(around)):
+                done += ids[i + 1:]
+                break
+        ids = done
 
 
-def cut(pattern, text: str) -> list[str]:
+def cut(pattern, text: str) -> list:
     r"""Cut a text at both ends of every match: \d+ cuts "a12b" into "a", "12", "b"."""
     places = [place for match in pattern.finditer(text) for place in match.span()]
     borders = pairwise([0, *places, len(text)])
     return [text[a:b] for a, b in borders if a < b]
 
 
-def steps(part, known: str) -> list[dict]:
+def steps(part, known: str) -> list:
     """The steps of one part of a tokenizer.json, taken out of Sequences. ValueError: unknown type.
 
         {"type": "Sequence", "normalizers": [{"type": "NFC"}]}  ->  [{"type": "NFC"}]
     """
     if part is None:
         return []
-    kind = field(part, "type", str)
-    if kind == "Sequence":                              # each part has another word for its members
-        members = chain(*[value for value in part.values() if isinstance(value, list)])
-        return [*chain(*[steps(member, known) for member in members])]
-    one_of("type", kind, known.split())
+    if part["type"] == "Sequence":                      # each part has another word for its members
+        members = [value for value in part.values() if isinstance(value, list)][0]
+        return [step for member in members for step in steps(member, known)]
+    one_of("type", part["type"], known.split())
     return [part]
 
 
 class Tokenizer:
-    """Text <-> token ids. Whatever a file asks for beyond this class is rejected by its name.
-
+    """Text <-> token ids. What a file asks for beyond this class is rejected by its name.
     n_ids, base_ids  largest id + 1, with and without added tokens; a model may have more rows
     holes            ids below n_ids that stand for nothing: never sample them
     newline_ids      ids whose bytes hold a newline: they end a step
     eos_ids, begin   ids that end a text, if the folder says so; ids that a prompt begins with
     """
-    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    FILES = ("tokenizer.json", "tokenizer_config.json")
 
-    def __init__(self, files: dict[str, bytes], folder="tokenizer"):
+    def __init__(self, files: dict, folder="tokenizer"):
         self.files = files
-        parsed = [read_json(Path(folder, name), files.get(name, b"{}")) for name in self.FILES]
-        spec, config, special = parsed
+        spec, config = (read_json(Path(folder, name), files.get(name, b"{}"))
+                        for name in self.FILES)
+        self.encode_piece = lru_cache(1 << 16)(self._encode_piece)      # words come again and again
         with about(Path(folder, self.FILES[0])):
             self._read_cuts(spec)
             self._read_model(field(spec, "model", dict))
             self._read_ids(field(spec, "added_tokens", list, []))
             self._read_begin(spec.get("post_processor"))
-        eos = config.get("eos_token") or special.get("eos_token")
+            # does a "▁" come before a text? (damage that only shows in use is found here, too)
+            self.strips = self.decode_more(self.encode("a")).startswith(" ")
+        eos = config.get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
         self.eos_ids = {id for name, id in self.ids.items() if name == eos}
-        self.encode_piece = lru_cache(1 << 16)(self._encode_piece)      # words come again and again
 
-    def _read_cuts(self, spec: dict) -> None:
-        """self.changes: the normalizer. self.cuts: patterns, one applied after the other."""
+    def _read_cuts(self, spec: dict):
+        """self.changes: what is done to a text. self.cuts: patterns, one applied after the other.
+        (The engine is `regex`, because re knows no \\p{L}.)"""
         self.changes = steps(spec.get("normalizer"), "NFC NFD NFKC NFKD Prepend Replace")
-        self._normal("a")                               # damage is seen here, not first in use
         parts = steps(spec.get("pre_tokenizer"), "Split Digits ByteLevel Metaspace")
         kinds = [part["type"] for part in parts]
         alone = "ByteLevel" not in kinds[:-1] and "Metaspace" not in kinds[1:] + kinds[:-1]
         need(alone, "pre_tokenizer: ByteLevel must be the last step, Metaspace the only one")
         self.byte_level = "ByteLevel" in kinds          # or else SentencePiece
-        self.scheme = ""                                # which texts a Metaspace begins with "▁"
-        patterns = [self._read_cut(part) for part in parts]
+        patterns = filter(None, map(self._read_cut, parts))
         # V1 reads sets in sets, as the makers do; for them ^ and $ are the edges of a line
-        # (the engine is `regex`, because re knows no \p{L})
-        self.cuts = [regex.compile(p, regex.V1 | regex.MULTILINE) for p in patterns if p]
-        undo = steps(spec.get("decoder"), "ByteLevel Replace ByteFallback Fuse Strip Metaspace")
-        undo = [step for step in undo if step.get("prepend_scheme") != "never"]
-        self.strips = any(step["type"] in ("Strip", "Metaspace") for step in undo)
+        self.cuts = [regex.compile(p, regex.V1 | regex.MULTILINE) for p in patterns]
 
     def _read_cut(self, part: dict) -> str:
         """The regular expression of one step of the pre-tokenizer; "" does not cut."""
         if part["type"] == "Digits":
             return r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
         if part["type"] == "Split":
-            one_of("behavior of a Split", part.get("behavior"), ["Isolated"])
-            pattern = field(part, "pattern", dict)
-            return field(pattern, "Regex", str, "") or regex.escape(field(pattern, "String", str))
+            one_of("behavior of a Split", part["behavior"], ["Isolated"])
+            return part["pattern"].get("Regex") or regex.escape(part["pattern"]["String"])
         if part["type"] == "ByteLevel":
             need(part.get("add_prefix_space") is False, "add_prefix_space is not supported")
             return GPT2_PATTERN if part.get("use_regex", True) else ""
         # a Metaspace: a space becomes "▁", and one more "▁" is put before a text
-        older = "always" if part.get("add_prefix_space", True) else "never"
-        self.scheme = part.get("prepend_scheme", older)
-        one_of("prepend_scheme", self.scheme, ["always", "first", "never"])
-        one_of("replacement of a Metaspace", part.get("replacement"), "▁")
-        return "▁[^▁]*" if part.get("split", True) else ""
+        plain = part["replacement"] == "▁" and part.get("split") is False
+        need(plain, "Metaspace: only replacement = ▁ and split = false are supported")
+        self.changes += [dict(type="Replace", pattern={"String": " "}, content="▁"), part]
+        return ""
 
-    def _read_model(self, model: dict) -> None:
+    def _read_model(self, model: dict):
         """self.vocab: {token: id}. self.pairs: {(left id, right id): (rank, id of both joined)}."""
-        one_of("model.type", model.get("type", "BPE"), ["BPE"])
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            need(not model.get(key), f"model.{key} {model.get(key)!r:.60} is not supported")
+            need(not model.get(key), f"model.{key} is not supported")
+        need(self.byte_level or model.get("byte_fallback"), "model.byte_fallback must be true")
         self.vocab = vocab = field(model, "vocab", dict)
-        need(all(type(id) is int for id in vocab.values()), "vocab: an id is not a whole number")
         self.whole_first = model.get("ignore_merges")   # a piece that is a token is not merged
-        self.byte_fallback = model.get("byte_fallback")
-        self.fuse = model.get("fuse_unk")               # a run of unknown letters is one unknown
-        unknown = field(model, "unk_token", str, "")
-        self.unknown = [field(vocab, unknown, int)] if unknown else []
         self.pairs = {}
-        by_words = "▁" in vocab and not self.byte_level and not self.whole_first
+        across = self.byte_level or self.whole_first    # does a merge cross where a word begins?
         for rank, pair in enumerate(field(model, "merges", list)):
-            pair = pair.split(" ") if isinstance(pair, str) else pair   # "a b" or ["a", "b"]
-            need(type(pair) is list and len(pair) == 2, f"merge {pair!r:.60} is no pair")
-            left, right = map(str, pair)
-            need({left, right, left + right} <= vocab.keys(), f"merge {pair!r:.60}: no such token")
+            left, right = pair.split(" ") if isinstance(pair, str) else pair    # "a b", ["a", "b"]
             self.pairs[vocab[left], vocab[right]] = (rank, vocab[left + right])
-            by_words = by_words and (left.endswith("▁") or not right.startswith("▁"))
-        if by_words:                                    # no merge crosses the beginning of a word:
-            self.cuts.append(regex.compile("▁*[^▁]+"))  # equal ids in a third of the time
+            across = across or right.startswith("▁") and not left.endswith("▁")
+        if not across:                                  # equal ids, and words come from the cache
+            self.cuts.append(regex.compile("▁*[^▁]+"))
 
-    def _read_ids(self, added: list) -> None:
+    def _read_ids(self, added: list):
         """All ids and their bytes. self.finder: a pattern for the added tokens in a text as it is
         typed (also those with the flag `normalized`), one group for each token."""
         self.ids = dict(self.vocab)
-        for token in added:
-            name, id = field(token, "content", str), field(token, "id", int)
+        patterns = ["(?!)"]                             # matches nothing
+        for token in sorted(added, key=lambda token: -len(token["content"])):   # longest first
+            name, id = token["content"], token["id"]
             need(name and not token.get("single_word"), f"token {name!r:.60} asks for single_word")
             need(self.ids.setdefault(name, id) == id, f"added token {name!r:.60} has two ids")
-        names = {id: name for name, id in self.ids.items()}
-        need(len(names) == len(self.ids), "two tokens have one id")
-        need(all(0 <= id < 1 << 22 for id in names), "an id is negative or too large")
-        self.bytes = {id: self._spelled(name) for id, name in names.items()}
-        self.byte_ids = {id for id, name in names.items() if BYTE_TOKEN.fullmatch(name)}
-        self.n_ids = max(names, default=-1) + 1
-        self.base_ids = max(self.vocab.values(), default=-1) + 1
-        self.holes = [id for id in range(self.n_ids) if id not in names]
-        self.newline_ids = [id for id in sorted(names) if b"\n" in self.bytes[id]]
-        patterns = []
-        for token in sorted(added, key=lambda token: -len(token["content"])):   # longest first
             # a token may strip white space; (?<!\s) keeps a long run of it from being tried n times
             before = r"(?<!\s)\s*" if token.get("lstrip") else ""
             after = r"\s*" if token.get("rstrip") else ""
-            patterns.append(f"{before}({regex.escape(token['content'])}){after}")
-        self.finder = regex.compile("|".join(patterns) or "(?!)")
+            patterns.append(f"{before}({regex.escape(name)}){after}")
+        self.finder = regex.compile("|".join(patterns))
+        names = {id: name for name, id in self.ids.items()}
+        need(len(names) == len(self.ids), "two tokens have one id")
+        need(all(type(id) is int and 0 <= id < 1 << 22 for id in names), "odd ids")
+        self.bytes = {id: self._spelled(name) for id, name in names.items()}
+        self.byte_ids = {id for id, name in names.items() if BYTE_TOKEN.fullmatch(name)}
+        self.n_ids = max(names) + 1
+        self.base_ids = max(self.vocab.values()) + 1
+        self.holes = [id for id in range(self.n_ids) if id not in names]
+        self.newline_ids = [id for id in sorted(names) if b"\n" in self.bytes[id]]
 
-    def _read_begin(self, processor) -> None:
+    def _read_begin(self, processor):
         """self.begin: the ids before the text A in a template such as  <s> A </s>."""
         self.begin = []
         for step in steps(processor, "ByteLevel TemplateProcessing"):
-            template = field(step, "single", list, [])
-            for item in takewhile(lambda item: not field(item, "Sequence", dict, {}), template):
-                name = field(field(item, "SpecialToken", dict), "id", str)
-                special = field(field(step, "special_tokens", dict), name, dict)
-                self.begin += field(special, "ids", list)
-        known = all(type(id) is int and id in self.bytes for id in self.begin)
-        need(known, "post_processor begins a text with an unknown id")
+            for item in takewhile(lambda item: "Sequence" not in item, step.get("single", [])):
+                self.begin += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+        need(self.bytes.keys() >= {*self.begin}, "post_processor begins a text with an unknown id")
 
     def _spelled(self, name: str) -> bytes:
         """The bytes that a token stands for: b" the" for Ġthe or ▁the, byte 10 for <0x0A>."""
-        if self.byte_level and BYTES.keys() >= {*name}:
-            return bytes(map(BYTES.get, name))
-        if self.byte_level:                             # an added token is written as it is
-            return name.encode("utf-8", "replace")
         byte = BYTE_TOKEN.fullmatch(name)
+        if self.byte_level:                             # an added token is written as it is
+            letters = BYTES.keys() >= {*name}
+            return bytes(map(BYTES.get, name)) if letters else name.encode("utf-8", "replace")
         if byte:
             return bytes.fromhex(byte[1])
         return name.replace("▁", " ").encode("utf-8", "replace")
 
-    def _normal(self, text: str, begins=True) -> str:
-        """Text as the normalizer leaves it. begins: it stands where a text begins."""
-        for step in self.changes:
-            if step["type"] == "Prepend":
-                text = field(step, "prepend", str) * bool(begins and text) + text
-            elif step["type"] == "Replace":
-                old = field(field(step, "pattern", dict), "String", str)
-                text = text.replace(old, field(step, "content", str))
-            else:
-                text = unicodedata.normalize(step["type"], text)
-        return text
-
-    def _pieces(self, text: str, first: bool, behind: bool) -> list[str]:
-        """Cut a text. first: a whole text begins with it; behind: it follows an added token.
+    def _pieces(self, text: str, place: str) -> list:
+        """Change and cut a text. place: "first" if a whole text begins with it, "behind" if it
+        follows an added token, "" if it goes on from another text.
 
             "the cat"  ->  ["▁the", "▁cat"] with a Metaspace,  ["the", " cat"] with GPT2_PATTERN
         """
-        if self.scheme:
-            text = text.replace(" ", "▁")
-            begins = first or behind and self.scheme == "always"
-            if begins and self.scheme != "never" and text and text[0] != "▁":
-                text = "▁" + text
+        for step in self.changes:
+            kind = step["type"]
+            if kind == "Replace":
+                text = text.replace(step["pattern"]["String"], step["content"])
+            elif kind == "Prepend":
+                text = step["prepend"] + text if place and text else text
+            elif kind == "Metaspace":
+                begins = place in SCHEMES[step["prepend_scheme"]]
+                text = "▁" + text if begins and text and text[0] != "▁" else text
+            else:
+                text = unicodedata.normalize(kind, text)
         pieces = [text]
         for pattern in self.cuts:
             pieces = [part for piece in pieces for part in cut(pattern, piece)]
         return pieces
 
-    def _encode_piece(self, piece: str) -> list[int]:
-        """Spell a piece in letters of the vocabulary, then merge."""
+    def _encode_piece(self, piece: str) -> list:
+        """Spell a piece in letters of the vocabulary, then merge. A letter that is not in it is
+        spelled in byte tokens; without them it is left out (SmolLM2 has no token for 21 bytes)."""
         if self.byte_level:                             # latin-1: a character for each byte
             piece = piece.encode().decode("latin-1").translate(LETTERS)
         if self.whole_first and piece in self.vocab:
             return [self.vocab[piece]]
-        ids = []
+        spelling = []
         for letter in piece:
-            spelling = [letter]
-            if letter not in self.vocab and self.byte_fallback:
-                spelling = [f"<0x{byte:02X}>" for byte in letter.encode()]
-            if all(part in self.vocab for part in spelling):
-                ids += [self.vocab[part] for part in spelling]
-            elif not self.fuse or ids[-1:] != self.unknown:
-                ids += self.unknown                     # [] if the file has none: it is left out
-        return merge(ids, self.pairs)
+            known = letter in self.vocab
+            spelling += [letter] if known else [f"<0x{byte:02X}>" for byte in letter.encode()]
+        return merge([self.vocab[part] for part in spelling if part in self.vocab], self.pairs)
 
-    def encode(self, text: str, allow_special=False, begins=True) -> list[int]:
+    def encode(self, text: str, allow_special=False, begins=True) -> list:
         """Text -> ids. Added tokens count only with allow_special: data must not open a chat turn.
         begins=False: the text goes on from another one (see encode_more).
-
             with bytes_only(("<s>",)):  "2<s>"  ->  [50, 60, 115, 62],  allow_special: [50, 256]
         """
         text = well_formed(text)
+        matches = self.finder.finditer(text) if allow_special else []
         ids = []
         at = 0
-        for match in [*self.finder.finditer(text), None] if allow_special else [None]:
-            part = self._normal(text[at:match.start() if match else None], begins or at > 0)
-            for piece in self._pieces(part, first=begins and at == 0, behind=at > 0):
+        place = "first" if begins else ""
+        for match in [*matches, None]:                  # None: the text behind the last one
+            for piece in self._pieces(text[at:match and match.start()], place):
                 ids += self.encode_piece(piece)
             if match:
                 ids.append(self.ids[match[match.lastindex]])    # the group that matched: its name
                 at = match.end()
+                place = "behind"
         return ids
 
-    def encode_more(self, text: str, allow_special=False) -> list[int]:
+    def encode_more(self, text: str, allow_special=False) -> list:
         """Ids of a text that goes on from another one: no "▁" is put before it, so ids of steps
         join to the ids of a solution."""
         return self.encode(text, allow_special, begins=False)
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list:
         """Ids of a text that begins here: those of `begin`, then its own."""
         return self.begin + self.encode(text)
 
@@ -543,31 +495,29 @@ class Tokenizer:
         return text.removeprefix(" ") if self.strips else text
 
     @classmethod
-    def from_pretrained(cls, folder) -> "Tokenizer":
+    def from_pretrained(cls, folder):
         """Open a model folder. BadInput: tokenizer.json is absent, damaged or not supported."""
         with about(folder):
-            paths = [path for name in cls.FILES if (path := Path(folder, name)).exists()]
-            files = {path.name: path.read_bytes() for path in paths}
+            paths = [Path(folder, name) for name in cls.FILES]
+            files = {path.name: path.read_bytes() for path in paths if path.exists()}
             need(cls.FILES[0] in files, "has no tokenizer.json; copy it from where the weights are")
         return cls(files, folder)
 
-    def save(self, folder) -> None:
+    def save(self, folder):
         """Write the very bytes that were read: nothing is lost that this class does not read."""
         for name, raw in self.files.items():
             write_atomically(Path(folder, name), [raw])
 
     @classmethod
-    def bytes_only(cls, special=("<|endoftext|>",)) -> "Tokenizer":
+    def bytes_only(cls, special=("<|endoftext|>",)):
         """No merges: ids 0 to 255 are the bytes, then special tokens; the first ends a text."""
         step = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
         flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
         added = [dict(id=256 + i, content=name) | flags for i, name in enumerate(special)]
         vocab = {LETTERS[byte]: byte for byte in range(256)}
-        model = dict(type="BPE", vocab=vocab, merges=[])
-        spec = dict(version="1.0", model=model, added_tokens=added)
-        spec |= dict(pre_tokenizer=step, decoder=step)
-        config = dict(tokenizer_class="PreTrainedTokenizerFast")
-        config["eos_token"] = special[0] if special else None
+        spec = dict(version="1.0", model=dict(type="BPE", vocab=vocab, merges=[]),
+                    added_tokens=added, pre_tokenizer=step, decoder=step)
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=[*special, None][0])
         texts = [json.dumps(part).encode() for part in (spec, config)]
         return cls(dict(zip(cls.FILES, texts)))
 
@@ -577,15 +527,17 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------------------
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 TANH_GELU = partial(F.gelu, approximate="tanh")
-ACTIVATIONS = dict(silu=F.silu, relu=F.relu, gelu=F.gelu)
-ACTIVATIONS |= dict(gelu_new=TANH_GELU, gelu_pytorch_tanh=TANH_GELU)
-GPT2_WORDS = dict(                                      # our words: those of GPT-2's files
-    hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head",
-    intermediate_size="n_inner", max_position_embeddings="n_positions", vocab_size="vocab_size",
-    rms_norm_eps="layer_norm_epsilon", hidden_act="activation_function",
-    tie_word_embeddings="tie_word_embeddings")
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_FIELDS = dict(default=(), linear=("factor",), llama3=LLAMA3)       # rope type: its numbers
+ACTIVATIONS = dict(silu=F.silu, relu=F.relu, gelu=F.gelu, gelu_new=TANH_GELU,
+                   gelu_pytorch_tanh=TANH_GELU)
+GPT2_WORDS = dict(                                      # GPT-2's words: those of the others
+    n_embd="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads",
+    n_inner="intermediate_size", n_positions="max_position_embeddings",
+    layer_norm_epsilon="rms_norm_eps", activation_function="hidden_act")
+ROPE_FIELDS = dict(                                     # rope type: its numbers
+    default=["rope_theta"],
+    linear=["rope_theta", "factor"],
+    llama3=["rope_theta", "factor", "low_freq_factor", "high_freq_factor",
+            "original_max_position_embeddings"])
 # Fields that change the mathematics in ways that this file does not have. Where one of them is not
 # null, false or 0, the model would run and write fluent nonsense: it is refused.
 STRANGE = re.compile("quantization_config|auto_map|expert|moe|softcapping|query_pre_attn|qk_norm|"
@@ -596,7 +548,7 @@ class GPTConfig:
     """Everything `GPT` needs to know, in one spelling for all families."""
 
     @staticmethod
-    def tiny(vocab_size: int, hidden_size=128, layers=3, max_positions=512) -> "GPTConfig":
+    def tiny(vocab_size: int, hidden_size=128, layers=3, max_positions=512):
         """A small llama for training from scratch. Four query heads share one key/value head:
         sampling is 2.7 times faster than with four."""
         return GPTConfig.from_json(dict(
@@ -608,7 +560,7 @@ class GPTConfig:
             eos_token_id=vocab_size - 1))
 
     @classmethod
-    def from_json(cls, raw: dict, where: str = "config.json") -> "GPTConfig":
+    def from_json(cls, raw: dict, where="config.json"):
         """Read a config.json, old or new spelling. BadInput names the field (in llama's words)."""
         c = cls()
         c.raw = raw                                     # the file as it was read
@@ -617,112 +569,100 @@ class GPTConfig:
             for key, value in raw.items():
                 need(not (value and STRANGE.search(key)),
                      f"{key} = {value!r:.60} is not supported; use a plain checkpoint without it")
-            need(raw.get("scale_attn_weights") is not False, "scale_attn_weights = false: not here")
-            c.gpt2 = c.family == "gpt2"                 # LayerNorm, learned positions, no gate
-            if c.gpt2:
-                raw = {ours: raw.get(theirs) for ours, theirs in GPT2_WORDS.items()}
-            c.vocab_size = number(raw, "vocab_size")    # V, may exceed the ids of the tokenizer
+            raw = {GPT2_WORDS.get(k, k): v for k, v in raw.items() if v is not None}
+            c.gpt2 = c.family == "gpt2"     # LayerNorm, learned positions, no gate, biases
+            can_have = c.family in ("gpt2", "llama", "qwen3")
+            c.out_bias = can_have and field(raw, "attention_bias", bool, c.gpt2)
+            c.qkv_bias = c.out_bias or c.family == "qwen2"  # Qwen2's config never says so
+            c.mlp_bias = can_have and field(raw, "mlp_bias", bool, c.gpt2)
+            c.vocab_size = number(raw, "vocab_size")        # V, may exceed the ids of the tokenizer
             c.hidden_size = number(raw, "hidden_size")                  # C
-            c.layers = number(raw, "num_hidden_layers", None, 1, 512)   # L
+            c.layers = number(raw, "num_hidden_layers", most=512)       # L
             c.heads = number(raw, "num_attention_heads")                # H query heads
             c.kv_heads = number(raw, "num_key_value_heads", c.heads)    # G; H / G queries share one
+            need(c.heads % c.kv_heads == 0, "num_key_value_heads must divide num_attention_heads")
             width = 128 if c.family == "qwen3" else c.hidden_size // c.heads
-            c.head_dim = number(raw, "head_dim", width)     # D; H * D need not equal C (Qwen3)
+            c.head_dim = number(raw, "head_dim", width)                 # D
+            need(c.gpt2 or c.head_dim % 2 == 0, f"head_dim = {c.head_dim} must be even to rotate")
             inner = 4 * c.hidden_size if c.gpt2 else None
             c.intermediate_size = number(raw, "intermediate_size", inner)
-            positions = 1024 if c.gpt2 else 2048
-            c.max_positions = number(raw, "max_position_embeddings", positions)
-            c.norm_eps = number(raw, "rms_norm_eps", 1e-5 if c.gpt2 else 1e-6, 0.0, 1.0)
-            act = raw.get("hidden_act") or ("gelu_new" if c.gpt2 else "silu")
+            c.max_positions = number(raw, "max_position_embeddings", 1024 if c.gpt2 else 2048)
+            c.norm_eps = number(raw, "rms_norm_eps", 1e-5 if c.gpt2 else 1e-6, most=1.0)
+            norm = nn.LayerNorm if c.gpt2 else nn.RMSNorm
+            c.norm = partial(norm, c.hidden_size, c.norm_eps)       # of the residual stream
+            act = raw.get("hidden_act", "gelu_new" if c.gpt2 else "silu")
             c.activation = one_of("hidden_act", act, ACTIVATIONS)
-            bias = field(raw, "attention_bias", bool, c.gpt2)
-            c.out_bias = bias and c.family in ("gpt2", "llama", "qwen3")
-            c.qkv_bias = c.out_bias or c.family == "qwen2"  # Qwen2's config never says so
-            c.mlp_bias = field(raw, "mlp_bias", bool, c.gpt2) and c.family in ("gpt2", "llama")
             c.tied = field(raw, "tie_word_embeddings", bool, c.gpt2)    # the head is the embedding
-            c.rope = _rope(raw)                         # rope_type, rope_theta, its ROPE_FIELDS
-            c.windows = _windows(raw, c.family, c.layers)   # per layer: so many tokens, or None
-            need(c.heads % c.kv_heads == 0, f"num_attention_heads = {c.heads} is no multiple of "
-                                            f"num_key_value_heads = {c.kv_heads}")
-            need(c.gpt2 or c.head_dim % 2 == 0, f"head_dim = {c.head_dim} must be even to rotate")
+            c.rope = _rope(raw)                         # rope_theta and, for llama3, its numbers
+            c.windows = _windows(c)                     # per layer: so many tokens, or None
         return c
 
 
-def number(raw: dict, key: str, default=None, low=1, high=1 << 20):
-    """raw[key], or the default if it is absent or null. ValueError unless it lies from low to high
-    and is of the type of low. (Three sizes of 2**20 make a tensor whose bytes fit in 64 bits.)"""
-    value = default if raw.get(key) is None else raw[key]
-    kind = type(low)                                    # not isinstance: True is an instance of int
-    need(type(value) in (int, kind) and low <= value <= high,
-         f"{key} must be of type {kind.__name__} and from {low} to {high}, not {value!r:.40}")
+def number(given: dict, key: str, default=None, most=1 << 20):
+    """given[key], or the default. ValueError unless it is above 0, at most `most` and of its type.
+    (Three sizes of 2**20 make a tensor whose bytes fit in 64 bits.)"""
+    value = given.get(key, default)
+    kind = type(most)                                   # not isinstance: True is an instance of int
+    need(type(value) in (int, kind) and 0 < value <= most,
+         f"{key} must be of type {kind.__name__}, above 0 and at most {most}, not {value!r:.40}")
     return kind(value)
 
 
 def _rope(raw: dict) -> dict:
     """Rotary positions: `rope_parameters` in new files, rope_theta and `rope_scaling` in old."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    need(isinstance(given, dict) and not any(isinstance(value, dict) for value in given.values()),
-         f"rope_parameters / rope_scaling must be one flat object, not {given!r:.40}")
-    kind = one_of("rope type", given.get("rope_type", given.get("type", "default")), ROPE_FIELDS)
-    given = raw | {key: value for key, value in given.items() if value is not None}
-    number(given, "partial_rotary_factor", 1.0, 1.0, 1.0)
-    rope = {key: number(given, key, None, 1e-6, 1e12) for key in ROPE_FIELDS[kind]}
-    need(kind != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"],
-         "rope high_freq_factor must exceed low_freq_factor")
-    theta = number(given, "rope_theta", 1e4, 1e-6, 1e12)
-    return rope | dict(rope_type=kind, rope_theta=theta)
+    rope = field(raw, "rope_scaling", dict, {}) or field(raw, "rope_parameters", dict, {})
+    kind = one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ROPE_FIELDS)
+    rope = dict(rope_theta=1e4) | raw | rope
+    need(rope.get("partial_rotary_factor") in (None, 1.0), "partial_rotary_factor must be 1")
+    return {key: number(rope, key, most=1e12) for key in ROPE_FIELDS[kind]}
 
 
-def _windows(raw: dict, family: str, layers: int) -> tuple:
+def _windows(c: GPTConfig) -> tuple:
     """The sliding window of each layer. Mistral: an absent key means 4096, null means none. Qwen:
     only with use_sliding_window, on the layers of layer_types, else from max_window_layers on."""
-    kinds = raw.get("layer_types")
-    full, slides = "full_attention", "sliding_attention"
-    good = isinstance(kinds, list) and all(kind in (full, slides) for kind in kinds)
-    need(kinds is None or good and len(kinds) == layers,
-         f"layer_types must name {full} or {slides} for each of the {layers} layers")
-    first = 0
-    if family != "mistral":
-        if not family.startswith("qwen") or not field(raw, "use_sliding_window", bool, False):
-            return (None,) * layers
-        first = min(layers, number(raw, "max_window_layers", 28, 0))
-    null = raw.get("sliding_window", 4096) is None
-    size = None if null else number(raw, "sliding_window", 4096)
-    kinds = kinds or [full] * first + [slides] * (layers - first)
-    return tuple(size if kind == slides else None for kind in kinds)
+    raw = c.raw
+    qwen = c.family.startswith("qwen") and field(raw, "use_sliding_window", bool, False)
+    size = None
+    if raw.get("sliding_window", 4096) is not None and (qwen or c.family == "mistral"):
+        size = number(raw, "sliding_window", 4096)
+    first = field(raw, "max_window_layers", int, 28) if qwen else 0
+    kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(c.layers)]
+    kinds = field(raw, "layer_types", list, kinds)
+    need(len(kinds) == c.layers, f"layer_types must name the attention of all {c.layers} layers")
+    windows = dict(sliding_attention=size, full_attention=None)
+    return tuple(windows[one_of("layer_types", kind, windows)] for kind in kinds)
 
 
 # --------------------------------------------------------------------------------------------------
 # 4. GPT: one transformer for all families
-#    B rows, T new tokens, S keys (cached and new), C width, V vocabulary
-#    H query heads, G key/value heads, D width of a head
 # --------------------------------------------------------------------------------------------------
+# Shapes: B rows, T new tokens, S keys (cached and new), C width, V vocabulary,
+#         H query heads, G key/value heads, D width of a head
 def pick_device(name=None) -> torch.device:
-    """The device of that name; "" or None: CUDA if there is one, else the CPU. BadInput: this
-    machine has no such device."""
+    """The device of that name; "" or None: CUDA if there is one, else the CPU. Or BadInput."""
     count = torch.cuda.device_count()
     here = ["cuda"] * (count > 0) + ["cpu"] + [f"cuda:{i}" for i in range(count)]
-    name = str(name or here[0])
-    if name not in here:
-        raise BadInput(f"There is no device {name!r:.40} here; use {' or '.join(here)}.")
-    return torch.device(name)
+    with about("device"):
+        return torch.device(one_of("name", str(name or here[0]), here))
 
 
-def rope_frequencies(config: GPTConfig) -> torch.Tensor:
-    """(D/2,) radians per position, fp32. Type `linear` divides all of them by `factor`. Type
-    `llama3` divides those of long waves only, keeps those of short ones, and blends between."""
+def rope_frequencies(config: GPTConfig):
+    """(D/2,) radians per position, fp32. Type `linear` divides all by `factor`; `llama3` divides
+    those of long waves, keeps those of short ones, and blends between."""
     rope = config.rope
     exponent = torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim
     inverse = 1.0 / rope["rope_theta"] ** exponent
+    if "factor" not in rope:
+        return inverse
     keep = 0.0                                          # 1: keep the frequency, 0: divide it
-    if rope["rope_type"] == "llama3":
+    if "low_freq_factor" in rope:
         turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)       # turns over the old context
-    return keep * inverse + (1 - keep) * inverse / rope.get("factor", 1.0)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * inverse + (1 - keep) * inverse / rope["factor"]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x, cos, sin):
     """Rotary positions (RoFormer, 2104.09864): x (B, T, heads, D); cos, sin (B, T, 1, D/2).
     Dimension i is paired with i + D/2, as in HF files; the paper's i, i + 1 gives gibberish."""
     a, b = x.chunk(2, -1)
@@ -743,40 +683,38 @@ def attend(q, k, v, bias):
     return (weights @ v).view(B, H, T, D)
 
 
-def norm_layer(c: GPTConfig) -> nn.Module:
-    """The norm of the residual stream."""
-    return (nn.LayerNorm if c.gpt2 else nn.RMSNorm)(c.hidden_size, c.norm_eps)
-
-
 class Block(nn.Module):
-    """One layer: attention, then MLP, each added to the residual stream. The names are those of
-    HF llama files."""
+    """One layer: attention, then MLP, each added to the residual stream. Names as in HF's llama."""
 
     def __init__(self, c: GPTConfig):
         super().__init__()
         self.head_dim, self.act = c.head_dim, ACTIVATIONS[c.activation]
         C, inner = c.hidden_size, c.intermediate_size
         width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        self.input_layernorm, self.self_attn = norm_layer(c), nn.ModuleDict()
-        self.post_attention_layernorm, self.mlp = norm_layer(c), nn.ModuleDict()
-        self.self_attn["q_proj"] = nn.Linear(C, width, c.qkv_bias)
-        self.self_attn["k_proj"] = nn.Linear(C, kv_width, c.qkv_bias)
-        self.self_attn["v_proj"] = nn.Linear(C, kv_width, c.qkv_bias)
-        self.self_attn["o_proj"] = nn.Linear(width, C, c.out_bias)
-        for name in ("q_norm", "k_norm"):
-            qwen3 = c.family == "qwen3"
-            self.self_attn[name] = nn.RMSNorm(c.head_dim, c.norm_eps) if qwen3 else nn.Identity()
-        if not c.gpt2:
-            self.mlp["gate_proj"] = nn.Linear(C, inner, c.mlp_bias)
-        self.mlp["up_proj"] = nn.Linear(C, inner, c.mlp_bias)
-        self.mlp["down_proj"] = nn.Linear(inner, C, c.mlp_bias)
+        qwen3 = c.family == "qwen3"
+        head_norm = partial(nn.RMSNorm, c.head_dim, c.norm_eps) if qwen3 else nn.Identity
+        self.input_layernorm = c.norm()
+        self.self_attn = nn.ModuleDict(dict(
+            q_proj=nn.Linear(C, width, c.qkv_bias),
+            k_proj=nn.Linear(C, kv_width, c.qkv_bias),
+            v_proj=nn.Linear(C, kv_width, c.qkv_bias),
+            o_proj=nn.Linear(width, C, c.out_bias),
+            q_norm=head_norm(),
+            k_norm=head_norm()))
+        self.post_attention_layernorm = c.norm()
+        gate = {} if c.gpt2 else dict(gate_proj=nn.Linear(C, inner, c.mlp_bias))
+        self.mlp = nn.ModuleDict(gate | dict(
+            up_proj=nn.Linear(C, inner, c.mlp_bias),
+            down_proj=nn.Linear(inner, C, c.mlp_bias)))
 
     def forward(self, x, turn, bias, layer, cache):
         """x (B, T, C) -> (B, T, C). The cache keeps the new keys and values and returns all S."""
-        at, y = self.self_attn, self.input_layernorm(x)
-        q = at.q_norm(at.q_proj(y).unflatten(-1, (-1, self.head_dim)))  # (B, T, H, D)
-        k = at.k_norm(at.k_proj(y).unflatten(-1, (-1, self.head_dim)))  # (B, T, G, D)
-        v = at.v_proj(y).unflatten(-1, (-1, self.head_dim))             # (B, T, G, D)
+        at, mlp = self.self_attn, self.mlp
+        y = self.input_layernorm(x)
+        heads = (-1, self.head_dim)
+        q = at.q_norm(at.q_proj(y).unflatten(-1, heads))                # (B, T, H, D)
+        k = at.k_norm(at.k_proj(y).unflatten(-1, heads))                # (B, T, G, D)
+        v = at.v_proj(y).unflatten(-1, heads)                           # (B, T, G, D)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
         if cache is None:
@@ -786,9 +724,9 @@ class Block(nn.Module):
         mixed = attend(q.transpose(1, 2), k, v, bias)                   # (B, H, T, D)
         x = x + at.o_proj(mixed.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
-        if "gate_proj" in self.mlp:
-            return x + self.mlp.down_proj(self.act(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
-        return x + self.mlp.down_proj(self.act(self.mlp.up_proj(y)))
+        up = mlp.up_proj(y)
+        gated = self.act(mlp.gate_proj(y)) * up if "gate_proj" in mlp else self.act(up)
+        return x + mlp.down_proj(gated)
 
 
 # Parts of the network in our words, which are those of HF's llama files, and in GPT-2's files.
@@ -812,7 +750,7 @@ class GPT(nn.Module):
         if config.gpt2:
             self.model.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.model.norm = norm_layer(config)
+        self.model.norm = config.norm()
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.inverse = rope_frequencies(config)         # no buffer: .to(bfloat16) must not round
@@ -822,7 +760,7 @@ class GPT(nn.Module):
         self.stop_ids, self.end_id = frozenset(), None                  # these four: see `bind`
         self.no_ids, self.last_id = None, config.vocab_size - 1
 
-    def initialise(self, seed: int) -> "GPT":
+    def initialise(self, seed: int):
         """Random weights for training from scratch: normal with deviation 1/sqrt(fan-in). Layers
         that write to the residual stream start smaller, or its variance grows with depth."""
         rng = torch.Generator().manual_seed(seed)
@@ -838,7 +776,6 @@ class GPT(nn.Module):
 
     def forward(self, ids, positions=None, mask=None, cache=None):
         """Hidden states after the last norm: ids (B, T) -> (B, T, C).
-
         positions (B, T): depth of each token in its own text; default 0 to T-1. mask (B, T, S)
         bool, True = may see; default causal. In a row that holds a whole tree a token sees its
         ancestors and itself. A sliding window counts depth: position(query) - position(key).
@@ -883,16 +820,15 @@ class GPT(nn.Module):
             return logits
         return logits.masked_fill(self.no_ids.to(logits.device), -math.inf)
 
-    def bind(self, tokenizer) -> "GPT":
+    def bind(self, tokenizer):
         """Learn from the tokenizer which ids exist, and at which ids text ends: all that config,
         generation_config or tokenizer call end-of-text (each is incomplete in some release).
         BadInput: the tokenizer has ids that the model has no row for."""
         rows = self.config.vocab_size
-        needed = max([tokenizer.base_ids, *(i + 1 for i in tokenizer.begin)])
-        known = set(range(min(rows, tokenizer.n_ids))).difference(tokenizer.holes)
-        if needed > rows or not known:
-            raise BadInput(f"The tokenizer needs {needed} ids and the model has {rows} rows: they "
-                           "do not belong together; copy the model's own tokenizer.json.")
+        known = {*range(min(rows, tokenizer.n_ids))}.difference(tokenizer.holes)
+        if tokenizer.base_ids > rows or not known >= {*tokenizer.begin} or not known:
+            raise BadInput(f"The tokenizer has {tokenizer.n_ids} ids and the model {rows} rows: "
+                           "they do not belong together; copy the model's own tokenizer.json.")
         absent = torch.tensor([i not in known for i in range(rows)], device=self.device)
         self.no_ids = absent if absent.any() else None  # (V,): padding rows and holes
         self.last_id = max(known)
@@ -905,36 +841,63 @@ class GPT(nn.Module):
         self.end_id = ends[0] if ends else None
         return self
 
-    # -- files -------------------------------------------------------------------------------------
-    def file_plan(self, held=()) -> dict:
-        """{tensor name in the file: names of the parameters that it holds}, the embedding first.
-        Llama files have our names. GPT-2 holds q, k and v in one tensor:
-            transformer.h.0.attn.c_attn.weight: [model.layers.0.self_attn.q_proj.weight, k_, v_]
-        held: names in a file that exists; some files leave out the prefix "transformer."."""
-        gpt2, plan = self.config.gpt2, {}
+    def _in_file(self, weights: dict, held=()) -> dict:
+        """{tensor name in a file: the parts of it}, the embedding first. Parts are views: what is
+        copied into them is in weights, {parameter name: tensor}. held: names of a file that exists.
+
+        Llama files have our names. GPT-2 turns linear weights to (in, out), writes q, k and v in
+        one tensor, and may leave out the prefix "transformer.":
+            transformer.h.0.attn.c_attn.weight: [model.layers.0.self_attn.q_proj.weight.t(), k, v]
+        """
+        gpt2, parts = self.config.gpt2, {}
         prefix = "transformer." if gpt2 else "model."
         bare = held and not any(name.startswith(prefix) for name in held)
-        for name, _ in self.named_parameters():
+        for name, weight in weights.items():
             words = [GPT2_NAMES.get(word, word) if gpt2 else word for word in name.split(".")]
             file_name = ".".join(words).removeprefix(prefix if bare else "")
-            plan.setdefault(file_name, []).append(name)
+            weight = weight.detach()
+            weight = weight.t() if gpt2 and ".c_" in file_name else weight      # a bias stays
+            parts.setdefault(file_name, []).append(weight)
         if self.config.tied and HEAD in held:           # the embedding a second time
-            plan[HEAD] = [EMBEDDING]
-        return plan
+            parts[HEAD] = [weights[EMBEDDING].detach().clone()]
+        return parts
 
-    def _flip(self, name: str, tensor):
-        """GPT-2's linear layers lie in files as (in, out), ours are (out, in)."""
-        linear = self.config.gpt2 and ".c_" in name and name.endswith("weight")
-        return tensor.T if linear else tensor
+    def _fitting(self, folder) -> dict:
+        """weight_files(folder), if they fit this model in names and shapes. Every tensor is used or
+        is a known buffer; what is missing or left over is listed. Nothing is allocated."""
+        files = weight_files(folder)
+        meta = {name: p.to("meta") for name, p in self.named_parameters()}
+        plan = self._in_file(meta, files)
+        missing = sorted(plan.keys() - files.keys())
+        extra = sorted(n for n in files.keys() - plan.keys() if not BUFFERS.search(n))
+        with about(folder):
+            need(not missing and not extra, "the weights do not fit config.json (a model without "
+                 f'{HEAD} must say "tie_word_embeddings": true): missing {len(missing)} '
+                 f"{missing[:4]}, left over {len(extra)} {extra[:4]}")
+            for name, parts in plan.items():
+                _, kind, shape = files[name]
+                want = torch.cat(parts, -1).shape
+                need(shape == want and kind in ("F32", "F16", "BF16"), f"{name} is {kind} "
+                     f"{shape}, config.json asks for floats {want}: they do not belong together")
+        return {name: files[name] for name in plan}
 
-    def _stored(self, name: str, params: list, weights: dict):
-        """The one tensor that a file holds of these parameters."""
-        parts = [weights[param].detach() for param in params]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]        # cat would copy it
-        return self._flip(name, whole)
+    def _read(self, files: dict, weights: dict):
+        """Copy the tensors of files into weights, {parameter name: tensor}, one shard at a time."""
+        plan = self._in_file(weights, files)
+        for path in {path for path, *_ in files.values()}:
+            tensors, _ = read_safetensors(path)
+            for name in plan.keys() & tensors.keys():
+                pieces = tensors[name].chunk(len(plan[name]), -1)       # q, k, v of GPT-2
+                for part, piece in zip(plan[name], pieces):
+                    part.copy_(piece)
+        if self.config.tied:
+            twin, = plan.get(HEAD, [weights[EMBEDDING]])
+            with about(path):
+                need(torch.equal(twin, weights[EMBEDDING]), f"{HEAD} differs from the embedding; "
+                     'set "tie_word_embeddings": false in config.json')
 
     @classmethod
-    def from_pretrained(cls, folder, device=None, dtype=None) -> "GPT":
+    def from_pretrained(cls, folder, device=None, dtype=None):
         """Open a HF-format folder. dtype None: fp32 on a CPU, the file's own on CUDA. BadInput:
         config or weights are missing, damaged, not supported, or do not fit each other."""
         device = pick_device(device)
@@ -942,53 +905,16 @@ class GPT(nn.Module):
         config = GPTConfig.from_json(read_json(path), str(path))
         with torch.device("meta"):                      # shapes without memory
             model = cls(config)
-        model.saved_as = model._check_files(folder)
+        files = model._fitting(folder)
+        model.saved_as = {name: DTYPES[kind] for name, (_, kind, _) in files.items()}
         if dtype is None:                               # half precision is slow on a CPU
             own = next(iter(model.saved_as.values()))
             dtype = torch.float32 if device.type == "cpu" else own
         model = model.to(dtype).to_empty(device=device)
-        model._read_files(folder, dict(model.named_parameters()))
+        model._read(files, dict(model.named_parameters()))
         path = Path(folder, "generation_config.json")
         model.generation = read_json(path) if path.exists() else {}
         return model
-
-    def _check_files(self, folder) -> dict:
-        """{tensor name: dtype} of a folder whose headers fit this model in names and shapes. Every
-        tensor is used or is a known buffer; what is missing or left over is listed."""
-        files, headers = weight_files(folder), {}
-        for file in set(files.values()):
-            headers |= safetensors_header(file)
-        plan = self.file_plan(files)
-        shapes = {name: p.to("meta") for name, p in self.named_parameters()}
-        missing = sorted(plan.keys() - files.keys())
-        extra = sorted(n for n in files.keys() - plan.keys() if not BUFFERS.search(n))
-        hint = '; if the model ties its head, say "tie_word_embeddings": true in config.json'
-        with about(folder):
-            need(not missing and not extra, f"the weights do not fit config.json: missing "
-                 f"{len(missing)} ({', '.join(missing[:4])}), left over {len(extra)} "
-                 f"({', '.join(extra[:4])}){hint if missing == [HEAD] else ''}")
-            for name, params in plan.items():
-                kind, shape = headers[name][:2]
-                want = self._stored(name, params, shapes).shape
-                need(shape == want and kind in ("F32", "F16", "BF16"),
-                     f"tensor {name} is {kind} {list(shape)}, config.json asks for half or full "
-                     f"precision {list(want)}: they do not belong together")
-            if self.config.tied and HEAD in plan:
-                both = [n for n, params in plan.items() if params == [EMBEDDING]]
-                held = [read_safetensors(files[n], keep=n.__eq__)[0][n] for n in both]
-                need(torch.equal(held[0].float(), held[1].float()), f"config.json ties {HEAD} to "
-                     f'the embedding, but they differ; set "tie_word_embeddings": false')
-        return {name: DTYPES[headers[name][0]] for name in plan}
-
-    def _read_files(self, folder, weights: dict) -> None:
-        """Copy a folder's tensors into weights, {parameter name: tensor}, one shard at a time."""
-        files = weight_files(folder)
-        plan = self.file_plan(files)
-        for file in set(files.values()):
-            for name, tensor in read_safetensors(file, keep=plan.__contains__)[0].items():
-                pieces = self._flip(name, tensor).chunk(len(plan[name]))        # q, k, v of GPT-2
-                for param, piece in zip(plan[name], pieces):
-                    weights[param].data.copy_(piece)
 
     def masters(self) -> dict:
         """{parameter name: fp32 weights}: what an optimiser updates. They are the parameters
@@ -1002,22 +928,19 @@ class GPT(nn.Module):
         return self._masters
 
     @torch.no_grad()
-    def from_masters(self) -> None:
+    def from_masters(self):
         """Round the masters into the parameters."""
         for name, master in self.masters().items():
             self.get_parameter(name).copy_(master)
 
-    def load_weights(self, folder) -> None:
-        """Take over the weights of a folder in place, exact in the masters. BadInput: the folder
-        holds a model of another shape."""
-        self._check_files(folder)
-        self._read_files(folder, self.masters())
+    def load_weights(self, folder):
+        """Take over a folder's weights in place, exact in the masters. BadInput: another shape."""
+        self._read(self._fitting(folder), self.masters())
         self.from_masters()
 
-    def save_pretrained(self, folder, dtype=None) -> None:
-        """Write config.json, generation_config.json and model.safetensors, for other tools as
-        well. dtype None: names and dtypes of the folder that the model came from. A dtype: all
-        tensors in it, from the masters; torch.float32 loses nothing."""
+    def save_pretrained(self, folder, dtype=None):
+        """Write config, generation_config and weights in HF's format. dtype None: names and dtypes
+        of the folder that the model came from. A dtype: all tensors in it, from the masters."""
         config = dict(self.config.raw)
         if dtype is not None:
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -1025,17 +948,21 @@ class GPT(nn.Module):
         for name, raw in ("config.json", config), ("generation_config.json", self.generation):
             if raw:
                 write_text(Path(folder, name), json.dumps(raw, indent=2) + "\n")
-        weights, tensors = self._masters or dict(self.named_parameters()), {}
-        for name, params in self.file_plan(self.saved_as).items():
-            kind = dtype or self.saved_as.get(name, torch.float32)
-            tensors[name] = self._stored(name, params, weights).to("cpu", kind)
+        tensors = {}
+        weights = self._masters or dict(self.named_parameters())
+        for name, parts in self._in_file(weights, self.saved_as).items():
+            whole = torch.cat(parts, -1) if len(parts) > 1 else parts[0]    # cat would copy it
+            tensors[name] = whole.to("cpu", dtype or self.saved_as.get(name, torch.float32))
         write_safetensors(Path(folder, "model.safetensors"), tensors, {"format": "pt"})
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. Sampler: continue many prefixes at once, encode no token twice
-#    P tokens in the store, R rows that are being decoded, S columns of the widest row
 # --------------------------------------------------------------------------------------------------
+# Shapes: P tokens in the store, R rows that are being decoded, S columns of the widest row
+PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
+
+
 @dataclass
 class Request:
     """One continuation to sample: where from, with which random numbers, how far."""
@@ -1056,55 +983,59 @@ class Continuation:
 
 
 class _Row:
-    """A request that is being decoded."""
+    """A request that is being decoded. It is its own ticket."""
 
-    def __init__(self, ticket: int, request: Request, temperature: float, to_end: bool):
-        self.ticket, self.request, self.to_end = ticket, request, to_end
+    def __init__(self, request: Request, temperature: float, to_end: bool):
+        self.request = request
         self.temperature = 0.0 if request.greedy else temperature
-        self.ids, self.logps, self.slots, self.why = [], [], [], ""
+        self.to_end = to_end
+        self.ids, self.logps, self.slots = [], [], []
+        self.why = ""
         self.columns = len(request.path)                # how far it fills its row of the cache
         self.line, self.read = request.line, 0          # unfinished line, without ids[read:]
 
 
 MASK64 = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15                             # 2**64 / the golden ratio
+
+
+def splitmix64(z):
+    """The last steps of the random number generator of that name, for an int or uint64 array."""
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK64
+    return z ^ z >> 31
 
 
 def mix(*parts: int) -> int:
-    """Hash whole numbers to a 64-bit seed (splitmix64): mix(run, question, node, sample)."""
+    """Hash whole numbers to a 64-bit seed: mix(run, question, node, sample)."""
     z = 0
     for part in parts:
-        z = (z ^ (int(part) & MASK64)) + 0x9E3779B97F4A7C15 & MASK64
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK64
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK64
-        z ^= z >> 31
+        z = splitmix64((z ^ int(part) & MASK64) + GOLDEN & MASK64)
     return z
 
 
-def uniforms(seeds: np.ndarray, t: np.ndarray) -> np.ndarray:
+def uniforms(seeds, t):
     """(R,) numbers in [0, 1): the t-th draw of each seed, by splitmix64 with t as its counter. A
     row draws the same numbers whoever else is in the batch, and after a restart."""
-    z = seeds + (t.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    z = z ^ z >> np.uint64(31)
-    return (z >> np.uint64(11)) * 2.0 ** -53
+    return (splitmix64(seeds + (t.astype(np.uint64) + 1) * GOLDEN) >> 11) * 2.0 ** -53
 
 
-def step_rule(kind: str, tokenizer) -> Callable:
+def step_rule(kind: str, tokenizer):
     """When is a step, the unit of all trees, over? Returns a function: ids so far -> bool. A line
     ends with the first token that holds a newline, a paragraph with an empty line that follows a
     formula (a digit and a "="), the step "16" after 16 tokens. BadInput for anything else."""
     newline = set(tokenizer.newline_ids)
 
-    def paragraph(ids) -> bool:
+    def paragraph(ids):
         """Text is made of the ids only where a newline came."""
         text = tokenizer.decode_more(ids) if ids[-1] in newline else ""
-        return text.endswith("\n\n") and "=" in text and any(map(str.isdigit, text))
+        return text.endswith("\n\n") and "=" in text and re.search(r"\d", text)
+    rules = dict(line=lambda ids: ids[-1] in newline, paragraph=paragraph)
     if kind.isdecimal() and int(kind) > 0:
         return lambda ids: len(ids) >= int(kind)
-    if kind not in ("line", "paragraph"):
+    if kind not in rules:
         raise BadInput(f"--unit {kind}: a step is a line, a paragraph or a number of tokens.")
-    return paragraph if kind == "paragraph" else lambda ids: ids[-1] in newline
+    return rules[kind]
 
 
 class Sampler:
@@ -1123,8 +1054,7 @@ class Sampler:
     slots: tokens to hold at first. rows: rows that are decoded at once. finished(line) -> bool is
     asked for each completed line: is the solution over? step: see `step_rule`."""
 
-    def __init__(self, model: GPT, tokenizer, slots: int, rows: int = 256, finished=None,
-                 step: str = "line"):
+    def __init__(self, model: GPT, tokenizer, slots: int, rows=256, finished=None, step="line"):
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self.finished = finished or (lambda line: False)
         self.newline = set(tokenizer.newline_ids)
@@ -1132,7 +1062,7 @@ class Sampler:
         self.counts = dict(prompt=0, sampled=0, processed=0)            # tokens
         self.reset(slots)
 
-    def reset(self, slots: int | None = None) -> None:
+    def reset(self, slots=None):
         """Forget all tokens; the counts stay. slots: the new size of the store; `reset(1)` before
         a training frees its memory."""
         c = self.model.config
@@ -1143,24 +1073,23 @@ class Sampler:
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot} of prompts
         self.waiting, self.live = deque(), []           # rows
-        self.tickets, self.kept = 0, {}
         # the same work gives the same bytes whatever came before: the width begins at 0 again
         self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
 
-    def _zeros(self, *shape) -> torch.Tensor:
+    def _zeros(self, *shape):
         """Zeros: a masked column has weight 0, and 0 * NaN of raw memory would be NaN."""
         return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
 
-    def prompt(self, ids) -> np.ndarray:
-        """Slots of a text, (length,). Texts that begin alike share the slots of what they share;
-        nothing is encoded yet. BadInput: no id, or no room for an answer."""
+    def prompt(self, ids):
+        """Slots of a text, (length,); texts that begin alike share slots. Nothing is encoded yet.
+        BadInput: no id, or no room for an answer."""
         limit = self.model.config.max_positions
         if not 0 < len(ids) < limit:
             raise BadInput(f"A question of {len(ids)} tokens does not fit a context of {limit}; "
                            "shorten it or leave it out (an empty one has nothing to go on from).")
         return self.follow(np.zeros(0, np.int64), ids)
 
-    def follow(self, path: np.ndarray, ids) -> np.ndarray:
+    def follow(self, path, ids):
         """Slots of `path` and of a given text behind it, such as a judge's question: (length,).
         Example: follow([0, 1], [65, 66]) is [0, 1, 2, 3], and then follow([0, 1], [65, 67]) is
         [0, 1, 2, 4]. BadInput: an id without a row in the model, or a text beyond the context."""
@@ -1169,25 +1098,24 @@ class Sampler:
             raise BadInput(f"A text of {length} tokens with ids up to {max(ids)} does not fit a "
                            f"model of {c.max_positions} positions and {c.vocab_size} ids.")
         path = path.tolist()
-        above = path[-1] if path else -1
         for token in ids:
-            if (above, token) not in self.trie:
-                self.trie[above, token] = int(self._take([token])[0])
+            place = (path[-1] if path else -1, token)
+            if place not in self.trie:
+                self.trie[place] = int(self._take([token])[0])
                 self.counts["prompt"] += 1
-            above = self.trie[above, token]
-            path.append(above)
+            path.append(self.trie[place])
         return np.array(path)
 
     def unfinished_line(self, ids) -> str:
         """The text behind the last newline of a solution: a token of "\\n####" begins a line."""
         return self.tokenizer.decode_more(ids).rpartition("\n")[2]
 
-    def _take(self, ids) -> np.ndarray:
+    def _take(self, ids):
         """Append tokens to the store -> their slots. They are encoded later."""
         slots = np.arange(self.used, self.used + len(ids))
         self.used += len(ids)
         if self.used > len(self.ids):                   # full: half as much again
-            more = max(len(ids), len(self.ids) // 2)
+            more = len(ids) + len(self.ids) // 2
             self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
             self.hidden = F.pad(self.hidden, (0, 0, 0, more))
             self.ids = np.pad(self.ids, (0, more))
@@ -1195,7 +1123,6 @@ class Sampler:
         self.ids[slots] = ids
         return slots
 
-    # -- encoding ----------------------------------------------------------------------------------
     def update(self, layer, k, v):
         """The model calls this: keep k, v (R, T, G, D), return all of them as (R, G, S, D)."""
         work, rows, cols, slots, width = self.at
@@ -1204,29 +1131,30 @@ class Sampler:
             self.store[i, layer][slots] = new
         return work[:, layer, :len(k), :, :width]       # unpacks into keys and values
 
-    def _forward(self, work, slots: np.ndarray, cols: np.ndarray) -> None:
+    def _forward(self, work, slots, cols):
         """Encode tokens `slots` (R, T) at columns `cols` (R, T) of the first R rows of `work`."""
-        device, width = self.model.device, int(cols.max()) + 1          # width: S
-        ids = torch.from_numpy(self.ids[slots]).to(device)
-        at = torch.from_numpy(slots).to(device)
-        positions = torch.from_numpy(cols).to(device)
-        rows = torch.arange(len(slots), device=device)[:, None]
+        width = int(cols.max()) + 1                     # S
+        ids, at, positions = map(self._there, (self.ids[slots], slots, cols))
+        rows = self._there(np.arange(len(slots))[:, None])
         self.at = work, rows, positions, at, width
-        mask = torch.arange(width, device=device) <= positions[..., None]       # (R, T, S)
+        mask = self._there(np.arange(width)) <= positions[..., None]    # (R, T, S)
         self.hidden[at] = self.model(ids, positions, mask, cache=self)
         self.encoded[slots] = True
 
-    def _load(self, work, paths: list, first: int = 0) -> None:
+    def _there(self, numbers):
+        """A numpy array as a tensor on the model's device."""
+        return torch.from_numpy(numbers).to(self.model.device)
+
+    def _load(self, work, paths: list, first=0):
         """Copy keys and values of encoded paths from the store to rows first, first + 1, ..."""
         slots = np.zeros((len(paths), max(map(len, paths))), np.int64)
         for row, path in zip(slots, paths):
             row[:len(path)] = path
-        slots = torch.from_numpy(slots).to(self.model.device)
         part = work[:, :, first:first + len(paths), :, :slots.shape[1]]         # (2, L, R, G, S, D)
-        part.copy_(self.store[:, :, slots].transpose(3, 4))
+        part.copy_(self.store[:, :, self._there(slots)].transpose(3, 4))
 
     @torch.no_grad()
-    def encode(self, paths: list) -> None:
+    def encode(self, paths: list):
         """Encode what is not yet encoded of these paths, each token once, in waves. Of the paths
         that go on from the same encoded prefix with the same token, a wave takes one:
 
@@ -1239,7 +1167,7 @@ class Sampler:
             for path in paths:
                 todo = np.flatnonzero(~self.encoded[path])
                 if len(todo):
-                    runs.setdefault(path[todo[0]], (path[:todo[0]], path[todo[0]:]))
+                    runs.setdefault(path[todo[0]], np.split(path, todo[:1]))
             if not runs:
                 return
             runs = sorted(runs.values(), key=lambda run: len(run[1]))   # like lengths together
@@ -1248,7 +1176,7 @@ class Sampler:
                 self._encode_runs(runs[-most:])
                 del runs[-most:]
 
-    def _encode_runs(self, runs: list) -> None:
+    def _encode_runs(self, runs: list):
         """Encode runs of tokens, each behind an encoded prefix: runs of (prefix, run). A short run
         repeats its last token, which writes the same values to the same place again:
             slots 4 5 6 behind 2 tokens, T = 5: slots 4 5 6 6 6, columns 2 3 4 4 4"""
@@ -1256,50 +1184,46 @@ class Sampler:
         slots, cols = np.zeros((2, len(runs), T), np.int64)
         for i, (prefix, run) in enumerate(runs):
             places = np.minimum(np.arange(T), len(run) - 1)             # 0 1 2 2 2
-            slots[i], cols[i] = run[places], len(prefix) + places
+            slots[i] = run[places]
+            cols[i] = len(prefix) + places
             self.counts["processed"] += len(run)
-        layers, _, kv_heads, _, head_dim = self.work.shape[1:]
-        work = self._zeros(2, layers, len(runs), kv_heads, int(cols.max()) + 1, head_dim)
+        shape = list(self.work.shape)                   # (2, L, R, G, S, D)
+        shape[2], shape[4] = len(runs), int(cols.max()) + 1
+        work = self._zeros(*shape)
         self._load(work, [prefix for prefix, _ in runs])
         self._forward(work, slots, cols)
 
     @torch.no_grad()
-    def log_probs(self, above: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    def log_probs(self, above, slots):
         """(n,) log-probs at temperature 1 of encoded tokens `slots` behind the path `above`."""
         before = np.concatenate((above[-1:], slots[:-1]))               # each is predicted by these
         logps = self.model.token_logits(self.hidden[before]).log_softmax(-1)    # (n, V)
         return logps.cpu().numpy()[np.arange(len(slots)), self.ids[slots]]
 
-    # -- sampling ----------------------------------------------------------------------------------
-    def extend(self, requests: list, temperature: float = 1.0, to_end: bool = True,
-               progress=None) -> list:
+    def extend(self, requests: list, temperature=1.0, to_end=True, progress=None) -> list:
         """One continuation for each request, in their order: `submit`, and `step` until all have
         stopped. to_end False: stop after one step. temperature 0: argmax. progress(n) is called
-        when n tokens were sampled. Others' continuations are kept for the next `step`."""
+        when n tokens were sampled. ValueError while others wait for what they submitted."""
+        need(not self.live and not self.waiting, "a search waits for answers of this sampler")
         self.encode([request.path for request in requests])             # fewer, larger forwards
         tickets = self.submit(requests, temperature, to_end)
-        found, others = {}, {}
+        found = {}
         while len(found) < len(tickets):
-            for ticket, continuation in self.step(progress).items():
-                mine = ticket >= tickets[0]             # tickets count up
-                (found if mine else others)[ticket] = continuation
-        self.kept |= others
+            found |= self.step(progress)
         return [found[ticket] for ticket in tickets]
 
-    def submit(self, requests: list, temperature: float = 1.0, to_end: bool = True) -> list:
+    def submit(self, requests: list, temperature=1.0, to_end=True) -> list:
         """Queue requests -> a ticket for each. Nothing is computed before `step`."""
-        tickets = list(range(self.tickets, self.tickets + len(requests)))
-        self.tickets += len(requests)
-        self.waiting += [_Row(ticket, request, temperature, to_end)
-                         for ticket, request in zip(tickets, requests)]
-        return tickets
+        rows = [_Row(request, temperature, to_end) for request in requests]
+        self.waiting += rows
+        return rows
 
     @torch.no_grad()
     def step(self, progress=None) -> dict:
         """Sample a token for every live row -> {ticket: Continuation} of the rows that stopped.
         Waiting rows take their places, so that nobody waits for the longest row of a batch."""
-        stopped, self.kept = self.kept, {}
         self._admit()
+        stopped = {}
         if not self.live:
             return stopped
         tokens, logps = self._draw()
@@ -1312,7 +1236,7 @@ class Sampler:
             row.why = self._why(row, token)
             if row.why:
                 arrays = np.array(row.ids), np.array(row.logps, np.float32), np.array(row.slots)
-                stopped[row.ticket] = Continuation(*arrays, row.why)
+                stopped[row] = Continuation(*arrays, row.why)
         self.counts["sampled"] += len(slots)
         if progress is not None:
             progress(len(slots))
@@ -1324,20 +1248,20 @@ class Sampler:
             self.counts["processed"] += len(last)
         return stopped
 
-    def _admit(self) -> None:
+    def _admit(self):
         """Let waiting rows in, at least an eighth of all rows or all that wait, so that one gather
         and one forward serve many rows."""
         most = min(self.rows - len(self.live), len(self.waiting))
-        if most == 0 or most < min(self.rows // 8, len(self.waiting)):
+        if most < max(1, min(self.rows // 8, len(self.waiting))):
             return
         new = [self.waiting.popleft() for _ in range(most)]
         paths = [row.request.path for row in new]
         self.encode(paths)
-        self._widen(max(row.columns for row in new))
+        self._widen(max(map(len, paths)))
         self._load(self.work, paths, len(self.live))
         self.live += new
 
-    def _widen(self, columns: int) -> None:
+    def _widen(self, columns: int):
         """Make the working cache at least so wide; what is in it stays."""
         width = self.work.shape[4]
         if columns > width:
@@ -1356,7 +1280,7 @@ class Sampler:
             sums = torch.softmax(warm, -1).cumsum(-1)                   # (R, V)
             seeds = np.array([row.request.seed for row in self.live], np.uint64)
             u = uniforms(seeds, np.array([len(row.ids) for row in self.live]))
-            target = torch.from_numpy(u).to(sums)[:, None] * sums[:, -1:]
+            target = self._there(u).to(sums.dtype)[:, None] * sums[:, -1:]
             # right=True never draws an id of chance 0; rounding may put the target on the total
             drawn = torch.searchsorted(sums, target, right=True)[:, 0]
             tokens = torch.where(heat > 0, drawn.clamp(max=self.model.last_id), tokens)
@@ -1378,7 +1302,7 @@ class Sampler:
             return "length"
         return "step" if not row.to_end and self.step_over(row.ids) else ""
 
-    def _close(self) -> None:
+    def _close(self):
         """Take out the rows that stopped. The last row moves into each hole, so that the live rows
         are the first ones, and a forward computes no others: A B C D without B is A D C."""
         live = self.live
@@ -1391,13 +1315,10 @@ class Sampler:
                     live[hole] = tail
 
 
-PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
-
-
 # --------------------------------------------------------------------------------------------------
 # 6. Program: continue a prompt
 # --------------------------------------------------------------------------------------------------
-def start_console() -> None:
+def start_console():
     """Characters that the console's encoding lacks are printed as "?" and end no program."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1410,52 +1331,44 @@ def main(arguments: list) -> int:
     start_console()
     parser = argparse.ArgumentParser(prog="model.py", allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default="", help="folder with config.json, weights and tokenizer.json")
+    add("--model", help="folder with config.json, weights and tokenizer.json")
     add("--prompt", default="", help=r"text to continue; \n is a newline, unless a letter follows")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
     add("--max-tokens", type=int, default=128, help="of one continuation (default 128)")
     add("--samples", type=int, default=1, help="number of continuations (default 1)")
     add("--seed", type=int, default=0, help="of the random numbers (default 0)")
-    add("--device", default="", help="cpu or cuda (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="(default: float32 on a CPU)")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
     flags = parser.parse_args(arguments)
     try:
-        if flags.model or flags.prompt:
-            continue_prompt(flags)
-        else:
-            demo()
+        continue_prompt(flags) if flags.model or flags.prompt else demo()
         return 0
     except KeyboardInterrupt:
         return 130
-    except (BadInput, OSError) as error:
+    except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def continue_prompt(flags) -> None:
+def continue_prompt(flags):
     """Print the continuations of --prompt. BadInput: flags or folder."""
     if not flags.model or not flags.prompt:
         raise BadInput('Give both --model FOLDER and --prompt "the text to continue".')
     if min(flags.max_tokens, flags.samples) < 1 or not 0 <= flags.temperature <= 100:
         raise BadInput("--max-tokens and --samples must be at least 1, --temperature 0 to 100.")
-    device = pick_device(flags.device)
     tokenizer = Tokenizer.from_pretrained(flags.model)
-    dtype = getattr(torch, flags.dtype) if flags.dtype else None
-    model = GPT.from_pretrained(flags.model, device, dtype).bind(tokenizer)
-    sampler = Sampler(model, tokenizer, 4096, min(flags.samples, 256))
+    model = GPT.from_pretrained(flags.model, flags.device).bind(tokenizer)
+    sampler = Sampler(model, tokenizer, 4096)
     # a shell cannot type a newline; but the \n of \neq and \nu begins a LaTeX command
     text = re.sub(r"\\n(?![a-z])", "\n", flags.prompt)
     path = sampler.prompt(tokenizer.encode_prompt(text))
-    start = time.time()
     requests = [Request(path, mix(flags.seed, i), flags.max_tokens) for i in range(flags.samples)]
     for found in sampler.extend(requests, flags.temperature):
         written = tokenizer.decode_more(i for i in found.ids if i not in model.stop_ids)
         print(f"{text}{written}\n[{len(found.ids)} tokens, end: {found.why}, mean log-prob "
               f"{found.logps.mean():.3f}]")
-    print(f"[{sampler.counts['sampled'] / (time.time() - start):,.0f} tokens/s]")
 
 
-def demo() -> None:
+def demo():
     """What sharing saves: eight samples of each of three questions that begin alike."""
     tokenizer = Tokenizer.bytes_only()
     config = GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)
@@ -1468,12 +1381,9 @@ def demo() -> None:
     written = sum(len(one.ids) - 1 for one in found)    # nobody reads a sample's last token
     asked = sum(len(request.path) for request in requests)
     shared, encoded = sampler.counts["prompt"], sampler.counts["processed"]
-    print(f"Three questions, eight samples of each; the samples hold {written} tokens.")
-    print(f"without sharing {written + asked:,} tokens encoded: {asked} more, because each sample "
-          "reads its whole question")
-    print(f"with sharing    {encoded:5,} tokens encoded: {shared} more, because the questions are "
-          "read once,\n                and the beginning that they have in common is read once")
-    print('Try: python model.py --model FOLDER --prompt "..." --temperature 0.7')
+    print(f"Three questions, eight samples of each; the samples hold {written} tokens.\n"
+          f"without sharing {written + asked:,} tokens encoded: {asked} of questions, each whole\n"
+          f"with sharing    {encoded:5,} tokens encoded: {shared} of questions, a beginning once")
 
 
 if __name__ == "__main__":

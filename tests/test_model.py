@@ -116,18 +116,23 @@ def test_equals_transformers(name, spelling, tmp_path):
         assert read_json(tmp_path / "out" / file) == read_json(folder / file)
 
 
-def test_linear_rope_divides_positions():
-    """A factor of 4 does what positions 0, 1/4, 1/2 ... do without it. Llama may have biases."""
-    more, ids = dict(attention_bias=True, mlp_bias=True), torch.arange(20)[None]
-    plain = language_model(**more)
-    for rope in ("rope_scaling", "rope_parameters"):
-        scaled = language_model(**more, **{rope: dict(rope_type="linear", factor=4)})
-        assert torch.allclose(scaled(ids), plain(ids, ids / 4), atol=1e-5)
-    assert sum(name.endswith("bias") for name, _ in plain.named_parameters()) == 2 * 7
+def test_biases_and_linear_rope(tmp_path):
+    """A llama with all biases is saved and opened again; linear rope stretches positions."""
+    raw = BASE | dict(model_type="llama", attention_bias=True, mlp_bias=True)
+    net = GPT(GPTConfig.from_json(raw)).initialise(0)
+    assert {name.split(".", 3)[3] for name, _ in net.named_parameters() if "bias" in name} == {
+        f"self_attn.{x}_proj.bias" for x in "qkvo"} | {
+        f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")}
+    net.save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    assert torch.equal(GPT.from_pretrained(tmp_path, "cpu")(ids), net(ids))
+    wide = GPT(GPTConfig.from_json(raw | dict(rope_scaling=dict(type="linear", factor=4.0))))
+    wide.load_state_dict(net.state_dict())
+    torch.testing.assert_close(wide(ids, torch.arange(0, 48, 4)[None]), net(ids))
 
 
 def test_windows_of_a_config():
-    """Mistral: absent is 4096, null none. Qwen: if told to, by layer_types or from a layer on."""
+    """Mistral: absent is 4096, null none. Qwen: if told to."""
     def windows(kind, **more):
         raw = BASE | dict(model_type=kind, num_hidden_layers=4) | more
         return GPTConfig.from_json(raw).windows
@@ -135,12 +140,13 @@ def test_windows_of_a_config():
     on = dict(use_sliding_window=True, sliding_window=6)
     assert windows("mistral") == (4096,) * 4
     assert windows("mistral", sliding_window=None) == (None,) * 4
-    assert windows("qwen2", **on) == windows("llama", **on) == (None,) * 4
-    assert windows("qwen3", **on, max_window_layers=3) == (None, None, None, 6)
-    assert windows("qwen3", **on, max_window_layers=3, layer_types=kinds) == (6, None, 6, None)
-    assert windows("qwen2", sliding_window=6, max_window_layers=0) == (None,) * 4
-    with pytest.raises(BadInput, match="layer_types"):
-        windows("qwen2", **on, layer_types=kinds[1:] + ["chunked_attention"])
+    assert windows("llama", **on) == (None,) * 4
+    assert windows("qwen3", **on, layer_types=kinds) == (6, None, 6, None)
+    assert windows("qwen2", sliding_window=6, layer_types=kinds) == (None,) * 4
+    assert windows("qwen2", **on, max_window_layers=3) == (None, None, None, 6)
+    for wrong in (kinds[1:], kinds[1:] + ["chunked_attention"]):
+        with pytest.raises(BadInput, match="layer_types"):
+            windows("qwen2", **on, layer_types=wrong)
 
 
 @pytest.mark.parametrize("name, variant", [
@@ -199,7 +205,7 @@ def test_weights_that_do_not_fit(tmp_path):
             GPT.from_pretrained(folder_of(name, into, tensors, **config), "cpu")
     up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
     refused("missing 1 .*up_proj.*left over 0", drop=[up])
-    refused("missing 1 .*norm.*left over 1 .extra", drop=[norm], add={"extra": torch.ones(2)})
+    refused("missing 1 .*norm.*left over 1 ..extra", drop=[norm], add={"extra": torch.ones(2)})
     refused("tie_word_embeddings", drop=["lm_head.weight"])
     refused(up, add={up: torch.ones(64, 112)})
     refused("I64", add={up: torch.ones(112, 64, dtype=torch.int64)})
@@ -208,7 +214,7 @@ def test_weights_that_do_not_fit(tmp_path):
     refused("belong together", **dict.fromkeys(huge, 2 ** 20))
     refused("wpe", "gpt2", n_positions=97)
     refused("q_norm|k_norm", model_type="qwen3")
-    refused("ties", "qwen2", add={"lm_head.weight": torch.ones(131, 64)})
+    refused("differs", "qwen2", add={"lm_head.weight": torch.ones(131, 64)})
     refused("attn.other", "gpt2", add={"transformer.h.0.attn.other": torch.ones(2)})
     mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.bool)}
     folder = folder_of("gpt2", tmp_path / "masks", tensors_of(MODELS / "gpt2") | mask)
@@ -220,7 +226,8 @@ BANDS = dict(rope_type="llama3", factor=8.0, low_freq_factor=4.0, high_freq_fact
              original_max_position_embeddings=32)
 REFUSED = [                                     # changes of a good config.json
     *(dict(model_type=x) for x in ("gpt_neox", "gemma2", None, ["llama"])),
-    *(dict(rope_scaling=x) for x in (BANDS, dict(rope_type="yarn"), dict(type="linear"), "linear")),
+    *(dict(rope_scaling=x) for x in (dict(rope_type="yarn"), dict(type="linear"), "linear")),
+    dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), dict(attention_bias="yes"),
     dict(rope_parameters=dict(partial_rotary_factor=0.5)), dict(rope_theta=-1.0),
     dict(quantization_config=dict(bits=4)), dict(auto_map=dict(a="b")), dict(num_experts=8),
     dict(final_logit_softcapping=30.0), dict(hidden_act="swish9"), dict(num_hidden_layers=10 ** 6),
@@ -244,11 +251,12 @@ JUNK = (None, True, 0, -1, 2, 7, 1000, 2 ** 20, 2 ** 63, 10 ** 30, 0.5, -1.5, 1e
 def test_mutated_configs(tmp_path):
     """A damaged config.json is read or is BadInput, and so is its folder; no other exception."""
     raw = BASE | dict(model_type="qwen2", vocab_size=9, use_sliding_window=True, sliding_window=4,
-                      max_window_layers=1, eos_token_id=2, tie_word_embeddings=True, auto_map=None,
+                      layer_types=["full_attention", "sliding_attention"], eos_token_id=2,
+                      tie_word_embeddings=True, auto_map=None,
                       rope_scaling=BANDS | dict(low_freq_factor=0.5))
     GPT(GPTConfig.from_json(raw)).initialise(0).save_pretrained(tmp_path)
     rng, read, opened = random.Random(0), 0, 0
-    for _ in range(300):
+    for _ in range(150):
         broken = copy.deepcopy(raw)
         place = rng.choice([broken, broken, broken, broken["rope_scaling"]])
         for key in rng.sample(sorted(place), rng.choice((1, 1, 2))):
@@ -263,7 +271,7 @@ def test_mutated_configs(tmp_path):
             opened += 1
         except BadInput:
             continue
-    assert 30 < read < 270 and opened > 10      # mutations are neither idle nor all fatal
+    assert 15 < read < 135 and opened > 5      # mutations are neither idle nor all fatal
 
 
 def test_bind():
@@ -435,27 +443,22 @@ def test_context_end(kind, key):
             sampler.prompt(wrong)
     with pytest.raises(BadInput, match="12 positions"):
         sampler.follow(sampler.prompt([1] * 9), [2] * 4)
-    flood = Sampler(net, Letters(texts={i: "\n" for i in range(V)}), 8)     # each token is a step
-    path, whys = flood.prompt([1] * 9), []
-    for _ in range(3):
-        f, = flood.extend([Request(path, 0, 99)], to_end=False)
-        path, whys = np.concatenate((path, f.slots)), whys + [f.why]
-    assert whys == ["step", "step", "length"]
 
 
 def test_nothing_asked_and_two_users():
-    """No requests: no work, no endless loop. `extend` keeps what another user submitted."""
+    """No requests: no work, no endless loop. While answers are waited for, `extend` is refused."""
     sampler = Sampler(language_model(), Letters(), 8)
     assert sampler.extend([]) == sampler.submit([]) == [] and sampler.step() == {}
     a, b, c = (sampler.prompt(p) for p in ([1, 2, 3], [1, 2, 4, 5], [1, 2]))
     assert a[:2].tolist() == b[:2].tolist() == c.tolist()
     assert sampler.counts == dict(prompt=5, sampled=0, processed=0)
-    mine = sampler.submit([Request(a, 1, 3), Request(b, 2, 9)])
-    assert [len(f.ids) for f in sampler.extend([Request(c, 3, 5)])] == [5]
-    found = {}
+    mine, found = sampler.submit([Request(a, 1, 3), Request(b, 2, 9)]), {}
     while len(found) < 2:
+        with pytest.raises(ValueError, match="waits"):
+            sampler.extend([Request(c, 3, 5)])
         found |= sampler.step()
     assert [len(found[ticket].ids) for ticket in mine] == [3, 9]
+    assert [len(f.ids) for f in sampler.extend([Request(c, 3, 5)])] == [5]
 
 
 def test_program(tmp_path, capsys):
