@@ -36,6 +36,7 @@ if __name__ == "__main__":              # Ctrl-C while torch is imported ends wi
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import glob
 import hashlib
 import inspect
 import json
@@ -47,8 +48,8 @@ import shutil
 import sys
 import time
 import zlib
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections import namedtuple
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
@@ -64,7 +65,8 @@ from dpo import (DPO_LR, SFT_LR, batches, outcome_pairs, pit_pairs, preference_l
 from mcts import (RULES, Budget, StepSampler, Tree, commit_every, draw, fixed_width, from_json,
                   grow, importance_width, record_grade, search, to_json, until)
 from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, about, field, mix, need,
-                   pick_device, read_safetensors, start_console, write_safetensors, write_text)
+                   pick_device, read_json, read_safetensors, start_console, write_safetensors,
+                   write_text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,10 +110,8 @@ def cached(path: Path, make, save=None, load=None):
     This is all there is to resuming: what is there is read, what is not there is made. A fresh
     result is read back from the disk as well, so that a run that was never interrupted continues
     from the same numbers as one that was. Two runs in one folder do no harm: each writes under a
-    temporary name that holds its process id, and the first one to finish wins.
-
-    The files of a round come in this order: trees_R/CHUNK, critic_R, round_R (weights), eval_R, and
-    the row of the log. Inside a training, dpo.train keeps its state every ten minutes."""
+    temporary name that holds its process id, and the first one to finish wins. Inside a training,
+    dpo.train keeps its state every ten minutes."""
     if not path.exists():
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         (save or write_lines)(temporary, make())
@@ -121,17 +121,17 @@ def cached(path: Path, make, save=None, load=None):
             if not path.exists():
                 raise
             shutil.rmtree(temporary)
-    with reading(path):
-        found = (load or read_lines)(path)
-        need(found, "it is empty")
-    return found
+    return restored(path, load or read_lines)
 
 
-@contextmanager
-def reading(path: Path):
-    """Inside, what is wrong with the contents of a run's file becomes BadInput with its name."""
+def restored(path: Path, load):
+    """load(path). BadInput if a file of a run does not hold what the run wrote there."""
     try:
-        yield
+        found = load(path)
+        need(found, "it is empty")
+        return found
+    except BadInput:                            # this one names the file already
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{path} is damaged ({error!r}); move it away, and the same command makes "
                        "it again.") from error
@@ -147,23 +147,9 @@ def read_lines(path: Path) -> list:
     """Read JSON lines. BadInput names the file and the line that is no JSON."""
     with about(path):
         text = Path(path).read_text(encoding="utf-8-sig")
-    items = []
     # split at "\n" alone: str.splitlines also splits at U+2028, which may stand in a JSON string
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            with about(f"{path}, line {number}, is no JSON"):
-                items.append(parse_json(line))
-    return items
-
-
-def parse_json(text: str):
-    """JSON. ValueError also if an object has a key twice: readers differ in which one counts."""
-    def unique(pairs):
-        """A dict of pairs with different keys."""
-        found = dict(pairs)
-        need(len(found) == len(pairs), "a key appears twice in one object")
-        return found
-    return json.loads(text, object_pairs_hook=unique)
+    return [read_json(f"{path}, line {number}", line.encode(), kind=object)
+            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,7 +165,7 @@ class Settings:
     data: str = ""              # training questions: JSON lines of GSM8K, MATH, SciQ, ARC ...
     eval_data: str = ""         # held-out questions of the same kind
     sft_data: str = ""          # reference solutions that the base is trained on before round 0
-    template: str = ""          # prompt of a chat model, with {question} in it; \n is a newline
+    template: str = ""          # prompt of a chat model, with {question}; \n (not \nu) is a newline
     rounds: int = 3             # a finished run goes on when this is raised
     seed: int = 0               # of everything: questions, samples, training
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
@@ -221,6 +207,12 @@ class Settings:
     traps: int = 0              # homework: least number of lines on which the careless way errs
     eval_questions: int = 2000  # held-out questions
 
+    def __post_init__(self):
+        """One spelling for each path: m/ and ./m are the folder m, also for a run begun with m."""
+        for name in ("model", "data", "eval_data", "sft_data", "rollout_model"):
+            if path := getattr(self, name):
+                setattr(self, name, str(Path(path)))
+
 
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64,
              steps=4, batch=8, base_steps=40, eval_questions=32, max_tokens=96)
@@ -230,6 +222,14 @@ FIRST_SLOTS = 4096                      # tokens that a sampler has room for at 
 FREE = ("rounds", "out", "device", "threads", "rows")   # may differ when a run is called again
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "rows", "completions",
             "steps", "batch", "epochs", "eval_questions")
+STREAM = dict(                          # random numbers of a stage: mix(seed, ..., STREAM[stage])
+    questions=1,                        # the training questions of a round
+    examples=6,                         # the examples that sft trains on
+    writing=8,                          # the policy writes new questions
+    imagining=10,                       # which old questions the new ones are made from
+    voting=11,                          # the samples of --decode
+    searching=12,                       # the search of --decode
+)
 
 
 def check(s: Settings) -> None:
@@ -238,11 +238,11 @@ def check(s: Settings) -> None:
                    pits=("linear", "bisect"), judge=("off", "plain", "gold"),
                    critic=("weakest", "sum", "judge"), loss=("sigmoid", "ipo"))
     for name, value in asdict(s).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if name in choices and value not in choices[name]:
+        flag, least = f"--{name.replace('_', '-')} {value}", int(name in POSITIVE)
+        if value not in choices.get(name, [value]):
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
-        if not isinstance(value, str) and not int(name in POSITIVE) <= value < 1e12:
-            raise BadInput(f"{flag}: give a number from {int(name in POSITIVE)} on.")
+        if not isinstance(value, str) and not least <= value < 1e12:
+            raise BadInput(f"{flag}: give a number from {least} on.")
     if s.share >= 1 or s.keep > 1:
         raise BadInput("--share must lie below 1, and --keep may be 1 at most.")
     if bool(s.sft_data) > bool(s.data) or bool(s.data) > bool(s.eval_data and s.model):
@@ -260,12 +260,8 @@ def check(s: Settings) -> None:
 #
 #    mcts.Budget shows what each recipe spends its tokens on
 # --------------------------------------------------------------------------------------------------
-@dataclass
-class Recipe:
-    """numbers_only: refused for multiple choice, where a search hits the right letter by chance."""
-    grow: object
-    learn: object
-    numbers_only: bool = False
+# numbers_only: refused for multiple choice, where a search hits the right letter by chance
+Recipe = namedtuple("Recipe", "grow learn numbers_only", defaults=[False])
 
 
 # sft: the control. More of what the base was trained on
@@ -277,7 +273,7 @@ def grow_nothing(lab, r, questions):
 def learn_examples(lab, r, trees):
     """Train on the task's own examples: careless homework, or reference solutions."""
     s = lab.settings
-    rng = random.Random(mix(s.seed, r, 6))
+    rng = random.Random(mix(s.seed, r, STREAM["examples"]))
     return imitate(lab, lab.example_rows(s.steps * s.batch, rng), s.steps)
 
 
@@ -296,8 +292,7 @@ def learn_right_solutions(lab, r, trees):
 # outcome_dpo: the control of Self-Explore. Samples as for rft, whole solutions as pairs
 def learn_outcome_pairs(lab, r, trees):
     """DPO on whole solutions, right against wrong. Reference: the model that sampled them."""
-    pairs = [outcome_pairs(tree) for tree in trees]
-    return prefer(lab, r, [tree_row(found) for found in pairs if found], lab.settings.steps)
+    return prefer(lab, r, rows_of(trees, outcome_pairs), lab.settings.steps)
 
 
 # self_explore: Self-Explore (Hwang et al. 2024, 2404.10346)
@@ -312,9 +307,7 @@ def grow_pits(lab, r, questions):
 def learn_pits(lab, r, trees):
     """3) DPO: the pit alone is rejected, a right completion of the prefix before it is chosen. The
     reference is the explorer, since that is the model as it stands now."""
-    pairs = [pit_pairs(tree) for tree in trees]
-    rows = [tree_row(found) for found in pairs if found]
-    return prefer(lab, r, rows, preference_updates(lab, r))
+    return prefer(lab, r, rows_of(trees, pit_pairs), preference_updates(lab, r))
 
 
 # mcts_dpo: MCTS-DPO (Xie et al. 2024, 2405.00451)
@@ -327,11 +320,7 @@ def grow_searched(lab, r, questions):
 
 def learn_siblings(lab, r, trees):
     """3) DPO on siblings of different Q. The NLL term is on the right solutions that were found."""
-    rows = []
-    for tree in trees:
-        pairs, solutions = sibling_pairs(tree), right_solutions(lab, tree)
-        if pairs or solutions:
-            rows.append(tree_row(pairs, solutions))
+    rows = rows_of(trees, sibling_pairs, partial(right_solutions, lab))
     return prefer(lab, r, rows, preference_updates(lab, r))
 
 
@@ -342,11 +331,10 @@ def grow_imagined(lab, r, questions):
     3) Search the new questions, with the critics in the place of the answers."""
     s = lab.settings
     trees = grow_forest(lab, f"trees_{r}", questions, s.share * s.budget, sample)
-    critic, rollouts, notes = train_critics(lab, f"critic_{r}", trees)
+    notes = train_critics(lab, f"critic_{r}", trees)
     new = imagined_questions(lab, r, questions)
     left = s.budget * len(questions) - lab.sampled_tokens
-    method = partial(search_with_critic, critic=critic, rollouts=rollouts)
-    searched = grow_forest(lab, f"imagined_{r}", new, left / max(1, len(new)), method)
+    searched = grow_forest(lab, f"imagined_{r}", new, left / max(1, len(new)), search_with_critic)
     kept = sum(bool(tree.chosen) for tree in searched)
     return trees, notes | dict(imagined=len(new), kept=kept)
 
@@ -356,7 +344,7 @@ def learn_trusted(lab, r, trees):
     are not in the paper. Their tokens are paid for, and it would be a waste to leave them out.)"""
     rows = imitation_rows(lab, forests_so_far(lab, r, "trees"))
     searched = forests_so_far(lab, r, "imagined")
-    rows += [tree_row(solutions=tree.chosen[-1:]) for tree in searched if tree.chosen]
+    rows += rows_of(searched, solutions=lambda tree: tree.chosen[-1:])
     return imitate(lab, rows, lab.settings.steps)
 
 
@@ -374,9 +362,9 @@ def grow_unsolved(lab, r, questions):
     unsolved = [tree.question for tree in trees if not tree.root.rights]
     if len(unsolved) <= SEARCH_ABOVE * len(questions):
         return trees + grow_forest(lab, f"more_{r}", questions, left / len(questions), sample), {}
-    critic, rollouts, notes = train_critics(lab, f"critic_{r}", trees)
-    method = partial(search_for_solution, critic=critic, rollouts=rollouts)
-    searched = grow_forest(lab, f"searched_{r}", unsolved, left / len(unsolved), method)
+    notes = train_critics(lab, f"critic_{r}", trees)
+    each = left / len(unsolved)
+    searched = grow_forest(lab, f"searched_{r}", unsolved, each, search_for_solution)
     return trees + searched, notes | dict(searched=len(searched))
 
 
@@ -390,7 +378,7 @@ RECIPES = dict(
     alphallm=Recipe(grow_imagined, learn_trusted, numbers_only=True),
     combined=Recipe(grow_unsolved, learn_right_solutions, numbers_only=True),
 )
-BASE = Recipe(grow_nothing, lambda lab, r, trees: train_base(lab))
+BASE = Recipe(grow_nothing, lambda lab, r, trees: train_base(lab))      # round 0 of every recipe
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,17 +395,17 @@ def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> 
         group = questions[first:first + s.chunk]
 
         def make():
-            """Grow one chunk. A method returns the tokens that a second model sampled, if any."""
+            """Grow one chunk. Its first line also tells what fast rollouts sampled for it."""
+            before = lab.rollouts.tokens if lab.rollouts else 0
             trees = planted(lab, group, zlib.crc32(name.encode()), first)
-            other_tokens = method(lab, trees, tokens_each * len(trees))
+            method(lab, trees, tokens_each * len(trees))
             records = [tree_record(lab, tree) for tree in trees]
-            records[0]["rollout_tokens"] = other_tokens or 0
+            records[0]["rollout_tokens"] = lab.rollouts.tokens - before if lab.rollouts else 0
             return records
         path = lab.folder / name / f"{first:06d}.jsonl"
-        records = cached(path, make)
-        with reading(path):
-            forest += [from_record(record) for record in records]
-            lab.rollout_tokens += records[0]["rollout_tokens"]
+        trees, rollout_tokens = cached(path, make, load=read_trees)
+        forest += trees
+        lab.rollout_tokens += rollout_tokens
         bar.n = sum(tree.tokens for tree in forest)     # a chunk from the disk did not move the bar
     bar.close()
     lab.sampled_tokens += sum(tree.tokens for tree in forest)
@@ -450,15 +438,20 @@ def pits_of(tree: Tree) -> set:
 
 def from_record(record: dict) -> Tree:
     """The inverse of tree_record."""
-    question = Question(*(record[name] for name in ("text", "answer", "level")))
-    return from_json(record, question)
+    return from_json(record, Question(record["text"], record["answer"], record["level"]))
+
+
+def read_trees(path: Path) -> tuple:
+    """A file that grow_forest wrote: (trees, tokens that fast rollouts sampled for them)."""
+    records = read_lines(path)
+    return [from_record(record) for record in records], records[0]["rollout_tokens"]
 
 
 def forests_so_far(lab, r: int, *kinds) -> list:
     """The trees of these kinds of rounds 1 to r, from their files."""
     folders = [lab.folder / f"{kind}_{i}" for i in range(1, r + 1) for kind in kinds]
     files = [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
-    return [from_record(record) for file in files for record in read_lines(file)]
+    return [tree for file in files for tree in restored(file, read_trees)[0]]
 
 
 def grade_ends(lab, ends: list) -> None:
@@ -498,13 +491,12 @@ def search_with_answers(lab, trees: list, tokens: float) -> None:
     def returns(ends):
         """One number for each end; its grade is recorded in the tree."""
         grade_ends(lab, ends)
-        values = [1.0 if end.right else -1.0 for end in ends]
-        if s.judge == "off":
-            return values
-        # "gold" shows the judge the answer, a leak: its AUC is 74.7 with it, 62.0 without (paper)
-        shown = (lambda end: end.tree.question.answer) if s.judge == "gold" else ""
-        verdicts = judging.self_evaluation(ends, lab.sampler, shown=shown)
-        return [value + verdict for value, verdict in zip(values, verdicts)]
+        verdicts = [0] * len(ends)
+        if s.judge != "off":
+            # "gold" shows the judge the answer, a leak: AUC 74.7 with it, 62.0 without (paper)
+            shown = (lambda end: end.tree.question.answer) if s.judge == "gold" else ""
+            verdicts = judging.self_evaluation(ends, lab.sampler, shown=shown)
+        return [verdict + (1.0 if end.right else -1.0) for end, verdict in zip(ends, verdicts)]
     go_on = commit_every(s.commit, each) if s.commit else until(SIMULATIONS, each)
     search(trees, lab.step_sampler(), returns, go_on, RULES[s.rule or "puct"], fixed_width(5, 3))
 
@@ -512,27 +504,21 @@ def search_with_answers(lab, trees: list, tokens: float) -> None:
 SIMULATIONS = 1000      # of one tree at most; the token budget nearly always ends the search before
 
 
-def search_with_critic(lab, trees: list, tokens: float, critic, rollouts=None) -> int:
+def search_with_critic(lab, trees: list, tokens: float) -> None:
     """AlphaLLM's eta-MCTS: critics in the place of answers, UCT, adaptive width; lines with the
     same calculation are one node. A tree is done when 16 simulations in a row found nothing new.
 
     The chosen path is kept if the outcome head says at least --keep, as in the paper. The weakest
-    link ranks well but cannot be a threshold: where success is rare, the value head is low on every
-    path, also on correct ones."""
+    link cannot be a threshold (critic.leaf_values says why)."""
     s, known, outcome = lab.settings, {}, judging.HEADS.index("outcome")
-    before = rollouts.tokens if rollouts else 0
-
-    def values(nodes):
-        """Leaf values. `known` keeps what the heads said of each node."""
-        return judging.leaf_values(nodes, critic, lab.sampler, s.critic, rollouts, known)
+    values = partial(lab.leaf_values, rule=s.critic, known=known)   # known[node]: what heads said
     steps = lab.step_sampler(key=lambda ids: calculations(lab.decode(ids)))
     go_on = until(SIMULATIONS, tokens / len(trees), patience=16)
     search(trees, steps, values, go_on, RULES[s.rule or "uct"], importance_width(), to_end=False)
     for tree in trees:
         end = trusted_end(lab, tree)
-        if end is not None and critic.trusted[outcome] and known[end][outcome] >= s.keep:
+        if end is not None and lab.critic.trusted[outcome] and known[end][outcome] >= s.keep:
             tree.chosen = end.path()
-    return rollouts.tokens - before if rollouts else 0
 
 
 # HACK HERE: which solution a search without answers stands for. Also change: nothing
@@ -540,11 +526,11 @@ def trusted_end(lab, tree: Tree):
     """First the answer whose ends have the largest sum of returns, then its best-scored end. None
     if nothing was found, or if that answer has less than half of the visits."""
     groups = by_answer(lab, [end for end in tree.ends() if end.visits])
-    if not groups:
+    winner = max(groups, key=lambda group: sum(end.value_sum for end in group), default=[])
+    visits = sum(end.visits for group in groups for end in group)
+    if 2 * sum(end.visits for end in winner) < visits:
         return None
-    winner = max(groups, key=lambda group: sum(end.value_sum for end in group))
-    visits = [sum(end.visits for end in group) for group in (winner, sum(groups, []))]
-    return max(winner, key=lambda end: end.score) if 2 * visits[0] >= visits[1] else None
+    return max(winner, key=lambda end: end.score, default=None)
 
 
 def by_answer(lab, ends: list) -> list:
@@ -558,21 +544,18 @@ def by_answer(lab, ends: list) -> list:
     return list(groups.values())
 
 
-def search_for_solution(lab, trees: list, tokens: float, critic, rollouts=None) -> int:
+def search_for_solution(lab, trees: list, tokens: float) -> None:
     """The search of `combined`: critics value what is open, grades value ends. A node gets one
     child, and one more after every eight visits: deep before wide."""
-    s, before = lab.settings, rollouts.tokens if rollouts else 0
-
     def values(nodes):
         """Grades of ends, critics' values of all others."""
         grade_ends(lab, [node for node in nodes if node.end])
         others = [node for node in nodes if not node.end]
-        guess = dict(zip(others, judging.leaf_values(others, critic, lab.sampler, "sum", rollouts)))
+        guess = dict(zip(others, lab.leaf_values(others, "sum")))
         return [float(node.right) if node.end else guess[node] for node in nodes]
     more = until(SIMULATIONS, tokens / len(trees), patience=64)
     search(trees, lab.step_sampler(), values, lambda tree: not tree.root.rights and more(tree),
-           RULES[s.rule or "uct"], fixed_width(1, 1), to_end=False)
-    return rollouts.tokens - before if rollouts else 0
+           RULES[lab.settings.rule or "uct"], fixed_width(1, 1), to_end=False)
 
 
 EXPRESSION = re.compile(r"[(\d.][\d.()%]*(?:[-+*/=]+[\d.()%]*[\d)%])+")
@@ -614,16 +597,16 @@ def imitate(lab, rows: list, updates: int) -> dict:
 
 
 def prefer(lab, r: int, rows: list, updates: int) -> dict:
-    """DPO. The reference is the model as it is now; its log-probs are stored before training."""
-    s = lab.settings
+    """DPO. The reference is the model as it is now; its log-probs are stored before training. The
+    pairs are also written to a file, as other DPO trainers read them."""
+    s, records = lab.settings, []
     store_reference(lab.model, rows, lab.part_tokens)
-    records, joined = [], lambda side: lab.decode(np.concatenate([node.ids for node in side]))
+    text = lambda side: lab.decode(np.concatenate([node.ids for node in side]))
     for pair in (pair for row in rows for pair in row.pairs):
         above = pair.chosen[0].parent
         prompt = lab.task.prompt(above.tree.question) + lab.text(above)
-        sides = dict(chosen=joined(pair.chosen), rejected=joined(pair.rejected))
-        records.append(dict(prompt=prompt) | sides)
-    write_lines(lab.folder / f"pairs_{r}.jsonl", records)       # as other DPO trainers read them
+        records.append(dict(prompt=prompt, chosen=text(pair.chosen), rejected=text(pair.rejected)))
+    write_lines(lab.folder / f"pairs_{r}.jsonl", records)
     loss = partial(preference_loss, beta=s.beta, nll=s.nll, kind=s.loss)
     lr = s.dpo_lr or scaled_lr(lab.model, DPO_LR)
     return dict(pairs=len(records)) | fit(lab, rows, loss, lr, updates, s.epochs)
@@ -639,10 +622,15 @@ def right_solutions(lab, tree: Tree, most: int = 8) -> list:
     return list(found.values())[:most]
 
 
+def rows_of(trees: list, pairs=lambda tree: [], solutions=lambda tree: []) -> list:
+    """A row for each tree that has something to learn from: pairs(tree), or solutions(tree)."""
+    found = [(pairs(tree), solutions(tree)) for tree in trees]
+    return [tree_row(*sides) for sides in found if any(sides)]
+
+
 def imitation_rows(lab, trees: list) -> list:
     """A row for each tree that has a right end."""
-    found = [right_solutions(lab, tree) for tree in trees]
-    return [tree_row(solutions=ends) for ends in found if ends]
+    return rows_of(trees, solutions=partial(right_solutions, lab))
 
 
 RFT_PART = 3 / 4        # of the updates of round 1, in self_explore and mcts_dpo
@@ -679,8 +667,9 @@ def train_base(lab) -> dict:
     if not s.base_steps or not lab.task.has_examples:
         return dict(steps=0)
     corpus = lab.task.examples(64, random.Random(s.seed))       # changes when the task's code does
-    parts = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, corpus]
-    name = hashlib.sha256(json.dumps(parts + [file_hash(s.sft_data)]).encode()).hexdigest()[:10]
+    made_of = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, corpus,
+               file_hash(s.sft_data)]
+    name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:10]
     folder = lab.bases / f"base_{name}"
 
     def make():
@@ -697,60 +686,62 @@ def train_base(lab) -> dict:
 def by_like_length(rows: list, size: int, seed: int) -> list:
     """Batches of rows of like length, in random order: a fifth less padding."""
     rng, found = random.Random(seed), []
-    for first in range(0, len(rows), 16 * size):
-        block = sorted(rows[first:first + 16 * size], key=lambda row: len(row.packed.ids))
-        parts = [block[i:i + size] for i in range(0, len(block), size)]
-        found += rng.sample(parts, len(parts))
+    for block in parts(rows, 16 * size):
+        block.sort(key=lambda row: len(row.packed.ids))
+        found += rng.sample(parts(block, size), -(-len(block) // size))
     return found
 
 
-def train_critics(lab, name: str, trees: list) -> tuple:
-    """-> (critic, fast rollouts or None, notes). Critics are trained anew in every round: a static
-    critic falls behind the policy, a limit that AlphaLLM's authors name."""
+def parts(items: list, size: int) -> list:
+    """Lists of `size` items, the last one shorter: 1 2 3 4 5 in parts of 2 are 1 2, 3 4 and 5."""
+    return [items[first:first + size] for first in range(0, len(items), size)]
+
+
+def train_critics(lab, name: str, trees: list) -> dict:
+    """Set the lab's critic and fast rollouts; returns notes. They are trained anew in every round:
+    a static critic falls behind the policy, a limit that AlphaLLM's authors name."""
     s = lab.settings
+    lab.critic, lab.rollouts = judging.Judge(), None
     if s.critic == "judge":
-        return judging.Judge(), None, {}
-    critic, found = train_critic(lab, name, trees)
+        return {}
+    lab.critic, found = train_critic(lab, name, trees)
     for head, measured in found.items():
         if measured["note"]:
             print(f"{name}: the {head} head is not used: {measured['note']}")
     if not s.rollouts:
-        return critic, None, dict(critic=found)
+        return dict(critic=found)
     # the smaller policy has a lab of its own; its critic learns from its own samples
     small = Lab(replace(s, model=s.rollout_model, out=str(lab.folder / "small")), layers=1)
     small.bases = lab.bases
     small.weights("round_0", lambda: train_base(small))
     questions = [tree.question for tree in trees]
     own = grow_forest(small, f"trees_{name}", questions, s.share * s.budget, sample)
-    small_critic, small_found = train_critic(small, name, own)
+    small.critic, small_found = train_critic(small, name, own)
     text = lambda node: lab.decode(node.ids) if node.parent else lab.task.prompt(node.tree.question)
-    rollouts = judging.Rollouts(small.sampler, small_critic, s.rollouts, s.max_tokens, text)
+    lab.rollouts = judging.Rollouts(small.sampler, small.critic, s.rollouts, s.max_tokens, text)
     lab.rollout_tokens += small.sampled_tokens
-    return critic, rollouts, dict(critic=found, rollout_critic=small_found)
+    return dict(critic=found, rollout_critic=small_found)
 
 
 def train_critic(lab, name: str, trees: list) -> tuple:
     """(Critic, report) from graded trees. One question in five is kept out, for the report."""
-    s, size = lab.settings, lab.model.config.hidden_size
+    s, size, device = lab.settings, lab.model.config.hidden_size, lab.model.device
 
     def make():
         """Features of all labelled nodes. The trees are encoded once more for this."""
-        x, labels, weights, kept = [torch.zeros(0, size + 4, device=lab.model.device)], [], [], []
-        for first in range(0, len(trees), s.chunk):
-            group = trees[first:first + s.chunk]
+        x, rows = [torch.zeros(0, size + 4, device=device)], []
+        for group in parts(trees, s.chunk):
             encode_again(group, lab.sampler)
-            rows = [row for tree in group for row in judging.critic_labels(tree, s.completions)]
-            x.append(judging.features([node for node, _, _ in rows], lab.sampler))
-            for node, label, weight in rows:
-                labels.append(label)
-                weights.append(weight)
-                kept.append(zlib.crc32(node.tree.question.text.encode()) % 5 == 0)
-        labels = torch.tensor(labels, dtype=torch.float32).reshape(-1, len(judging.HEADS))
-        weights = torch.tensor(weights, dtype=torch.float32)
-        kept = torch.tensor(kept, dtype=torch.bool)
-        columns = [column.to(lab.model.device) for column in (labels, weights, kept)]
+            found = [row for tree in group for row in judging.critic_labels(tree, s.completions)]
+            x.append(judging.features([node for node, _, _ in found], lab.sampler))
+            rows += found
+        tensor = partial(torch.tensor, dtype=torch.float32, device=device)
+        labels = tensor([label for _, label, _ in rows]).reshape(-1, len(judging.HEADS))
+        weights = tensor([weight for _, _, weight in rows])
+        texts = [node.tree.question.text for node, _, _ in rows]
+        kept = tensor([zlib.crc32(text.encode()) % 5 == 0 for text in texts]).bool()
         updates = 40 if s.preset == "smoke" else 600
-        return judging.fit_critic(torch.cat(x), *columns, updates, s.seed)
+        return judging.fit_critic(torch.cat(x), labels, weights, kept, updates, s.seed)
 
     def save(path, made):
         """The weights, with the report in the header of the file."""
@@ -759,7 +750,7 @@ def train_critic(lab, name: str, trees: list) -> tuple:
     def load(path):
         """The inverse of save."""
         tensors, header = read_safetensors(path)
-        critic = judging.Critic(size).to(lab.model.device)
+        critic = judging.Critic(size).to(device)
         critic.load_state_dict(tensors)
         return critic, json.loads(header["report"])
     return cached(lab.folder / f"{name}.safetensors", make, save, load)
@@ -769,41 +760,44 @@ def encode_again(trees: list, sampler) -> None:
     """Give trees from a file a place in a sampler's store, and encode them there."""
     sampler.reset()
     path = {None: np.zeros(0, np.int64)}                # node -> slots from the root down to it
-    for tree in trees:
-        for node in tree.nodes:
-            above = path[node.parent]
-            path[node] = sampler.follow(above, node.ids)
-            node.slots = path[node][len(above):]
+    for node in (node for tree in trees for node in tree.nodes):
+        above = path[node.parent]
+        path[node] = sampler.follow(above, node.ids)
+        node.slots = path[node][len(above):]
     sampler.encode([path[end] for tree in trees for end in tree.ends()])
 
 
 def imagined_questions(lab, r: int, old: list) -> list:
     """AlphaLLM's made-up questions of a round. The tokens in which the policy wrote them count."""
-    s, tokens = lab.settings, [0]
-
-    def write(prompts):
-        """The line with which the policy goes on behind each prompt."""
-        lab.sampler.reset()
-        paths = [lab.sampler.prompt(lab.tokenizer.encode_prompt(prompt)) for prompt in prompts]
-        asks = [Request(path, mix(s.seed, i, 8), s.max_tokens) for i, path in enumerate(paths)]
-        found = lab.sampler.extend(asks, s.temperature, to_end=False)
-        tokens[0] += sum(len(one.ids) for one in found)
-        return [lab.decode(one.ids) for one in found]
+    s, counts = lab.settings, lab.sampler.counts
+    write = partial(continuations, lab, "questions", temperature=s.temperature, to_end=False)
 
     def make():
         """The questions, and the tokens in a last line."""
-        new = lab.task.imagine(old, random.Random(mix(s.seed, r, 10)), write)
-        return [asdict(question) for question in new] + [dict(tokens=tokens[0])]
+        before, rng = counts["sampled"], random.Random(mix(s.seed, r, STREAM["imagining"]))
+        new = [asdict(question) for question in lab.task.imagine(old, rng, write)]
+        return new + [dict(tokens=counts["sampled"] - before)]
     *rows, last = cached(lab.folder / f"questions_{r}.jsonl", make)
     lab.sampled_tokens += last["tokens"]
     return [Question(**row) for row in rows]
+
+
+def continuations(lab, name: str, prompts: list, temperature: float = 0, to_end=True) -> list:
+    """(text, continuation) for each list of ids, 800 at once."""
+    s, found = lab.settings, []
+    for group in tqdm(parts([*enumerate(prompts)], 800), name, leave=False, disable=None):
+        lab.sampler.reset()
+        asks = [Request(lab.sampler.prompt(ids), mix(s.seed, i, STREAM["writing"]), s.max_tokens)
+                for i, ids in group]
+        found += lab.sampler.extend(asks, temperature, to_end)
+    return [(lab.decode(one.ids), one) for one in found]
 
 
 # --------------------------------------------------------------------------------------------------
 # 6. The lab: model, sampler, task and folder of a run
 # --------------------------------------------------------------------------------------------------
 class Lab:
-    """What every stage needs. The weights change from round to round; all else stays.
+    """What every stage needs. Weights and critics change from round to round; all else stays.
 
     file of a run      made by          read by
     settings.json      claim_folder     the same command, given again: other settings are refused
@@ -818,7 +812,7 @@ class Lab:
     eval_1.jsonl       solve            report
     log.jsonl          run              you: one row for each round"""
 
-    def __init__(self, s: Settings, layers: int = 0):
+    def __init__(self, s: Settings, **shape):
         check(s)
         device = pick_device(s.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -826,6 +820,7 @@ class Lab:
         self.settings, self.folder = s, Path(s.out or default_folder(s))
         self.bases = self.folder.absolute().parent
         self.part_tokens = 8 * s.rows           # padded tokens of one training pass
+        self.critic = self.rollouts = None      # of these weights, by train_critics
         self.progress = None                    # called with the number of tokens just sampled
         self.sampled_tokens = 0                 # in this round, by the policy
         self.rollout_tokens = 0                 # ... and by the smaller policy of fast rollouts
@@ -834,14 +829,11 @@ class Lab:
             self.model = GPT.from_pretrained(s.model, device)
         else:
             self.tokenizer = Tokenizer.bytes_only()
-            shape = TINY[s.preset] | (dict(layers=layers) if layers else {})
-            config = GPTConfig.tiny(self.tokenizer.n_ids, **shape)
+            config = GPTConfig.tiny(self.tokenizer.n_ids, **TINY[s.preset] | shape)
             self.model = GPT(config).initialise(s.seed).to(device)
         self.model.bind(self.tokenizer)
-        if s.eval_data:
-            self.task = FileTask(s, self.tokenizer, self.model.config.max_positions)
-        else:
-            self.task = TASKS[s.task](s, self.tokenizer)
+        task = FileTask if s.eval_data else TASKS[s.task]
+        self.task = task(s, self.tokenizer, self.model.config.max_positions)
         self.sampler = Sampler(self.model, self.tokenizer, FIRST_SLOTS, s.rows, self.task.over,
                                s.unit)
         self.sampler.prompt(self.task.prompt_ids(self.task.eval_questions()[0]))    # or BadInput
@@ -855,19 +847,16 @@ class Lab:
                            "these are soon guessed: take rft, self_explore or mcts_dpo.")
         for name in ("data", "eval_data", "sft_data"):
             mine[name + "_hash"] = file_hash(mine[name])
-        mine["model"] = str(Path(mine["model"])) if mine["model"] else ""
-        path = self.folder / "settings.json"
-        saved = cached(path, lambda: [mine], None, lambda path: dict(read_lines(path)[0]))
+        with about(f"give another --out, for no folder can be made at {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        saved = cached(self.folder / "settings.json", lambda: [mine])[0]
         changed = [f"--{name.replace('_', '-')} was {saved.get(name)!r}" for name in mine
                    if name not in FREE and saved.get(name) != mine[name]]
         if changed:
             raise BadInput(f"{self.folder} was begun with other settings ({'; '.join(changed)}): "
                            "give the old ones, or another --out.")
-        for folder, folders, files in list(os.walk(self.folder)):
-            for name in folders + files:
-                sweep(Path(folder, name))
-        for path in self.bases.glob("base_*"):
-            sweep(path)
+        sweep(self.folder, "**/*.[0-9]*.tmp")
+        sweep(self.bases, "base_*.[0-9]*.tmp")
 
     def memory(self) -> str:
         """One line: what the model takes, what its training takes, what a sampled token takes."""
@@ -880,11 +869,13 @@ class Lab:
 
     def finished_rounds(self) -> list:
         """The log of the rounds that are done; the weights of the last one are loaded."""
+        def load(path):
+            """The rows, each shown as when its round was finished."""
+            rows = read_lines(path)[:self.settings.rounds + 1]
+            print("\n".join(map(summary_line, rows)))
+            return rows
         path = self.folder / "log.jsonl"
-        log = read_lines(path)[:self.settings.rounds + 1] if path.exists() else []
-        with reading(path):
-            for row in log:
-                print(summary_line(row))
+        log = restored(path, load) if path.exists() else []
         if log:
             self.load(self.folder / f"round_{len(log) - 1}")
         return log
@@ -893,17 +884,15 @@ class Lab:
         """The model after a training, as a folder that other tools open. make() trains it in place
         and returns statistics. Saved in fp32: an update of 1e-6 is below the rounding of bf16, and
         would be lost between two rounds."""
-        def trained():
-            """While the model trains, the sampler gives its memory back."""
-            self.sampler.reset(1)
-            return make()
-
         def save(folder, stats):
             """Model, tokenizer and statistics."""
             self.model.save_pretrained(folder, torch.float32)
             self.tokenizer.save(folder)
             write_lines(folder / "training.json", [stats])
-        return cached(self.folder / name, trained, save, self.load)
+        # memory for the training: `load` ends the reset, and critics judge one set of weights only
+        self.sampler.reset(1)
+        self.critic = self.rollouts = None
+        return cached(self.folder / name, make, save, self.load)
 
     def load(self, folder: Path) -> dict:
         """Take over the weights of a folder that `weights` wrote; returns its statistics."""
@@ -915,6 +904,10 @@ class Lab:
         """Samples single steps for a search."""
         s = self.settings
         return StepSampler(self.sampler, s.max_tokens, s.temperature, key, self.progress)
+
+    def leaf_values(self, nodes: list, rule: str, known=None) -> list:
+        """What nodes are worth by the critic of this round, and by fast rollouts if there are."""
+        return judging.leaf_values(nodes, self.critic, self.sampler, rule, self.rollouts, known)
 
     def example_rows(self, count: int, rng) -> list:
         """Rows for SFT, each with the end-of-text at which sampling stops."""
@@ -933,28 +926,27 @@ class Lab:
 
 def default_folder(s: Settings) -> str:
     """runs/TASK_RECIPE_seedS. A smoke run has its own, so that it is in nobody's way."""
-    parts = [Path(s.eval_data).stem if s.eval_data else s.task, s.recipe, f"seed{s.seed}"]
-    parts = [Path(s.model).resolve().name] * bool(s.model) + parts
-    return "runs/" + "_".join(["smoke"] * (s.preset == "smoke") + parts)
+    smoke = "smoke" if s.preset == "smoke" else ""
+    model = Path(s.model).resolve().name if s.model else ""
+    questions = Path(s.eval_data).stem if s.eval_data else s.task
+    return "runs/" + "_".join(filter(None, [smoke, model, questions, s.recipe, f"seed{s.seed}"]))
 
 
-def sweep(path: Path) -> None:
-    """Remove what a killed process was writing: NAME.PID.tmp, if no process has this number."""
-    number = re.search(r"\.([0-9]+)\.tmp$", path.name)
-    if number is None or not Path("/proc/self").exists() or Path("/proc", number[1]).exists():
-        return
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed processes were writing: NAME.PID.tmp, if no process has this number."""
+    for name in glob.glob(pattern, root_dir=folder, recursive=True):
+        path, number = folder / name, name.split(".")[-2]
+        if Path("/proc/self").exists() and not Path("/proc", number).exists():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def file_hash(path: str) -> str:
     """The contents of a file as a short hash; "" for no file."""
-    if not path:
-        return ""
     with about(path):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return path and hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -976,8 +968,8 @@ class BuiltIn:
     has_examples = True                 # is there a corpus for the base?
     reader = staticmethod(judging.read_number)
 
-    def __init__(self, s: Settings, tokenizer):
-        self.settings, self.tokenizer = s, tokenizer
+    def __init__(self, s: Settings, tokenizer, context: int = 512):
+        self.settings, self.tokenizer, self.context = s, tokenizer, context
 
     def prompt(self, question) -> str:
         """What the model reads, as text."""
@@ -1008,30 +1000,32 @@ class BuiltIn:
         """One question in eight is never trained on."""
         return hashlib.sha256(self.key(question.text).encode()).digest()[0] < 32
 
-    def distinct(self, rng, count: int, held_out: bool) -> list:
-        """`count` different questions of one side of the split, or all if the task has fewer."""
+    def distinct(self, draw, count: int, held_out: bool, known=()) -> list:
+        """`count` different questions of one side of the split, or all that draw() finds. `known`
+        are keys of questions that do not count."""
         found, misses = {}, 0
         while len(found) < count and misses < 5_000:
-            question = self.draw(rng)
+            question = draw()
             key = self.key(question.text)
-            if self.held_out(question) == held_out and key not in found:
-                found[key], misses = question, 0
             misses += 1
+            if self.held_out(question) == held_out and key not in found and key not in known:
+                found[key], misses = question, 0
         return list(found.values())
 
     def train_questions(self, r: int) -> list:
         """The questions of a round, the same for all recipes of a seed."""
         s = self.settings
-        found = self.distinct(random.Random(mix(s.seed, r, 1)), s.questions, False)
+        rng = random.Random(mix(s.seed, r, STREAM["questions"]))
+        found = self.distinct(lambda: self.draw(rng), s.questions, False)
         if len(found) < s.questions:
-            raise BadInput(f"--questions {s.questions}: {s.task} has only {len(found)} of them.")
+            raise BadInput(f"--questions {s.questions}: {s.task} has {len(found)}; ask for fewer.")
         return found
 
     @cache
     def eval_questions(self) -> list:
         """The held-out questions, the same for all runs; drawn once."""
-        s = self.settings
-        found = self.distinct(random.Random(99), s.eval_questions, True)
+        s, rng = self.settings, random.Random(99)
+        found = self.distinct(lambda: self.draw(rng), s.eval_questions, True)
         if len(found) < s.eval_questions:
             print(f"{s.task} has only {len(found)} held-out questions")
         return found
@@ -1048,15 +1042,10 @@ class BuiltIn:
 
     def imagine(self, old: list, rng, write) -> list:
         """AlphaLLM's first step: as many new questions, each an old one with one thing changed.
-        Nobody works out their answers. (write asks the policy for lines; it is not needed here.)"""
-        known, found = {self.key(question.text) for question in old}, []
-        for _ in range(50 * len(old)):
-            question = Question(self.vary(rng.choice(old).text, rng), "")
-            key = self.key(question.text)
-            if len(found) < len(old) and key not in known and not self.held_out(question):
-                known.add(key)
-                found.append(question)
-        return found
+        Nobody works out their answers. (write(prompts) asks the policy; it is not needed here.)"""
+        vary = lambda: Question(self.vary(rng.choice(old).text, rng), "")
+        known = {self.key(question.text) for question in old}
+        return self.distinct(vary, len(old), False, known)
 
 
 class Homework(BuiltIn):
@@ -1086,10 +1075,7 @@ class Homework(BuiltIn):
         """One number or one operator is another one."""
         x = parse(text)
         i = rng.randrange(len(x))
-        if i % 2 == 0:
-            x[i] = rng.randint(1, 9)
-        else:
-            x[i] = rng.choice("+-" if i == 1 else "+-*")
+        x[i] = rng.choice("+-" if i == 1 else "+-*") if i % 2 else rng.randint(1, 9)
         for j in range(1, len(x), 2):
             x[j + 1] = max(x[j + 1], 2 if x[j] == "*" else 1)
         return "".join(map(str, x))
@@ -1158,7 +1144,7 @@ class Countdown(BuiltIn):
 
     def numbers(self, text: str) -> tuple:
         """'10 12 9 -> 7' -> (10, 12, 9)"""
-        return tuple(map(int, text.partition(" -> ")[0].split()))
+        return tuple(map(int, text.split(" -> ")[0].split()))
 
     def moves(self, numbers: tuple) -> list:
         """All legal moves: [(line, numbers left)]."""
@@ -1281,13 +1267,14 @@ class FileTask(BuiltIn):
     """Questions from files of JSON lines (or one JSON array), all of one of the KINDS."""
 
     def __init__(self, s: Settings, tokenizer, context: int):
-        super().__init__(s, tokenizer)
-        self.context, self.reader = context, None
-        template = s.template.replace("\\n", "\n") or "Question: {question}\nAnswer:"
+        super().__init__(s, tokenizer, context)
+        self.reader = None
+        # a shell cannot type a newline; but the \n of \neq and \nu begins a LaTeX command
+        template = re.sub(r"\\n(?![a-z])", "\n", s.template) or "Question: {question}\nAnswer:"
         self.before, _, self.after = template.partition("{question}")
         self.test = self.read(s.eval_data)
-        self.train = self.read(s.data) if s.data else []
-        self.references = self.read(s.sft_data) if s.sft_data else []
+        self.train = self.read(s.data)
+        self.references = self.read(s.sft_data)
         self.has_examples, self.letters = bool(self.references), self.reader is judging.read_letter
         held_out = {question.text for question in self.test}
         both = sum(question.text in held_out for question in self.train)
@@ -1296,13 +1283,17 @@ class FileTask(BuiltIn):
                   "does not measure what was learnt")
 
     def read(self, file: str) -> list:
-        """All questions of a file. BadInput names the item that is not one. Questions that leave no
-        room for an answer are skipped, and counted in one line."""
+        """All questions of a file, none for "". BadInput names the item that is not one. Questions
+        that leave no room for an answer are skipped, and counted in one line."""
         found = []
+        if not file:
+            return found
         with about(file):
             text = Path(file).read_text(encoding="utf-8-sig")
-            is_array = text.lstrip().startswith("[")    # one JSON array in place of lines
-            items = parse_json(text) if is_array else read_lines(Path(file))
+        if text.lstrip().startswith("["):           # one JSON array in place of lines
+            items = read_json(file, f'{{"items": {text}}}'.encode())["items"]
+        else:
+            items = read_lines(file)
         for number, item in enumerate(items, 1):
             with about(f"{file}, item {number}"):
                 text, reference = self.read_item(item)
@@ -1355,7 +1346,8 @@ class FileTask(BuiltIn):
         """The next ones of the shuffled file; every question once before any comes again."""
         s, order = self.settings, []
         while len(order) < r * s.questions:
-            order += random.Random(mix(s.seed, len(order), 1)).sample(self.train, len(self.train))
+            rng = random.Random(mix(s.seed, len(order), STREAM["questions"]))
+            order += rng.sample(self.train, len(self.train))
         return order[(r - 1) * s.questions:r * s.questions]
 
     def eval_questions(self) -> list:
@@ -1381,41 +1373,28 @@ class FileTask(BuiltIn):
         prompts = []
         for _ in old:
             three = rng.sample(old, min(3, len(old)))
-            shown = "".join(f"Question: {question.text}\n\n" for question in three)
-            prompts.append(shown + "Question:")
-        fitting = [prompt for prompt in prompts
-                   if len(self.tokenizer.encode_prompt(prompt)) < self.context // 2]
+            shown = "".join(f"Question: {question.text}\n\n" for question in three) + "Question:"
+            prompts.append(self.tokenizer.encode_prompt(shown))
         known, found = [triples(question.text) for question in self.train + self.test], []
-        for text in map(str.strip, write(fitting)):
-            mine = triples(text)
-            asks = text.endswith("?") and re.search("[0-9]", text)
-            if asks and all(2 * len(mine & other) < len(mine) for other in known):
-                known.append(mine)
-                found.append(Question(text, ""))
+        for text, _ in write([ids for ids in prompts if len(ids) < self.context // 2]):
+            question = Question(text.strip(), "")
+            new = triples(question.text)
+            asks = question.text.endswith("?") and re.search("[0-9]", text)
+            if asks and all(2 * len(new & other) < len(new) for other in known):
+                known.append(new)
+                found.append(question)
         return found
 
 
 # --------------------------------------------------------------------------------------------------
 # 8. Evaluating, comparing, decoding, command line
 # --------------------------------------------------------------------------------------------------
-def greedy(lab, questions: list, at_once: int = 800) -> list:
-    """(text, continuation) of one greedy solution of each question."""
-    found = []
-    for first in tqdm(range(0, len(questions), at_once), "evaluate", leave=False, disable=None):
-        lab.sampler.reset()
-        group = [lab.task.prompt_ids(question) for question in questions[first:first + at_once]]
-        paths = [lab.sampler.prompt(ids) for ids in group]
-        asks = [Request(path, seed=0, max_tokens=lab.settings.max_tokens) for path in paths]
-        found += lab.sampler.extend(asks, temperature=0)
-    return [(lab.decode(one.ids), one) for one in found]
-
-
 def solve(lab, questions: list) -> list:
     """A record of each question: its greedy solution, and whether it is right."""
-    rows = []
-    for question, (text, found) in zip(questions, greedy(lab, questions)):
-        right = lab.task.reward(question, text, found.why == "length")
-        row = dict(solution=text, why=found.why, right=right, tokens=len(found.ids))
+    rows, prompts = [], [lab.task.prompt_ids(question) for question in questions]
+    for question, (text, one) in zip(questions, continuations(lab, "evaluate", prompts)):
+        right = lab.task.reward(question, text, one.why == "length")
+        row = dict(solution=text, why=one.why, right=right, tokens=len(one.ids))
         rows.append(asdict(question) | row)
     return rows
 
@@ -1471,29 +1450,32 @@ def show_example(lab, log: list) -> None:
     files = sorted(lab.folder.glob("*_1/*.jsonl"))
     records = [record for file in files for record in read_lines(file)]
     marked = [record for record in records if record["pits"] or record["chosen"]] or records
-    if not marked:
+    if not marked:                              # sft grows no trees
         return
     record = min(marked, key=lambda record: abs(len(record["nodes"]) - 10))     # fits a screen
     tree = from_record(record)
-    text = lambda node: record["step_texts"][node.index]
     pits = [tree.nodes[i] for i in record["pits"]]
-    solution = greedy(lab, [tree.question])[0][0].replace("\n", "\n   ")
+    prompt, r = lab.task.prompt(tree.question), log[-1]["round"]
+    (solution, _), = continuations(lab, "", [lab.task.prompt_ids(tree.question)])
     print("\nA question of round 1, and what was tried:\n")
-    print(draw(tree, text, tree.chosen, pits))
-    print(f"\nThe model of round {log[-1]['round']} writes:\n\n   {solution}\n")
-    folder = shlex.quote(str(lab.folder / f"round_{log[-1]['round']}"))
-    prompt = shlex.quote(lab.task.prompt(tree.question))
-    print(f"All files are in {lab.folder}. Ask the model yourself:\n"
-          f"python model.py --model {folder} --prompt {prompt} --temperature 0")
+    print(draw(tree, lambda node: record["step_texts"][node.index], tree.chosen, pits))
+    print(f"\nThe model of round {r} writes:\n\n   " + solution.replace("\n", "\n   "))
+    print(f"\nAll files are in {lab.folder}. Ask the model yourself:\n"
+          f"python model.py --model {shlex.quote(str(lab.folder / f'round_{r}'))} "
+          f"--prompt {shlex.quote(prompt)} --temperature 0")
 
 
 def compare(s: Settings, names: list, seeds: int) -> None:
     """Run or resume every recipe on every seed, then print a table. A seed is one observation, so
     the difference to the first recipe has a t interval over seeds. With one seed there is only
     McNemar's test on its questions, and it says nothing about other seeds."""
+    if seeds < 1:
+        raise BadInput(f"--seeds {seeds}: give a number from 1 on.")
+    if len(set(names)) < len(names):
+        raise BadInput(f"--compare {','.join(names)}: name each recipe once.")
+    right = {name: [] for name in names}
     for name in names:
         check(replace(s, recipe=name))
-    right = {name: [] for name in names}
     for seed in range(seeds):
         for name in names:
             one = replace(s, recipe=name, seed=seed)
@@ -1502,19 +1484,17 @@ def compare(s: Settings, names: list, seeds: int) -> None:
             run(one)
             solved = read_lines(Path(one.out, f"eval_{s.rounds}.jsonl"))
             right[name].append([row["right"] for row in solved])
-    print(f"\n| recipe | accuracy | less {names[0]} | 95% interval | seeds |")
-    print("|---|---|---|---|---|")
-    accuracy = {name: 100 * np.mean(right[name], axis=1) for name in names}     # (seeds,)
+    first = names[0]
+    print(f"\n| recipe | accuracy | less {first} | 95% interval | seeds |\n|---|---|---|---|---|")
     for name in names:
-        gain, interval = accuracy[name] - accuracy[names[0]], "-"
-        if name != names[0] and seeds > 1:
+        accuracy = 100 * np.mean(right[name], axis=1)                           # (seeds,)
+        gain, interval = accuracy - 100 * np.mean(right[first], axis=1), "-"    # (seeds,)
+        if name != first and seeds > 1:
             interval = "{1:+.1f} to {2:+.1f}".format(*judging.t_interval(gain))
-        elif name != names[0]:
-            p = judging.mcnemar(right[name][0], right[names[0]][0])
-            interval = f"McNemar p = {p:.2g}"
-        each = " ".join(f"{value:.1f}" for value in accuracy[name])
-        mean = accuracy[name].mean()
-        print(f"| {name} | {mean:.1f} | {gain.mean():+.1f} | {interval} | {each} |")
+        elif name != first:
+            interval = f"McNemar p = {judging.mcnemar(right[name][0], right[first][0]):.2g}"
+        each = " ".join(f"{value:.1f}" for value in accuracy)
+        print(f"| {name} | {accuracy.mean():.1f} | {gain.mean():+.1f} | {interval} | {each} |")
 
 
 def evaluate(s: Settings) -> None:
@@ -1536,33 +1516,31 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
         raise BadInput(f"--decode {r}: there is no {folder}; give a run's flags, and its round.")
     lab.load(folder)
     lab.claim_folder()                          # other flags need another folder than decode_R
-    trees = grow_forest(lab, "samples", lab.task.train_questions(1), s.share * s.budget, sample)
-    critic, rollouts, _ = train_critics(lab, "critic", trees)
+    graded = grow_forest(lab, "samples", lab.task.train_questions(1), s.share * s.budget, sample)
+    train_critics(lab, "critic", graded)
     questions = lab.task.eval_questions()[:300]
     print("| method | tokens | accuracy | 95% interval |\n|---|---|---|---|")
 
-    def show(method, tokens, right):
-        """One row of the table."""
+    def show(method, ends, tokens):
+        """One row of the table; `ends` are those that a method chose, or None."""
+        right = [end is not None and lab.task.reward(question, lab.text(end), end.end == "length")
+                 for question, end in zip(questions, ends)]
         low, high = judging.wilson(sum(right), len(right))
         print(f"| {method} | {tokens / len(right):,.0f} | {100 * np.mean(right):.1f} "
               f"| {100 * low:.1f} - {100 * high:.1f} |", flush=True)
 
-    def rights(ends):
-        """Is the end right that a method chose for each question?"""
-        return [end is not None and lab.task.reward(question, lab.text(end), end.end == "length")
-                for question, end in zip(questions, ends)]
-    show("greedy", 0, [row["right"] for row in solve(lab, questions)])
-    trees = planted(lab, questions, stage=11)
+    trees = planted(lab, questions, STREAM["voting"])
+    show("greedy", grow(lab.sampler, [(tree.root, 1) for tree in trees], s.max_tokens, 0), 0)
+    trees = planted(lab, questions, STREAM["voting"])
     ends = grow(lab.sampler, [(tree.root, n) for tree in trees], s.max_tokens, s.temperature)
     tokens = sum(tree.tokens for tree in trees)
-    score_of = dict(zip(ends, judging.leaf_values(ends, critic, lab.sampler, s.critic)))
-    groups = [by_answer(lab, ends[i * n:i * n + n]) for i in range(len(questions))]
+    score_of = dict(zip(ends, lab.leaf_values(ends, s.critic)))
+    groups = [by_answer(lab, samples) for samples in parts(ends, n)]
     for method in ("majority", "best of n", "weighted vote"):
-        show(method, tokens, rights([vote(group, score_of, method) for group in groups]))
-    trees = planted(lab, questions, stage=12)
-    search_with_critic(lab, trees, tokens, critic, rollouts)
-    spent = sum(tree.tokens for tree in trees)
-    show("MCTS", spent, rights([trusted_end(lab, tree) for tree in trees]))
+        show(method, [vote(group, score_of, method) for group in groups], tokens)
+    trees = planted(lab, questions, STREAM["searching"])
+    search_with_critic(lab, trees, tokens)
+    show("MCTS", [trusted_end(lab, tree) for tree in trees], sum(tree.tokens for tree in trees))
 
 
 def vote(groups: list, score_of: dict, method: str):
@@ -1574,18 +1552,11 @@ def vote(groups: list, score_of: dict, method: str):
     return max(winner, key=score_of.get, default=None)
 
 
-class Flags(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence, like all others here."""
-
-    def error(self, message):
-        """A flag is wrong."""
-        raise BadInput(f"{message}; see --help")
-
-
 @cache
-def flags() -> Flags:
+def flags() -> argparse.ArgumentParser:
     """A flag for each setting; its help is the comment beside the field."""
-    parser = Flags(description="Train a model on its own solutions.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Train a model on its own solutions.",
+                                     allow_abbrev=False, exit_on_error=False)
     group, default = parser, asdict(Settings())
     for line in inspect.getsource(Settings).split("\n"):
         if title := re.fullmatch(r"    # (.*)", line):
@@ -1610,10 +1581,10 @@ def main(arguments: list) -> int:
         if rest:
             meant = f"did you mean --recipe {rest[0]}?" if rest[0] in RECIPES else "see --help."
             raise BadInput(f"{rest[0]} is no flag of this program: {meant}")
-        s = replace(Settings(), **(SMOKE if parsed.preset == "smoke" else {}))
-        for name in asdict(s):                  # a flag that is given counts more than the preset
-            if getattr(parsed, name) is not None:
-                setattr(s, name, getattr(parsed, name))
+        given = {name: value for name in asdict(Settings())
+                 if (value := getattr(parsed, name)) is not None}
+        preset = SMOKE if parsed.preset == "smoke" else {}
+        s = Settings(**preset | given)          # a flag that is given counts more than the preset
         if parsed.evaluate is not None:
             evaluate(replace(s, model=parsed.evaluate))
         elif s.eval_data and not s.data:
@@ -1621,7 +1592,7 @@ def main(arguments: list) -> int:
         elif parsed.decode is not None:
             decode(s, parsed.decode)
         elif parsed.compare is not None:
-            compare(s, parsed.compare.split(","), max(1, parsed.seeds))
+            compare(s, parsed.compare.split(","), parsed.seeds)
         else:
             run(s)
         return 0
@@ -1632,6 +1603,8 @@ def main(arguments: list) -> int:
         return 130
     except BadInput as error:
         message = error
+    except argparse.ArgumentError as error:
+        message = f"{error}; see --help"
     except OSError as error:
         message = (f"{error.filename or 'a file'}: {error.strerror or error}; mend it, and the "
                    "same command goes on where it stopped")

@@ -100,9 +100,9 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_json(path, raw=None) -> dict:
-    """The object in a JSON file, or in `raw` (then the path is only a name for messages). BadInput:
-    the file is absent, a git-LFS pointer, no UTF-8, no JSON, no object, or has a key twice."""
+def read_json(path, raw=None, kind=dict):
+    """What a JSON file holds, or `raw` (then the path is only a name for messages). BadInput: the
+    file is absent, a git-LFS pointer, no UTF-8, no JSON, not of this kind, or has a key twice."""
     def unique(pairs) -> dict:
         """dict(pairs). Of two equal keys readers take the first or the last, so neither is safe."""
         need(len(dict(pairs)) == len(pairs), "a key appears twice in one JSON object")
@@ -112,7 +112,7 @@ def read_json(path, raw=None) -> dict:
         raw = Path(path).read_bytes() if raw is None else raw
         need(not raw.startswith(LFS), IS_LFS)
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        need(isinstance(found, dict), f"holds a JSON {type(found).__name__}, not an object {{...}}")
+        need(isinstance(found, kind), f"holds a JSON {type(found).__name__}, not an object {{...}}")
     return found
 
 
