@@ -76,7 +76,7 @@ def run(s: "Settings") -> list:
     """All rounds of one recipe; round 0 is the base. Returns the log: one dict for each round."""
     lab = Lab(s)
     lab.claim_folder()
-    print(lab.memory(), flush=True)
+    print(lab.description(), flush=True)
     log = lab.finished_rounds()
     for r in range(len(log), s.rounds + 1):
         recipe = RECIPES[s.recipe] if r > 0 else BASE
@@ -858,14 +858,15 @@ class Lab:
         sweep(self.folder, "**/*.[0-9]*.tmp")
         sweep(self.bases, "base_*.[0-9]*.tmp")
 
-    def memory(self) -> str:
-        """One line: what the model takes, what its training takes, what a sampled token takes."""
+    def description(self) -> str:
+        """Two lines: what the model, its training and a sampled token take; the first prompt."""
         c, width = self.model.config, self.model.dtype.itemsize
         count = sum(p.numel() for p in self.model.parameters())
         training = count * (12 + 4 * (width < 4))       # gradient, two moments, fp32 masters
         token = width * (2 * c.layers * c.kv_heads * c.head_dim + c.hidden_size)
-        return (f"{count:,} parameters on {self.model.device}: {count * width >> 20:,} MiB, "
+        size = (f"{count:,} parameters on {self.model.device}: {count * width >> 20:,} MiB, "
                 f"training {training >> 20:,} MiB more, a sampled token {token / 1024:.1f} KiB")
+        return f"{size}\nfirst prompt: {self.task.prompt(self.task.eval_questions()[0])!r:.300}"
 
     def finished_rounds(self) -> list:
         """The log of the rounds that are done; the weights of the last one are loaded."""
