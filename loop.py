@@ -130,8 +130,8 @@ def restored(path: Path, load):
         found = load(path)
         need(found, "it is empty")
         return found
-    except BadInput:                            # this one names the file already
-        raise
+    except BadInput as error:                   # this one names the file already
+        raise BadInput(f"{error}; move it away, and the same command makes it again.") from error
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{path} is damaged ({error!r}); move it away, and the same command makes "
                        "it again.") from error
@@ -204,7 +204,7 @@ class Settings:
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the size of the model
     # the base and the evaluation
     base_steps: int = 1050      # updates before round 0; open weights need --sft-data or --task
-    traps: int = 0              # homework: least number of lines on which the careless way errs
+    traps: int = 0              # homework: lines, at least, on which the careless way errs; 0 to 3
     eval_questions: int = 2000  # held-out questions
 
     def __post_init__(self):
@@ -243,8 +243,8 @@ def check(s: Settings) -> None:
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
         if not isinstance(value, str) and not least <= value < 1e12:
             raise BadInput(f"{flag}: give a number from {least} on.")
-    if s.share >= 1 or s.keep > 1:
-        raise BadInput("--share must lie below 1, and --keep may be 1 at most.")
+    if s.share >= 1 or s.keep > 1 or s.traps > 3:
+        raise BadInput("--share must lie below 1, --keep may be 1 at most, and --traps 3.")
     if bool(s.sft_data) > bool(s.data) or bool(s.data) > bool(s.eval_data and s.model):
         raise BadInput("--data needs --eval-data and --model; --sft-data needs all three.")
     if s.template and "{question}" not in s.template:
@@ -807,6 +807,9 @@ class Lab:
     critic_1...        train_critic     the search
     questions_1.jsonl  AlphaLLM         the same round: the questions that it made up
     small/             train_critics    fast rollouts: the lab of the smaller policy
+    decode_1/          --decode 1       the same command
+    training_state...  dpo.train        the same training, after a kill
+    ../base_.../       train_base       all runs with the same base
     round_1/, rft/     weights          the next stage; any tool that opens HF folders
     pairs_1.jsonl      prefer           you, and other DPO trainers
     eval_1.jsonl       solve            report
@@ -1308,7 +1311,8 @@ class FileTask(BuiltIn):
             print(f"{file}: {len(items) - len(found)} questions skipped, since each fills the "
                   f"model's context of {self.context} tokens")
         if not found:
-            raise BadInput(f"{file} holds no question that fits the model; give another file.")
+            raise BadInput(f"{file} holds no question{' that fits the model' if items else ''}; "
+                           "give another file.")
         return found
 
     def read_item(self, item) -> tuple:
@@ -1316,12 +1320,13 @@ class FileTask(BuiltIn):
         need(isinstance(item, dict), "expected an object")
         for names, read, reader in KINDS:
             if {*names} <= item.keys():
-                need(self.reader in (None, reader), "one run reads one kind of answers")
+                need(self.reader in (None, reader), "its kind of answer is not that of the items "
+                     "before it, or of --eval-data: a run reads one kind")
                 self.reader = reader
                 question, reference = read(item)
                 return question.strip(), reference.strip()
-        forms = " or ".join(" and ".join(names) for names, _, _ in KINDS)
-        raise ValueError(f"expected an object with the fields {forms}")
+        forms = ", or ".join(" + ".join(names) for names, _, _ in KINDS)
+        raise ValueError(f"expected the fields {forms}, and found {', '.join(item) or 'none'}")
 
     def prompt(self, question) -> str:
         """What the model reads, as text."""
@@ -1586,6 +1591,8 @@ def main(arguments: list) -> int:
                  if (value := getattr(parsed, name)) is not None}
         preset = SMOKE if parsed.preset == "smoke" else {}
         s = Settings(**preset | given)          # a flag that is given counts more than the preset
+        if parsed.evaluate == "":
+            raise BadInput("--evaluate is empty: give a folder with a model.")
         if parsed.evaluate is not None:
             evaluate(replace(s, model=parsed.evaluate))
         elif s.eval_data and not s.data:
@@ -1593,7 +1600,7 @@ def main(arguments: list) -> int:
         elif parsed.decode is not None:
             decode(s, parsed.decode)
         elif parsed.compare is not None:
-            compare(s, parsed.compare.split(","), parsed.seeds)
+            compare(s, [name.strip() for name in parsed.compare.split(",")], parsed.seeds)
         else:
             run(s)
         return 0

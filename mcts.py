@@ -512,6 +512,11 @@ summary { border-left: 4px solid #8886; overflow-wrap: anywhere }  details { mar
 <meta name="viewport" content="width=device-width, initial-scale=1">"""
 
 
+def printable(text: str) -> str:
+    """Text without control characters: a sampled one must not reach a terminal or a page."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def _notes(node: Node, chosen, pits, prior: bool) -> str:
     """What stands beside a step: "x3  N 12 Q +0.50  RIGHT  <- chosen"."""
     said = f"x{node.count}" if node.parent else ""      # a root is not sampled
@@ -533,8 +538,8 @@ def draw(tree: Tree, text, chosen=(), pits=(), limit: int = 40, prior: bool = Fa
     todo = [(tree.root, "", "")]                        # no recursion: a path may have 1,000 steps
     while todo:
         node, stem, joint = todo.pop()
-        said = "".join(c if c.isprintable() else " " for c in text(node))   # no codes for terminals
-        lines.append(f"{(stem + joint + said)[:56]:<56}  {_notes(node, chosen, pits, prior)}")
+        step = (stem + joint + printable(text(node)))[:56]
+        lines.append(f"{step:<56}  {_notes(node, chosen, pits, prior)}".rstrip())
         stem += {"": "", "+- ": "|  ", "`- ": "   "}[joint]
         below = sorted(shown.intersection(node.children), key=weight)       # drawn last comes first
         todo += [(child, stem, "+- " if i else "`- ") for i, child in enumerate(below)]
@@ -546,7 +551,8 @@ def draw(tree: Tree, text, chosen=(), pits=(), limit: int = 40, prior: bool = Fa
 def page(trees: list, text, chosen=(), pits=(), prior: bool = False) -> str:
     """Trees as one HTML file that loads nothing; branches fold. chosen, pits: nodes of any tree."""
     weight = lambda node: (node in chosen, node.visits, node.count, -node.index)
-    out = [f"{PAGE}<p>{LEGEND + PRIOR_LEGEND * prior}</p>"]
+    colours = "Green: right. Red: wrong. Bold: the chosen path. A click on a step folds it."
+    out = [f"{PAGE}<p>{LEGEND + PRIOR_LEGEND * prior}<br>{colours}</p>"]
     todo = [tree.root for tree in reversed(trees)]
     while todo:
         node = todo.pop()
@@ -554,7 +560,8 @@ def page(trees: list, text, chosen=(), pits=(), prior: bool = False) -> str:
             out.append("</details>")
             continue
         kind = "chosen " * (node in chosen) + {True: "right", False: "wrong", None: ""}[node.right]
-        step = f"{escape(text(node))} <small>{escape(_notes(node, chosen, pits, prior))}</small>"
+        notes = escape(_notes(node, chosen, pits, prior))
+        step = f"{escape(printable(text(node)))} <small>{notes}</small>"
         out.append(f"<details open><summary class='{kind}'>{step}</summary>")
         todo += [None, *sorted(node.children, key=weight)]          # None: the branch is closed
     return "\n".join(out)
@@ -609,9 +616,15 @@ def main(arguments: list) -> int:
     parser.add_argument("--rule", choices=RULES, default="uct", help="(--show draws P for puct)")
     flags = parser.parse_args(arguments)
     try:
-        show(flags) if flags.show else toy(RULES[flags.rule])
+        need(flags.show or not flags.html, "--html needs --show FILE")
+        if flags.show:
+            show(flags)
+        else:
+            toy(RULES[flags.rule])
         return 0
-    except BadInput as error:
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:                 # BadInput is one
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -498,9 +498,11 @@ class Tokenizer:
     def from_pretrained(cls, folder):
         """Open a model folder. BadInput: tokenizer.json is absent, damaged or not supported."""
         with about(folder):
+            need(Path(folder).is_dir(), "there is no such folder; give one with a model in it")
             paths = [Path(folder, name) for name in cls.FILES]
             files = {path.name: path.read_bytes() for path in paths if path.exists()}
-            need(cls.FILES[0] in files, "has no tokenizer.json; copy it from where the weights are")
+            need(cls.FILES[0] in files, "has no tokenizer.json; copy it from where the weights "
+                 "are, or, in the folder of a run, give one of its models, such as round_1")
         return cls(files, folder)
 
     def save(self, folder):
@@ -642,8 +644,11 @@ def pick_device(name=None) -> torch.device:
     """The device of that name; "" or None: CUDA if there is one, else the CPU. Or BadInput."""
     count = torch.cuda.device_count()
     here = ["cuda"] * (count > 0) + ["cpu"] + [f"cuda:{i}" for i in range(count)]
-    with about("device"):
-        return torch.device(one_of("name", str(name or here[0]), here))
+    name = str(name or here[0])
+    if name not in here:
+        raise BadInput(f"--device {name}: this PyTorch sees only {', '.join(here)}; leave the flag "
+                       "out, or name one of these.")
+    return torch.device(name)
 
 
 def rope_frequencies(config: GPTConfig):
@@ -1332,7 +1337,7 @@ def main(arguments: list) -> int:
     parser = argparse.ArgumentParser(prog="model.py", allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="folder with config.json, weights and tokenizer.json")
-    add("--prompt", default="", help=r"text to continue; \n is a newline, unless a letter follows")
+    add("--prompt", default="", help=r"text to continue; \n (not \nu) is a newline")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
     add("--max-tokens", type=int, default=128, help="of one continuation (default 128)")
     add("--samples", type=int, default=1, help="number of continuations (default 1)")

@@ -167,7 +167,7 @@ def test_odd_files(read, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, items", [
-    ("item 2: one run reads one kind", [MATH, GSM8K]), ("problem and solution", [dict(text="b")]),
+    ("a run reads one kind", [MATH, GSM8K]), ("problem + solution", [dict(text="b")]),
     ("item 2: expected", [GSM8K, dict(question="b")]), ("item 1", ["3"]),
     ("line 3", [SCIQ, "", "{"]), ("q.jsonl", ["[1, 2"]), ("no question", ["[]"]),
     ("item 2: expected", ["[" + json.dumps(GSM8K) + ", 5]"]),
