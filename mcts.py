@@ -294,7 +294,7 @@ class StepSampler:
 #   variance   child.value_squares / child.visits - child.q ** 2                     (UCB1-tuned)
 #   chance     random.Random(mix(parent.tree.seed, child.index, parent.visits))      (Thompson);
 #              no other random numbers, or a tree would depend on the batch
-# Also change: RULES, nothing else. Then try `python mcts.py --rule NAME`.
+# Also change: RULES (and import random for chance). Then try `python mcts.py --rule NAME`.
 def puct(parent: Node, child: Node, c: float = 1.0) -> float:
     """Q + c P sqrt(N(parent)) / (1 + N(child)): AlphaZero's rule; MCTS-DPO (2405.00451) eq. 1."""
     return child.q + c * child.prior * math.sqrt(max(1, parent.visits)) / (1 + child.visits)
