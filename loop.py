@@ -738,8 +738,8 @@ def train_critic(lab, name: str, trees: list) -> tuple:
         tensor = partial(torch.tensor, dtype=torch.float32, device=device)
         labels = tensor([label for _, label, _ in rows]).reshape(-1, len(judging.HEADS))
         weights = tensor([weight for _, _, weight in rows])
-        texts = [node.tree.question.text for node, _, _ in rows]
-        kept = tensor([zlib.crc32(text.encode()) % 5 == 0 for text in texts]).bool()
+        texts = [node.tree.question.text.encode("utf-8", "replace") for node, _, _ in rows]
+        kept = tensor([zlib.crc32(text) % 5 == 0 for text in texts]).bool()
         updates = 40 if s.preset == "smoke" else 600
         return judging.fit_critic(torch.cat(x), labels, weights, kept, updates, s.seed)
 
