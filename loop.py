@@ -853,11 +853,11 @@ class Lab:
         with about(f"give another --out, for no folder can be made at {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
         saved = cached(self.folder / "settings.json", lambda: [mine])[0]
-        changed = [f"--{name.replace('_', '-')} was {saved.get(name)!r}" for name in mine
-                   if name not in FREE and saved.get(name) != mine[name]]
-        if changed:
-            raise BadInput(f"{self.folder} was begun with other settings ({'; '.join(changed)}): "
-                           "give the old ones, or another --out.")
+        changed = [name for name in mine if name not in FREE and saved.get(name) != mine[name]]
+        said = [f"--{name.replace('_', '-')} was {saved.get(name)!r}" for name in changed]
+        if changed:                             # --data-hash: the contents of the file of --data
+            raise BadInput(f"{self.folder} was begun with other settings or files "
+                           f"({'; '.join(said)}): give the old ones, or another --out.")
         sweep(self.folder, "**/*.[0-9]*.tmp")
         sweep(self.bases, "base_*.[0-9]*.tmp")
 
@@ -1224,6 +1224,7 @@ def read_math(item: dict) -> tuple:
     solution = field(item, "solution", str)
     if not solution.strip() and item.get("answer"):
         solution = rf"\boxed{{{field(item, 'answer', str)}}}"
+    need(judging.last_box(solution), r"the solution has no answer in a \boxed{...}")
     return field(item, "problem", str), solution
 
 
