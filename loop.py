@@ -869,7 +869,7 @@ class Lab:
         token = width * (2 * c.layers * c.kv_heads * c.head_dim + c.hidden_size)
         size = (f"{count:,} parameters on {self.model.device}: {count * width >> 20:,} MiB, "
                 f"training {training >> 20:,} MiB more, a sampled token {token / 1024:.1f} KiB")
-        return f"{size}\nfirst prompt: {self.task.prompt(self.task.eval_questions()[0])!r:.300}"
+        return f"{size}\nprompt: {self.task.prompt(self.task.eval_questions()[0])!r:.300}"
 
     def finished_rounds(self) -> list:
         """The log of the rounds that are done; the weights of the last one are loaded."""
