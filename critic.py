@@ -409,7 +409,6 @@ PHRASE = re.compile(r"(?i)(?:answer|correct (?:option|choice))[*_]*\s*(?:is\b|[:
 OPTION = re.compile(r"(?i)[^0-9a-z\\]*(?:\\[a-z]+ ?\{[^0-9a-z]*)?(?:(?:option|choice)\W+)?([a-z])"
                     r"(?:\)|[.:](?!\w)|,(?! ?[a-z0-9]\b)\s| -|,? (?:because|since)\b|[^0-9a-z]*$)")
 MINUS = str.maketrans(dict.fromkeys("\u2212\u2013\uff0d\ufe63\u2010\u2011", "-"))
-extract_answer = lambda text: find_answer(text)[0]      # the number that a text states, or None
 
 
 def last_box(text: str) -> str:
@@ -568,6 +567,11 @@ def find_answer(text: str, read=read_number) -> tuple:
     """(answer, rule) that a text states; rule: "####", "boxed", "phrase", or unmarked "bare"."""
     found = ((read(piece, rule), rule) for rule, piece in stated(text) if piece.strip())
     return next((pair for pair in found if pair[0] is not None), (None, None))
+
+
+def extract_answer(text: str) -> str | None:
+    """The number that a text states, for programs that use this file; None if it states none."""
+    return find_answer(text)[0]
 
 
 def same_answer(a: str | None, b: str | None) -> bool:
