@@ -46,6 +46,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections import namedtuple
@@ -60,8 +61,8 @@ from tqdm import tqdm
 
 import critic as judging
 from critic import canonical, find_answer, grade
-from dpo import (DPO_LR, SFT_LR, batches, outcome_pairs, pit_pairs, preference_loss, scaled_lr,
-                 sft_loss, sibling_pairs, store_reference, text_row, train, tree_row)
+from dpo import (DPO_LR, SFT_LR, Pair, apart, batches, outcome_pairs, pit_pairs, preference_loss,
+                 scaled_lr, sft_loss, sibling_pairs, store_reference, text_row, train, tree_row)
 from mcts import (RULES, Budget, StepSampler, Tree, commit_every, draw, fixed_width, from_json,
                   grow, importance_width, record_grade, search, to_json, until)
 from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, about, field, mix, need,
@@ -93,8 +94,7 @@ def run(s: "Settings") -> list:
         clock.append(time.time())
 
         # 3) evaluate: one greedy solution of every held-out question
-        held_out = lab.task.eval_questions()
-        solved = cached(lab.folder / f"eval_{r}.jsonl", lambda: solve(lab, held_out))
+        solved = solve(lab, lab.task.eval_questions(), r)
         clock.append(time.time())
 
         log.append(report(lab, r, solved, trees, notes, clock))
@@ -172,6 +172,7 @@ class Settings:
     preset: str = "default"     # or smoke: everything tiny, to see that all stages work
     device: str = ""            # cpu or cuda; empty: cuda where there is one
     threads: int = 0            # CPU threads; 0: all cores; on a busy machine 1 can be 10 x faster
+    workers: int = 0            # processes that sample on a CPU, one thread each; 0: all cores
     # growing trees
     questions: int = 320        # training questions drawn for each round
     samples: int = 8            # solutions of each question that are sampled in one wave
@@ -179,12 +180,11 @@ class Settings:
     temperature: float = 1.0    # of all samples; the papers' 0.7 is for 7B models
     max_tokens: int = 128       # of one solution
     unit: str = "line"          # what a step of a solution is: line, paragraph, or so many tokens
-    chunk: int = 200            # questions whose trees grow together; a finished chunk is a file
-    rows: int = 256             # solutions decoded at once, 8 x as many tokens trained at once
+    chunk: int = 160            # questions whose trees grow together; a finished chunk is a file
+    rows: int = 0               # solutions decoded at once; 0: 256, or 1024 for the tiny GPT
     share: float = 0.4          # part of the budget for first samples: RFT or critics learn there
     # Self-Explore and MCTS-DPO
     completions: int = 4        # k per prefix; a prefix with chance p looks bad with (1 - p)^k
-    pits: str = "linear"        # how a first pit is looked for: linear (the paper) or bisect
     rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
     commit: int = 0             # go on below the best child after so many simulations; 0: never
     judge: str = "off"          # add the policy's own verdict to the return: off, plain or gold
@@ -192,19 +192,19 @@ class Settings:
     critic: str = "weakest"     # leaf value: weakest link of the heads, their sum, or judge
     rollouts: int = 0           # fast rollouts of each leaf by a smaller policy (paper: 4)
     rollout_model: str = ""     # folder of that policy; empty: a base with one layer
-    keep: float = 0.5           # imitate a searched solution if the outcome head says this much
     # learning
     steps: int = 64             # optimiser updates a round, for every recipe
     batch: int = 32             # trees in one update
     epochs: int = 3             # DPO passes over its trees at most this often
     beta: float = 0.1           # DPO: how close the policy stays to the reference
     nll: float = 1.0            # weight of the NLL term on chosen sides
-    loss: str = "sigmoid"       # of a preference pair: sigmoid (DPO) or ipo
     dpo_lr: float = 0.0         # learning rate of DPO; 0: by the size of the model
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the size of the model
     # the base and the evaluation
     base_steps: int = 1050      # updates before round 0; open weights need --sft-data or --task
     traps: int = 0              # homework: lines, at least, on which the careless way errs; 0 to 3
+    classes: int = 0            # homework: the answer is odd or even (2), or the value modulo this
+    split: str = "test"         # held-out questions of built-in tasks; dev: to choose numbers on
     eval_questions: int = 2000  # held-out questions
 
     def __post_init__(self):
@@ -219,9 +219,11 @@ SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk
 TINY = dict(default=dict(hidden_size=128, layers=3), smoke=dict(hidden_size=32, layers=2))
 BASE_BATCH = 32                         # solutions in one update of the base
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
-FREE = ("rounds", "out", "device", "threads", "rows")   # may differ when a run is called again
-POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "rows", "completions",
-            "steps", "batch", "epochs", "eval_questions")
+TRAINED_AT_ONCE = 4096                  # padded tokens of one training pass, at most
+EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
+FREE = ("rounds", "out", "device", "threads", "workers", "rows")    # may differ in the next call
+POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
+            "batch", "epochs", "eval_questions")
 STREAM = dict(                          # random numbers of a stage: mix(seed, ..., STREAM[stage])
     questions=1,                        # the training questions of a round
     examples=6,                         # the examples that sft trains on
@@ -235,16 +237,16 @@ STREAM = dict(                          # random numbers of a stage: mix(seed, .
 def check(s: Settings) -> None:
     """BadInput for settings that make no sense."""
     choices = dict(recipe=RECIPES, task=TASKS, preset=TINY, rule=("", *RULES),
-                   pits=("linear", "bisect"), judge=("off", "plain", "gold"),
-                   critic=("weakest", "sum", "judge"), loss=("sigmoid", "ipo"))
+                   split=("test", "dev"), judge=("off", "plain", "gold"),
+                   critic=("weakest", "sum", "judge"))
     for name, value in asdict(s).items():
         flag, least = f"--{name.replace('_', '-')} {value}", int(name in POSITIVE)
         if value not in choices.get(name, [value]):
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
         if not isinstance(value, str) and not least <= value < 1e12:
             raise BadInput(f"{flag}: give a number from {least} on.")
-    if s.share >= 1 or s.keep > 1 or s.traps > 3:
-        raise BadInput("--share must lie below 1, --keep may be 1 at most, and --traps 3.")
+    if s.share >= 1 or s.traps > 3 or s.classes == 1:
+        raise BadInput("--share must lie below 1, --traps may be 3 at most, --classes 0, 2, 3 ...")
     if bool(s.sft_data) > bool(s.data) or bool(s.data) > bool(s.eval_data and s.model):
         raise BadInput("--data needs --eval-data and --model; --sft-data needs all three.")
     if s.template and "{question}" not in s.template:
@@ -348,9 +350,12 @@ def learn_trusted(lab, r, trees):
     return imitate(lab, rows, lab.settings.steps)
 
 
-# combined: ours. If at most two thirds of the questions are unsolved after the first samples, it
-# is rft. If more are, it searches each of them for one right end, and learns as rft does
+# combined: ours. It asks the trees of the round two questions:
+# - Are more than two thirds of the questions unsolved after the first samples? Then each of these
+#   is searched for one right end. Otherwise all are sampled again.
+# - Do wrong steps often end right (`luck`)? Then it learns from preferences, else as rft does
 SEARCH_ABOVE = 2 / 3
+PREFER_ABOVE = 1 / 2
 
 
 def grow_unsolved(lab, r, questions):
@@ -368,6 +373,21 @@ def grow_unsolved(lab, r, questions):
     return trees + searched, notes | dict(searched=len(searched))
 
 
+def learn_what_helps(lab, r, trees):
+    """3) If luck is rare: imitate right solutions. If it is not, imitation would copy wrong steps
+    that ended right. So in round 1 a quarter of the updates, and later all, are DPO."""
+    chance = luck(trees)
+    if chance <= PREFER_ABOVE:
+        return learn_right_solutions(lab, r, trees) | dict(luck=chance)
+    updates = preference_updates(lab, r)
+    if r == 1:
+        imitate(lab, imitation_rows(lab, trees), lab.settings.steps - updates)
+        pairs = rate_pairs
+    else:
+        pairs = lambda tree: rate_pairs(tree) + outcome_pairs(tree)
+    return prefer(lab, r, rows_of(trees, pairs), updates) | dict(luck=chance)
+
+
 # HACK HERE: a recipe of your own is one more line, and its two functions. Also change: nothing
 RECIPES = dict(
     sft=Recipe(grow_nothing, learn_examples),
@@ -376,9 +396,34 @@ RECIPES = dict(
     self_explore=Recipe(grow_pits, learn_pits),
     mcts_dpo=Recipe(grow_searched, learn_siblings),
     alphallm=Recipe(grow_imagined, learn_trusted, numbers_only=True),
-    combined=Recipe(grow_unsolved, learn_right_solutions, numbers_only=True),
+    combined=Recipe(grow_unsolved, learn_what_helps, numbers_only=True),
 )
 BASE = Recipe(grow_nothing, lambda lab, r, trees: train_base(lab))      # round 0 of every recipe
+
+
+def compared_rates(node) -> list:
+    """[(rate of right ends, child)], the best first, of a node's children that were sampled twice
+    or more."""
+    often = [child for child in node.children if child.rights + child.wrongs > 1]
+    rate = lambda child: child.rights / (child.rights + child.wrongs)
+    return sorted(((rate(child), child) for child in often), key=lambda pair: -pair[0])
+
+
+def rate_pairs(tree, gap: float = 0.3) -> list:
+    """Siblings by their share of right ends: the best against each that is `gap` worse."""
+    pairs = []
+    for node in tree.nodes:
+        ranked = compared_rates(node)
+        pairs += [Pair([ranked[0][1]], [child]) for rate, child in ranked[1:]
+                  if ranked[0][0] - rate >= gap and apart([ranked[0][1]], [child])]
+    return pairs
+
+
+def luck(trees: list) -> float:
+    """How often does a worse step end right? Mean of (worst rate / best rate) over all forks."""
+    forks = [compared_rates(node) for tree in trees for node in tree.nodes]
+    shares = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
+    return sum(shares) / max(1, len(shares))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,29 +432,78 @@ BASE = Recipe(grow_nothing, lambda lab, r, trees: train_base(lab))      # round 
 def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> list:
     """One tree for each question, grown by method(lab, trees, tokens). Each finished chunk is a
     file of JSON lines, one tree a line. A tree's seed is made of (seed, name, place)."""
-    s, forest = lab.settings, []
-    total = int(tokens_each * len(questions))
-    bar = tqdm(total=total, desc=name, unit=" tokens", unit_scale=True, leave=False, disable=None)
-    lab.progress = bar.update
-    for first in range(0, len(questions) if tokens_each > 0 else 0, s.chunk):
-        group = questions[first:first + s.chunk]
+    s = lab.settings
 
-        def make():
-            """Grow one chunk. Its first line also tells what fast rollouts sampled for it."""
-            before = lab.rollouts.tokens if lab.rollouts else 0
-            trees = planted(lab, group, zlib.crc32(name.encode()), first)
-            method(lab, trees, tokens_each * len(trees))
-            records = [tree_record(lab, tree) for tree in trees]
-            records[0]["rollout_tokens"] = lab.rollouts.tokens - before if lab.rollouts else 0
-            return records
-        path = lab.folder / name / f"{first:06d}.jsonl"
-        trees, rollout_tokens = cached(path, make, load=read_trees)
+    def make(first):
+        """Grow one chunk. Its first line also tells what fast rollouts sampled for it."""
+        before = lab.rollouts.tokens if lab.rollouts else 0
+        trees = planted(lab, questions[first:first + s.chunk], zlib.crc32(name.encode()), first)
+        method(lab, trees, tokens_each * len(trees))
+        records = [tree_record(lab, tree) for tree in trees]
+        records[0]["rollout_tokens"] = lab.rollouts.tokens - before if lab.rollouts else 0
+        return records
+    firsts = range(0, len(questions) if tokens_each > 0 else 0, s.chunk)
+    jobs = {lab.folder / name / f"{first:06d}.jsonl": partial(make, first) for first in firsts}
+    forest, tokens = [], tokens_each * len(questions)
+    for trees, rollout_tokens in share_out(lab, name, tokens, jobs, read_trees):
         forest += trees
         lab.rollout_tokens += rollout_tokens
-        bar.n = sum(tree.tokens for tree in forest)     # a chunk from the disk did not move the bar
-    bar.close()
     lab.sampled_tokens += sum(tree.tokens for tree in forest)
     return forest
+
+
+def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
+    """The contents of files that sampling makes: jobs is {path: make}. On a CPU --workers processes
+    share the work, two on two cores 1.9 times as fast as one. Each is a copy (fork) of this one, so
+    that nothing has to be sent, and computes with one thread. The files are the same, whoever makes
+    them. What a process did not make, since it failed or was killed, is made here afterwards.
+
+    tokens: about so many will be sampled, for the bar."""
+    todo = [job for job in jobs.items() if not job[0].exists()]
+    workers = min(lab.workers, len(todo))
+    sampled = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()   # by each process
+    bar = tqdm(total=int(tokens) or None, desc=name, unit=" tokens", unit_scale=True, leave=False,
+               disable=None)
+    lab.progress = bar.update
+    children = []
+    try:
+        for i in range(workers if workers > 1 else 0):
+            children.append(fork(lab, todo[i::workers], sampled[i]))
+        while children:
+            done, _ = os.waitpid(children[-1], os.WNOHANG)
+            if done:
+                children.pop()
+            time.sleep(0.02)
+            bar.update(sampled.sum().item() - bar.n)
+        return [cached(path, make, load=load) for path, make in jobs.items()]
+    finally:
+        for child in children:                  # Ctrl-C: no orphan is left
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        lab.progress = None
+        bar.close()
+
+
+def fork(lab, jobs: list, sampled) -> int:
+    """Start a copy of this process, which makes these files and ends. Returns its number."""
+    parent, child = os.getpid(), os.fork()
+    if child:
+        return child
+
+    def progress(tokens):
+        """Count for the parent's bar. A child whose parent was killed ends, too."""
+        sampled.add_(tokens)
+        if os.getppid() != parent:
+            os._exit(1)
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.stdout = sys.stderr = open(os.devnull, "w")         # the parent does the talking
+        torch.set_num_threads(1)
+        lab.progress = progress
+        for path, make in jobs:
+            cached(path, make)
+    finally:
+        os._exit(0)                             # and nothing that the parent will do at its end
 
 
 def planted(lab, questions: list, stage: int, first: int = 0) -> list:
@@ -478,7 +572,7 @@ def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
         drawn += wave
         if label and drawn > 1:
             ends = [end for tree in trees for end in tree.ends()]
-            judging.label_pits(ends, grow_graded, s.completions, budget, s.pits == "bisect")
+            judging.label_pits(ends, grow_graded, s.completions, budget)
         cost = sum(tree.tokens for tree in trees) / drawn       # of one sample of each question
         wave = min(s.samples - drawn % s.samples, int(budget.left() / cost))
 
@@ -502,13 +596,14 @@ def search_with_answers(lab, trees: list, tokens: float) -> None:
 
 
 SIMULATIONS = 1000      # of one tree at most; the token budget nearly always ends the search before
+KEEP = 0.5              # chance to be right, by the outcome head, from which a solution is imitated
 
 
 def search_with_critic(lab, trees: list, tokens: float) -> None:
     """AlphaLLM's eta-MCTS: critics in the place of answers, UCT, adaptive width; lines with the
     same calculation are one node. A tree is done when 16 simulations in a row found nothing new.
 
-    The chosen path is kept if the outcome head says at least --keep, as in the paper. The weakest
+    The chosen path is kept if the outcome head says at least KEEP, as in the paper. The weakest
     link cannot be a threshold (critic.leaf_values says why)."""
     s, known, outcome = lab.settings, {}, judging.HEADS.index("outcome")
     values = partial(lab.leaf_values, rule=s.critic, known=known)   # known[node]: what heads said
@@ -517,7 +612,7 @@ def search_with_critic(lab, trees: list, tokens: float) -> None:
     search(trees, steps, values, go_on, RULES[s.rule or "uct"], importance_width(), to_end=False)
     for tree in trees:
         end = trusted_end(lab, tree)
-        if end is not None and lab.critic.trusted[outcome] and known[end][outcome] >= s.keep:
+        if end is not None and lab.critic.trusted[outcome] and known[end][outcome] >= KEEP:
             tree.chosen = end.path()
 
 
@@ -607,7 +702,7 @@ def prefer(lab, r: int, rows: list, updates: int) -> dict:
         prompt = lab.task.prompt(above.tree.question) + lab.text(above)
         records.append(dict(prompt=prompt, chosen=text(pair.chosen), rejected=text(pair.rejected)))
     write_lines(lab.folder / f"pairs_{r}.jsonl", records)
-    loss = partial(preference_loss, beta=s.beta, nll=s.nll, kind=s.loss)
+    loss = partial(preference_loss, beta=s.beta, nll=s.nll)
     lr = s.dpo_lr or scaled_lr(lab.model, DPO_LR)
     return dict(pairs=len(records)) | fit(lab, rows, loss, lr, updates, s.epochs)
 
@@ -667,8 +762,8 @@ def train_base(lab) -> dict:
     if not s.base_steps or not lab.task.has_examples:
         return dict(steps=0)
     corpus = lab.task.examples(64, random.Random(s.seed))       # changes when the task's code does
-    made_of = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, corpus,
-               file_hash(s.sft_data)]
+    made_of = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, s.classes,
+               corpus, file_hash(s.sft_data)]
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:10]
     folder = lab.bases / f"base_{name}"
 
@@ -770,7 +865,7 @@ def encode_again(trees: list, sampler) -> None:
 def imagined_questions(lab, r: int, old: list) -> list:
     """AlphaLLM's made-up questions of a round. The tokens in which the policy wrote them count."""
     s, counts = lab.settings, lab.sampler.counts
-    write = partial(continuations, lab, "questions", temperature=s.temperature, to_end=False)
+    write = partial(continuations, lab, temperature=s.temperature, to_end=False)
 
     def make():
         """The questions, and the tokens in a last line."""
@@ -782,14 +877,13 @@ def imagined_questions(lab, r: int, old: list) -> list:
     return [Question(**row) for row in rows]
 
 
-def continuations(lab, name: str, prompts: list, temperature: float = 0, to_end=True) -> list:
-    """(text, continuation) for each list of ids, 800 at once."""
-    s, found = lab.settings, []
-    for group in tqdm(parts([*enumerate(prompts)], 800), name, leave=False, disable=None):
-        lab.sampler.reset()
-        asks = [Request(lab.sampler.prompt(ids), mix(s.seed, i, STREAM["writing"]), s.max_tokens)
-                for i, ids in group]
-        found += lab.sampler.extend(asks, temperature, to_end)
+def continuations(lab, prompts: list, temperature: float = 0, to_end=True) -> list:
+    """(text, continuation) for each list of ids."""
+    s = lab.settings
+    lab.sampler.reset()
+    requests = [Request(lab.sampler.prompt(ids), mix(s.seed, i, STREAM["writing"]), s.max_tokens)
+                for i, ids in enumerate(prompts)]
+    found = lab.sampler.extend(requests, temperature, to_end, lab.progress)
     return [(lab.decode(one.ids), one) for one in found]
 
 
@@ -820,9 +914,12 @@ class Lab:
         device = pick_device(s.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(s.threads or cores)
+        # a forked process cannot go on with a GPU
+        self.workers = s.workers or cores if device.type == "cpu" and hasattr(os, "fork") else 1
         self.settings, self.folder = s, Path(s.out or default_folder(s))
         self.bases = self.folder.absolute().parent
-        self.part_tokens = 8 * s.rows           # padded tokens of one training pass
+        rows = s.rows or (256 if s.model else 1024)
+        self.part_tokens = min(8 * rows, TRAINED_AT_ONCE)
         self.critic = self.rollouts = None      # of these weights, by train_critics
         self.progress = None                    # called with the number of tokens just sampled
         self.sampled_tokens = 0                 # in this round, by the policy
@@ -837,7 +934,7 @@ class Lab:
         self.model.bind(self.tokenizer)
         task = FileTask if s.eval_data else TASKS[s.task]
         self.task = task(s, self.tokenizer, self.model.config.max_positions)
-        self.sampler = Sampler(self.model, self.tokenizer, FIRST_SLOTS, s.rows, self.task.over,
+        self.sampler = Sampler(self.model, self.tokenizer, FIRST_SLOTS, rows, self.task.over,
                                s.unit)
         self.sampler.prompt(self.task.prompt_ids(self.task.eval_questions()[0]))    # or BadInput
 
@@ -933,7 +1030,9 @@ def default_folder(s: Settings) -> str:
     smoke = "smoke" if s.preset == "smoke" else ""
     model = Path(s.model).resolve().name if s.model else ""
     questions = Path(s.eval_data).stem if s.eval_data else s.task
-    return "runs/" + "_".join(filter(None, [smoke, model, questions, s.recipe, f"seed{s.seed}"]))
+    kind = [f"{name}{n}" for name in ("traps", "classes") if (n := getattr(s, name))]
+    names = [smoke, model, questions, *kind, s.recipe, f"seed{s.seed}"]
+    return "runs/" + "_".join(filter(None, names))
 
 
 def sweep(folder: Path, pattern: str) -> None:
@@ -996,23 +1095,29 @@ class BuiltIn:
         """Is the solution right? By its final answer alone. cut: it ran into the length limit."""
         return grade(text, question.answer, cut)
 
+    def sound(self, question, text: str) -> bool | None:
+        """Is every line of the solution right? None: nobody can say."""
+        return None
+
     def key(self, text: str) -> str:
         """Two questions with one key are the same question."""
         return text
 
-    def held_out(self, question) -> bool:
-        """One question in eight is never trained on."""
-        return hashlib.sha256(self.key(question.text).encode()).digest()[0] < 32
+    def split(self, question) -> str:
+        """Never trained on are one question in eight, for tests, and one in sixteen (dev) to choose
+        learning rates and the like on."""
+        place = hashlib.sha256(self.key(question.text).encode()).digest()[0]
+        return "test" if place < 32 else "dev" if place < 48 else "train"
 
-    def distinct(self, draw, count: int, held_out: bool, known=()) -> list:
-        """`count` different questions of one side of the split, or all that draw() finds. `known`
-        are keys of questions that do not count."""
+    def distinct(self, draw, count: int, split: str, known=()) -> list:
+        """`count` different questions of a split, or all that draw() finds. `known` are keys of
+        questions that do not count."""
         found, misses = {}, 0
         while len(found) < count and misses < 5_000:
             question = draw()
             key = self.key(question.text)
             misses += 1
-            if self.held_out(question) == held_out and key not in found and key not in known:
+            if self.split(question) == split and key not in found and key not in known:
                 found[key], misses = question, 0
         return list(found.values())
 
@@ -1020,7 +1125,7 @@ class BuiltIn:
         """The questions of a round, the same for all recipes of a seed."""
         s = self.settings
         rng = random.Random(mix(s.seed, r, STREAM["questions"]))
-        found = self.distinct(lambda: self.draw(rng), s.questions, False)
+        found = self.distinct(lambda: self.draw(rng), s.questions, "train")
         if len(found) < s.questions:
             raise BadInput(f"--questions {s.questions}: {s.task} has {len(found)}; ask for fewer.")
         return found
@@ -1029,7 +1134,7 @@ class BuiltIn:
     def eval_questions(self) -> list:
         """The held-out questions, the same for all runs; drawn once."""
         s, rng = self.settings, random.Random(99)
-        found = self.distinct(lambda: self.draw(rng), s.eval_questions, True)
+        found = self.distinct(lambda: self.draw(rng), s.eval_questions, s.split)
         if len(found) < s.eval_questions:
             print(f"{s.task} has only {len(found)} held-out questions")
         return found
@@ -1039,7 +1144,7 @@ class BuiltIn:
         found = []
         while len(found) < count:
             question = self.draw(rng)
-            if not self.held_out(question):
+            if self.split(question) == "train":
                 solution = self.tokenizer.encode_more(self.solve(question, rng))
                 found.append((self.prompt_ids(question), solution))
         return found
@@ -1049,7 +1154,7 @@ class BuiltIn:
         Nobody works out their answers. (write(prompts) asks the policy; it is not needed here.)"""
         vary = lambda: Question(self.vary(rng.choice(old).text, rng), "")
         known = {self.key(question.text) for question in old}
-        return self.distinct(vary, len(old), False, known)
+        return self.distinct(vary, len(old), "train", known)
 
 
 class Homework(BuiltIn):
@@ -1059,8 +1164,21 @@ class Homework(BuiltIn):
                                                                #### 9
     The corpus is the homework of a careless class. On four lines of five a student takes the
     leftmost operation, although precedence may ask for another one. So the base can do every step
-    and chooses wrongly, and more of the same corpus does not help."""
+    and chooses wrongly, and more of the same corpus does not help.
+
+    With --classes 2 the last line says `odd` or `even`. Then many wrong ways end right, by luck,
+    and a right answer tells little about the steps."""
     careless = 0.8
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        if self.settings.classes == 2:
+            self.reader = judging.read_words
+
+    def claim(self, number: int) -> str:
+        """What the last line says of a value."""
+        m = self.settings.classes
+        return str(number % m if m > 2 else ("even", "odd")[number % 2] if m else number)
 
     def draw(self, rng) -> Question:
         """A random expression; every value on the right way lies in 0..99."""
@@ -1073,7 +1191,7 @@ class Homework(BuiltIn):
                 x += [op, rng.randint(2 if op == "*" else 1, 9)]
             # the cheap test comes first: with two traps most drafts fail it
             if x.count("*") >= least and value(x) is not None and traps(x) >= least:
-                return Question("".join(map(str, x)), str(value(x)), len(x) // 2)
+                return Question("".join(map(str, x)), self.claim(value(x)), len(x) // 2)
 
     def vary(self, text: str, rng) -> str:
         """One number or one operator is another one."""
@@ -1091,13 +1209,22 @@ class Homework(BuiltIn):
             while len(x) > 1 and all(0 <= number <= 99 for number in x[::2]):
                 careless = attempt < 20 and rng.random() < self.careless
                 i = 1 if careless else due(x)
-                rest = work_off(x, i)
-                done = "".join(map(str, x[i - 1:i + 2]))
-                lines.append(f"{done}={rest[i - 1]} : {''.join(map(str, rest))}\n")
-                x = rest
+                lines.append(line_of(x, i))
+                x = work_off(x, i)
             if len(x) == 1 and 0 <= x[0] <= 99:
                 break
-        return "".join(lines) + f"#### {x[0]}"
+        return "\n".join([*lines, f"#### {self.claim(x[0])}"])
+
+    def sound(self, question, text: str) -> bool:
+        """Does each line work off one operation without changing the value by precedence?"""
+        x = parse(question.text)
+        number, lines = value(x), text.split("\n")
+        for line in lines[:-1]:
+            ways = {line_of(x, i): work_off(x, i) for i in range(1, len(x), 2)}
+            x = ways.get(line, [])
+            if not x or value(x) != number:
+                return False
+        return x == [number] and lines[-1] == f"#### {self.claim(number)}"
 
 
 def parse(text: str) -> list:
@@ -1110,6 +1237,12 @@ def work_off(x: list, i: int) -> list:
     a, op, b = x[i - 1:i + 2]
     result = a + b if op == "+" else a - b if op == "-" else a * b
     return x[:i - 1] + [result] + x[i + 2:]
+
+
+def line_of(x: list, i: int) -> str:
+    """The line that works off the operation at place i: '1*4=4 : 17+4'."""
+    rest = work_off(x, i)
+    return f"{''.join(map(str, x[i - 1:i + 2]))}={rest[i - 1]} : {''.join(map(str, rest))}"
 
 
 def due(x: list) -> int:
@@ -1205,6 +1338,10 @@ class Countdown(BuiltIn):
             if numbers is None:
                 return False
         return numbers == (int(question.answer),) and last == f"#### {question.answer}"
+
+    def sound(self, question, text: str) -> bool:
+        """A right solution has no wrong line."""
+        return self.reward(question, text)
 
 
 TASKS = dict(homework=Homework, countdown=Countdown)
@@ -1396,14 +1533,25 @@ class FileTask(BuiltIn):
 # --------------------------------------------------------------------------------------------------
 # 8. Evaluating, comparing, decoding, command line
 # --------------------------------------------------------------------------------------------------
-def solve(lab, questions: list) -> list:
+def solve(lab, questions: list, r: int) -> list:
     """A record of each question: its greedy solution, and whether it is right."""
-    rows, prompts = [], [lab.task.prompt_ids(question) for question in questions]
-    for question, (text, one) in zip(questions, continuations(lab, "evaluate", prompts)):
-        right = lab.task.reward(question, text, one.why == "length")
-        row = dict(solution=text, why=one.why, right=right, tokens=len(one.ids))
-        rows.append(asdict(question) | row)
-    return rows
+    def make(first):
+        """The records of one part."""
+        rows, part = [], questions[first:first + EVALUATED_AT_ONCE]
+        prompts = [lab.task.prompt_ids(question) for question in part]
+        for question, (text, one) in zip(part, continuations(lab, prompts)):
+            right = lab.task.reward(question, text, one.why == "length")
+            row = dict(solution=text, why=one.why, right=right, tokens=len(one.ids),
+                       sound=lab.task.sound(question, text))
+            rows.append(asdict(question) | row)
+        return rows
+    folder = lab.folder / f"eval_{r}"
+    jobs = {folder / f"{first:06d}.jsonl": partial(make, first)
+            for first in range(0, len(questions), EVALUATED_AT_ONCE)}
+    solved = cached(folder.with_suffix(".jsonl"),
+                    lambda: sum(share_out(lab, "evaluate", 0, jobs, read_lines), []))
+    shutil.rmtree(folder, ignore_errors=True)
+    return solved
 
 
 def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> dict:
@@ -1412,6 +1560,10 @@ def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> 
     s, count = lab.settings, len(solved)
     right = sum(row["right"] for row in solved)
     low, high = judging.wilson(right, count)
+    sound = by_luck = None
+    if solved[0]["sound"] is not None:
+        sound = sum(row["right"] and row["sound"] for row in solved) / count
+        by_luck = 1 - sound * count / right if right else None
     budget = s.budget * s.questions if lab.sampled_tokens else 0
     if lab.sampled_tokens > 1.1 * budget:
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "
@@ -1420,6 +1572,7 @@ def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> 
     return dict(
         recipe=s.recipe, round=r, seed=s.seed,
         accuracy=right / count, accuracy_low=low, accuracy_high=high, questions=count,
+        sound=sound, by_luck=by_luck,
         never_ends=sum(row["why"] == "length" for row in solved) / count,
         mean_tokens=sum(row["tokens"] for row in solved) / count,
         sampled_tokens=lab.sampled_tokens, budget_tokens=budget, rollout_tokens=lab.rollout_tokens,
@@ -1446,8 +1599,9 @@ def summary_line(row: dict) -> str:
     """One line about one round."""
     low, high = 100 * row["accuracy_low"], 100 * row["accuracy_high"]
     accuracy = f"accuracy {100 * row['accuracy']:5.1f}%  [{low:.1f}, {high:.1f}]"
+    sound = "" if row["sound"] is None else f"   sound {100 * row['sound']:5.1f}%"
     sampled = f"sampled {row['sampled_tokens']:>9,} tokens"
-    return f"round {row['round']}   {accuracy}   {sampled}   {row['seconds']:6.1f} s"
+    return f"round {row['round']}   {accuracy}{sound}   {sampled}   {row['seconds']:6.1f} s"
 
 
 def show_example(lab, log: list) -> None:
@@ -1463,7 +1617,7 @@ def show_example(lab, log: list) -> None:
     tree = from_record(record)
     pits = [tree.nodes[i] for i in record["pits"]]
     prompt, r = lab.task.prompt(tree.question), log[-1]["round"]
-    (solution, _), = continuations(lab, "", [lab.task.prompt_ids(tree.question)])
+    (solution, _), = continuations(lab, [lab.task.prompt_ids(tree.question)])
     print("\nA question of round 1, and what was tried:\n")
     print(draw(tree, lambda node: record["step_texts"][node.index], tree.chosen, pits))
     print(f"\nThe model of round {r} writes:\n\n   " + solution.replace("\n", "\n   "))
@@ -1480,9 +1634,9 @@ def compare(s: Settings, names: list, seeds: int) -> None:
         raise BadInput(f"--seeds {seeds}: give a number from 1 on.")
     if len(set(names)) < len(names):
         raise BadInput(f"--compare {','.join(names)}: name each recipe once.")
-    right = {name: [] for name in names}
     for name in names:
         check(replace(s, recipe=name))
+    hits = {}                   # (recipe, measure): for each seed whether each question counts
     for seed in range(seeds):
         for name in names:
             one = replace(s, recipe=name, seed=seed)
@@ -1490,24 +1644,39 @@ def compare(s: Settings, names: list, seeds: int) -> None:
             print(f"\n{name}, seed {seed}", flush=True)
             run(one)
             solved = read_lines(Path(one.out, f"eval_{s.rounds}.jsonl"))
-            right[name].append([row["right"] for row in solved])
-    first = names[0]
-    print(f"\n| recipe | accuracy | less {first} | 95% interval | seeds |\n|---|---|---|---|---|")
+            hits.setdefault((name, "accuracy"), []).append([row["right"] for row in solved])
+            if solved[0]["sound"] is not None:
+                sound = [row["right"] and row["sound"] for row in solved]
+                hits.setdefault((name, "sound"), []).append(sound)
+    first, measures = names[0], list(dict.fromkeys(measure for _, measure in hits))
+    titles = [(measure, f"less {first}", "95% interval", "seeds") for measure in measures]
+    lines = [["recipe", *sum(titles, ())], ["---"] * (1 + 4 * len(measures))]
     for name in names:
-        accuracy = 100 * np.mean(right[name], axis=1)                           # (seeds,)
-        gain, interval = accuracy - 100 * np.mean(right[first], axis=1), "-"    # (seeds,)
-        if name != first and seeds > 1:
-            interval = "{1:+.1f} to {2:+.1f}".format(*judging.t_interval(gain))
-        elif name != first:
-            interval = f"McNemar p = {judging.mcnemar(right[name][0], right[first][0]):.2g}"
-        each = " ".join(f"{value:.1f}" for value in accuracy)
-        print(f"| {name} | {accuracy.mean():.1f} | {gain.mean():+.1f} | {interval} | {each} |")
+        cells = [compared(hits[name, measure], hits[first, measure]) for measure in measures]
+        lines.append([name, *sum(cells, [])])
+    print()
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
+
+
+def compared(ours: list, theirs: list) -> list:
+    """Cells of a table: our mean, less theirs, the interval of the difference, and our seeds."""
+    each = 100 * np.mean(ours, axis=1)                                          # (seeds,)
+    gain, interval = each - 100 * np.mean(theirs, axis=1), "-"                  # (seeds,)
+    if ours is not theirs and len(ours) > 1:
+        interval = "{1:+.1f} to {2:+.1f}".format(*judging.t_interval(gain))
+    elif ours is not theirs:
+        interval = f"McNemar p = {judging.mcnemar(ours[0], theirs[0]):.2g}"
+    seeds = " ".join(f"{rate:.1f}" for rate in each)
+    return [f"{each.mean():.1f}", f"{gain.mean():+.1f}", interval, seeds]
 
 
 def evaluate(s: Settings) -> None:
     """--evaluate: greedy accuracy of a model folder on held-out questions, as one JSON object."""
     lab, start = Lab(s), time.time()
-    solved = solve(lab, lab.task.eval_questions())
+    with tempfile.TemporaryDirectory() as folder:
+        lab.folder = Path(folder)
+        solved = solve(lab, lab.task.eval_questions(), 0)
     row = report(lab, 0, solved, [], {}, [start, start, start, time.time()])
     print(json.dumps(row, indent=1))
 

@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # a byte of the key is followed by a random one of the value; "$" stands for the end of the text
 CHAIN = {"?": "++-*", "+": "\n", "-": "\n", "*": "\n", "\n": "+-*===", "=": "0001", "0": "$",
          "1": "$", ":": "+-*="}
-SMALL = dict(preset="smoke", threads=1, task="coins", rounds=2, questions=8, samples=4, budget=60,
-             steps=4, batch=4, eval_questions=8, base_steps=2, max_tokens=16)
+SMALL = dict(preset="smoke", threads=1, workers=1, task="coins", rounds=2, questions=8, samples=4,
+             budget=60, steps=4, batch=4, eval_questions=8, base_steps=2, max_tokens=16)
 
 
 class Coins(loop.BuiltIn):
@@ -156,7 +156,8 @@ def test_a_run_leaves_what_it_says(run_of):
 def test_the_lab_lists_the_files(run_of):
     """The names in Lab's docstring are those in the folders of the seven recipes."""
     stem = lambda name: re.sub(r"_\d+", "", name.partition(".")[0])
-    listed = {stem(name) for name in re.findall(r"[a-z]+_1|settings|log|rft", loop.Lab.__doc__)} - {"decode"}
+    listed = re.findall(r"[a-z]+_1|settings|log|rft", loop.Lab.__doc__)
+    listed = {stem(name) for name in listed} - {"decode"}
     found = {stem(path.name) for recipe in loop.RECIPES for path in run_of(recipe).iterdir()}
     assert found <= listed and listed - found <= {"more", "searched"}
 
@@ -199,9 +200,9 @@ def test_the_explorer_is_the_rft_model(home, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(recipe="mcts_dpo", judge="gold", commit=5), dict(recipe="self_explore", pits="bisect"),
+    dict(recipe="mcts_dpo", judge="gold", commit=5), dict(recipe="combined", share=0.9),
     dict(recipe="mcts_dpo", judge="plain", rule="uct"), dict(critic="judge", rule="puct"),
-    dict(recipe="outcome_dpo", loss="ipo", unit="3"), dict(chunk=3, unit="paragraph"),
+    dict(recipe="outcome_dpo", unit="3"), dict(chunk=3, unit="paragraph"),
     dict(critic="sum", rollouts=1), dict(recipe="self_explore", share=0), dict(questions=1)])
 def test_switches(settings, home, tmp_path):
     """Each part of a method that a flag chooses runs through, and the budget holds."""
@@ -311,6 +312,41 @@ def test_stopped_at_every_stage(recipe, home, run_of, tmp_path, monkeypatch):
     assert stops >= 2 * 8 and contents(tmp_path / "run") == contents(run_of(recipe))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked processes")
+@pytest.mark.parametrize("dies", (False, True))
+@pytest.mark.parametrize("recipe", ("self_explore", "alphallm"))
+def test_workers_make_the_same_files(recipe, dies, home, run_of, tmp_path, monkeypatch):
+    """Two processes write the bytes of one, also if each of them fails at its second file."""
+    parent, cached = os.getpid(), loop.cached
+    done = []
+
+    def make_one(path, *rest, **how):
+        if dies and os.getpid() != parent and path.suffix == ".jsonl" and len(done) > 0:
+            raise RuntimeError("killed")
+        done.append(path)
+        return cached(path, *rest, **how)
+    monkeypatch.setattr(loop, "cached", make_one)
+    monkeypatch.setattr(loop, "EVALUATED_AT_ONCE", 3)
+    settings = small(home, recipe=recipe, out=tmp_path / "run", chunk=3)
+    one = small(home, recipe=recipe, out=tmp_path / "one", chunk=3)
+    assert go(**one | dict(workers=1))[0] == 0
+    assert go(**settings | dict(workers=2))[0] == 0
+    assert contents(tmp_path / "run") == contents(tmp_path / "one")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked processes")
+def test_no_worker_outlives_the_run(home, tmp_path, monkeypatch):
+    """Ctrl-C while two processes sample: one line, and both have ended."""
+    def stopped(seconds):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(loop.time, "sleep", stopped)
+    settings = small(home, recipe="rft", out=tmp_path / "run", chunk=4, workers=2)
+    code, _, err = go(**settings | dict(questions=400))
+    assert code == 130 and err.strip().count("\n") == 0
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
 def test_called_again(home, run_of, tmp_path):
     """A finished run goes on with more --rounds, to the end of a run of two rounds. Other settings
     and changed files are refused and change nothing; another spelling of a path is no change."""
@@ -335,7 +371,7 @@ def test_called_again(home, run_of, tmp_path):
 # -- AlphaLLM, votes, distinct solutions -----------------------------------------------------------
 def test_what_the_outcome_head_trusts_is_kept(home, tmp_path, monkeypatch):
     """Searched trees have no grades. A tree's chosen path is kept just if the outcome head, asked
-    again, says at least --keep."""
+    again, says at least loop.KEEP."""
     monkeypatch.setattr(judging, "LEAST_AUC", 0.0)          # every head is trusted
     settings = small(home, recipe="alphallm", rounds=1, questions=16, out=str(tmp_path / "run"))
     assert go(**settings)[0] == 0
@@ -348,7 +384,7 @@ def test_what_the_outcome_head_trusts_is_kept(home, tmp_path, monkeypatch):
     for tree in searched:
         end = loop.trusted_end(lab, tree)
         said = lab.critic.read([end], lab.sampler)[0, judging.HEADS.index("outcome")] if end else 0
-        assert tree.chosen == (end.path() if said >= lab.settings.keep else [])
+        assert tree.chosen == (end.path() if said >= loop.KEEP else [])
         kept += bool(tree.chosen)
     assert 0 < kept == loop.read_lines(tmp_path / "run" / "log.jsonl")[1]["kept"] < len(searched)
 
@@ -402,27 +438,33 @@ def table(out):
 def test_compare(home, tmp_path, monkeypatch):
     """Means, differences, t interval over seeds and each seed, worked out by hand from the files of
     the runs. One seed: an exact McNemar test on its questions."""
-    def random_grades(lab, questions):
+    def random_grades(lab, questions, r):
         rng = random.Random(f"{lab.settings.recipe} {lab.settings.seed}")
-        return [dict(right=rng.random() < 0.6, why="eos", tokens=1) for _ in questions]
+        row = lambda: dict(right=rng.random() < 0.6, sound=rng.random() < 0.5, why="eos", tokens=1)
+        make = lambda: [row() for _ in questions]
+        return loop.cached(lab.folder / f"eval_{r}.jsonl", make)
     monkeypatch.setattr(loop, "solve", random_grades)
     monkeypatch.setattr(loop, "show_example", lambda *arguments: None)
     names = ("sft", "rft")
     settings = small(home, rounds=1, steps=1, questions=2, eval_questions=40, out=tmp_path)
     assert go(**settings, compare="sft,rft", seeds=3)[0] == 0
-    right = {name: [[row["right"] for row in loop.read_lines(file)] for file in
-                    sorted(tmp_path.glob(f"{name}_seed*/eval_1.jsonl"))] for name in names}
-    each = {name: [100 * statistics.mean(seed) for seed in right[name]] for name in names}
-    gains = [ours - theirs for ours, theirs in zip(each["rft"], each["sft"])]
-    gain, half = statistics.mean(gains), 4.30265 * statistics.stdev(gains) / math.sqrt(3)
     found = table(go(**settings, compare="sft,rft", seeds=3)[1])
-    for name in names:
-        values = " ".join(f"{value:.1f}" for value in each[name])
-        assert found[name][::3] == [f"{statistics.mean(each[name]):.1f}", values]
-    assert found["rft"][1:3] == [f"{gain:+.1f}", f"{gain - half:+.1f} to {gain + half:+.1f}"]
-    p = judging.mcnemar(right["rft"][0], right["sft"][0])
-    found = table(go(**settings, compare="sft,rft", seeds=1)[1])["rft"]
-    assert found[2:] == [f"McNemar p = {p:.2g}", f"{each['rft'][0]:.1f}"]
+    one = table(go(**settings, compare="sft,rft", seeds=1)[1])["rft"]
+    # four cells for accuracy, four for the share of sound and right solutions
+    for cells, counts in (slice(0, 4), lambda row: row["right"]), \
+                         (slice(4, 8), lambda row: row["right"] and row["sound"]):
+        hits = {name: [[*map(counts, loop.read_lines(file))] for file in
+                       sorted(tmp_path.glob(f"{name}_seed*/eval_1.jsonl"))] for name in names}
+        each = {name: [100 * statistics.mean(seed) for seed in hits[name]] for name in names}
+        gains = [ours - theirs for ours, theirs in zip(each["rft"], each["sft"])]
+        gain, half = statistics.mean(gains), 4.30265 * statistics.stdev(gains) / math.sqrt(3)
+        for name in names:
+            values = " ".join(f"{value:.1f}" for value in each[name])
+            assert found[name][cells][::3] == [f"{statistics.mean(each[name]):.1f}", values]
+        interval = f"{gain - half:+.1f} to {gain + half:+.1f}"
+        assert found["rft"][cells][1:3] == [f"{gain:+.1f}", interval]
+        p = judging.mcnemar(hits["rft"][0], hits["sft"][0])
+        assert one[cells][2:] == [f"McNemar p = {p:.2g}", f"{each['rft'][0]:.1f}"]
 
 
 def test_evaluate_and_decode(home, run_of):

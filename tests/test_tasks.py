@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from critic import grade
-from loop import Countdown, FileTask, Homework, Question, Settings, parse, traps
+from loop import Countdown, FileTask, Homework, Question, Settings, parse, traps, value
 from model import BadInput, Tokenizer
 
 BYTES = Tokenizer.bytes_only()
@@ -55,6 +55,48 @@ def test_homework_corpus():
             assert int(question.answer) == work_out(question.text)
 
 
+RIGHT_LINES = "1*4=4 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n"
+
+
+@pytest.mark.parametrize("text, right, sound", [
+    (RIGHT_LINES + "#### 9", True, True),
+    ("7+1=8 : 8*4-2\n8*4=32 : 32-2\n32-2=30 : 30\n#### 30", False, False),
+    ("1*4=5 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n#### 9", True, False),   # arithmetic
+    ("1*4=4 : 7+4-3\n7+4=11 : 11-3\n11-3=8 : 8\n#### 9", True, False),   # copying
+    (RIGHT_LINES + "#### 8", False, False), (RIGHT_LINES + "9", True, False),
+    ("#### 9", True, False), ("1*4=4 : 7+4-2\n#### 9", True, False), ("", False, False)])
+def test_sound_by_hand(text, right, sound):
+    """A solution of 7+1*4-2 is sound if every line is right; the answer may be right by luck."""
+    question = Question("7+1*4-2", "9")
+    assert task(Homework).reward(question, text) == right
+    assert task(Homework).sound(question, text) == sound
+    # 30, 8 and 9 as odd or even: the first false line of 7+1=8 is no longer seen in the answer
+    last = re.sub("#### ([0-9]+)", lambda found: "#### " + ("odd", "even")[int(found[1]) < 9 or
+                  int(found[1]) == 30], text)
+    assert task(Homework, classes=2).sound(Question("7+1*4-2", "odd"), last) == sound
+
+
+@pytest.mark.parametrize("classes, claims", [(0, "9 10 41"), (2, "odd even odd"), (3, "0 1 2")])
+def test_classes(classes, claims):
+    """What the last line says of 9, 10 and 41; everything else stays. A careful student is always
+    sound, a careless one until a line changes the value."""
+    homework, rng, lucky = task(Homework, classes=classes), random.Random(5), 0
+    assert [homework.claim(number) for number in (9, 10, 41)] == claims.split()
+    for i in range(300):
+        homework.careless = 0.8 * (i % 2)
+        question = homework.draw(rng)
+        text = homework.solve(question, rng)
+        number = value(parse(question.text))
+        rests = [work_out(line.split(" : ")[1]) for line in text.split("\n")[:-1]]
+        assert question.answer == homework.claim(number)
+        assert homework.sound(question, text) == ({*rests} == {number})
+        right = homework.claim(rests[-1]) == homework.claim(number)
+        assert homework.reward(question, text) == right
+        lucky += right and rests[-1] != number
+        assert homework.answer(text) == homework.claim(rests[-1])
+    assert (lucky > 20) == (classes > 0)
+
+
 def legal(question, text):
     """Does this text solve a question of countdown? It is replayed with a multiset of numbers."""
     numbers, target = question.split(" -> ")
@@ -89,15 +131,20 @@ def test_countdown_rewards():
     question = Question("10 12 9 -> 7", "7")
     assert countdown.reward(question, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7")
     assert not countdown.reward(question, "12-9=4 : 10 4\n10-4=7 : 7\n#### 7")
+    assert countdown.sound(question, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7")
 
 
 @pytest.mark.parametrize("kind, count", [(Homework, 2000), (Countdown, 250)])
 def test_no_held_out_question_is_seen(kind, count):
-    """Held-out questions differ by key, and none is trained on, in the corpus or imagined. Rounds
-    and seeds have other questions, recipes the same."""
+    """Held-out questions differ by key, and none is trained on, in the corpus or imagined. Nor are
+    those of dev. Rounds and seeds have other questions, recipes the same."""
     one = task(kind, questions=150, eval_questions=count)
     key = lambda question: one.key(question.text)
     held = {key(question) for question in one.eval_questions()}
+    other = task(kind, eval_questions=100, split="dev")
+    dev = {key(question) for question in other.eval_questions()}
+    assert len(dev) == 100 and not dev & held
+    held |= dev
     rounds = [one.train_questions(r) for r in (1, 2)]
     rounds.append(task(kind, questions=150, seed=1, recipe="sft").train_questions(1))
     assert task(kind, questions=150, recipe="rft").train_questions(1) == rounds[0]
@@ -109,7 +156,7 @@ def test_no_held_out_question_is_seen(kind, count):
     new = one.imagine(rounds[0], random.Random(4), None)
     assert len(new) == 150 == len({*map(key, new)} - {*map(key, rounds[0])})
     assert all(question.answer == "" for question in new)
-    assert len(held) == count and not held & (seen | {*map(key, new)})
+    assert len(held) == count + 100 and not held & (seen | {*map(key, new)})
 
 
 # -- files of real questions -----------------------------------------------------------------------
