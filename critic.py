@@ -6,13 +6,19 @@ What is different from the published codes:
 1. Completions are branches of the tree, so a right end found for one solution serves all others.
 2. AlphaLLM's critics are small heads on states that the sampler has anyway, not language models.
 3. One function grades everywhere, by value: two comparisons in two scripts make false pits.
-Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Statistics, demo
+Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Formulas  7 Statistics
 Try:  python critic.py      labels the first pit of one wrong solution; two seconds
 """
+import signal
+
+if __name__ == "__main__":              # Ctrl-C while torch is imported ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import re
 import statistics
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,7 +64,7 @@ def pit(end):
     return None if step is None else path[step]
 
 
-def label_pits(ends: list, complete, k: int, budget=None, bisect: bool = False) -> None:
+def label_pits(ends: list, complete, k: int, budget=None) -> None:
     """Complete prefixes of wrong solutions until each has its pit or the budget is spent.
 
     complete([(node, k)]) samples k completions below each node and grades them (record_grade).
@@ -69,10 +75,7 @@ def label_pits(ends: list, complete, k: int, budget=None, bisect: bool = False) 
 
         root - A - B - C - D  wrong     wave 1   A, for both: 2 of 4 are right
                 `- E - F  wrong         wave 2   B: 0 of 4, the pit of D;  E: 1 of 4, so F is a pit
-
-    bisect (OmegaPRM, 2406.06592): at most ceil(log2(n + 1)) probes for n steps. If success only
-    falls along a solution, this finds the same pit. If not, it may find a later step that fails
-    after a step that succeeded."""
+    """
     while k > 0:
         wave = {}                                       # node -> tokens its completions may take
         for end in ends:
@@ -80,8 +83,6 @@ def label_pits(ends: list, complete, k: int, budget=None, bisect: bool = False) 
             successes = known_successes(path)
             if end.right is False and pit(end) is None and None in successes:
                 step = successes.index(None)
-                if bisect:                              # [3, None, None, None, 0]: step 2, not 1
-                    step = (step + successes.index(0) - 1) // 2
                 wave[path[step]] = k * sum(len(node.ids) for node in path[step + 1:])
         before, cost = {}, 0                            # node -> right ends below it so far
         for node, tokens in wave.items():
@@ -390,25 +391,17 @@ class Rollouts:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Grading:  text -> the piece that states the answer -> one spelling -> equal or not
+# 5. Grading numbers and letters:  text -> the piece that states the answer -> its value
 # --------------------------------------------------------------------------------------------------
-# All patterns take linear time. Left out: 2 1/2 in plain text, 5k, 1,00,000, units, any algebra.
-DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"  # 1,000.5  .5
-VALUE = rf"{DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z]))?(?: ?/ ?\$?{DIGITS})?"  # 1e3  1 / 2
-OPENING = r"[\s*_`\"'.:,~#=>($€£¥≈\[{]*?"
-LEADING = re.compile(rf"{OPENING}((?:[-+] ?(?:\$ ?)?|\$ ?[-+]? ?)?{VALUE})")
-ALONE = re.compile(LEADING.pattern + r"[\s*_`\"'.)\]}%€]*")                         # **(-$18...
-ANYWHERE = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}%.+-])[-+](?:\$ ?)?|\$ ?[-+]?)?{VALUE}")
-# ANYWHERE: a minus is no sign behind an operand, 10-3 ends in 3. GOES_ON: 18 or 20, 18-20, 2^3
-GOES_ON = (r"[%)]*(?:(?:\s?(?:[-+*/x:;,×·÷±]|or|and|to)\s?|\s|\.|(?: [a-z]+)? (?:or|to) )"
-           r"[-+$]*\.?[0-9]|\s?[\^\\√π∞±×÷²³¹¼-¾⁰-₟⅐-↏]|_[0-9{])")
-MORE, RANGE = re.compile(GOES_ON), re.compile("[0-9]" + GOES_ON)
-PROSE = re.compile(r"^[^0-9A-Za-z]*[A-Za-z]{2}|[0-9] *[A-WYZa-wyz][A-Za-z ,$(]*[0-9]")  # 5 as 2+3
+# A false right is worse than a false wrong, for a self-improving loop finds it and imitates it. A
+# prefix of a number is no number: what follows it must be known here (a unit, prose, a reason). If
+# a second number, a glyph or a macro follows, the answer is kept whole and equals only itself. All
+# patterns take linear time. Left out: algebra, 2 1/2 in plain text, 5k, 1,00,000, values of units.
 PHRASE = re.compile(r"(?i)(?:answer|correct (?:option|choice))[*_]*\s*(?:is\b|[:：])[*_:]*"
                     r"|<answer>\s*")
-OPTION = re.compile(r"(?i)[^0-9a-z\\]*(?:\\[a-z]+ ?\{[^0-9a-z]*)?(?:(?:option|choice)\W+)?([a-z])"
-                    r"(?:\)|[.:](?!\w)|,(?! ?[a-z0-9]\b)\s| -|,? (?:because|since)\b|[^0-9a-z]*$)")
+PROSE = re.compile(r"[^0-9A-Za-z]*(?:[A-Za-z]{2}|[AaI] )")
 MINUS = str.maketrans(dict.fromkeys("\u2212\u2013\uff0d\ufe63\u2010\u2011", "-"))
+SPACED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:[\u00a0\u2009\u202f][0-9]{3})+(?![0-9])")  # 12 500
 
 
 def last_box(text: str) -> str:
@@ -424,14 +417,64 @@ def last_box(text: str) -> str:
 
 
 def stated(text: str):
-    """(rule, piece): where a text may state its answer, the surest and of a kind the last first."""
+    """(rule, piece): where a text may state its answer, the surest and of a kind the last first.
+    If its last line has a mark, or there is a box, nothing outside of that counts as unmarked."""
     text = text.split("\nQuestion:")[0].translate(MINUS)                # a base model invents more
-    text = re.sub(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))", "", text)     # 12 500
-    text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text)                    # a tag ends a line
+    text = SPACED.sub(lambda digits: re.sub(r"\s", "", digits[0]), text)
+    text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
     yield from (("####", piece.split("\n")[0]) for piece in reversed(text.split("####")[1:]))
     yield "boxed", last_box(text)
-    yield from (("phrase", piece.split("\n")[0]) for piece in reversed(PHRASE.split(text)[1:]))
-    yield "bare", text.strip()
+    for piece in reversed(PHRASE.split(text)[1:]):
+        line, _, below = piece.partition("\n")
+        if not (below and "=" in line and PROSE.match(line)):   # Answer: Tom has 3 + 2 = 5. So ...
+            yield "phrase", line
+    marked = PHRASE.split(text.split("\n")[-1].replace("####", "<answer>"))[1:]
+    yield "bare", last_box(text) or (marked and marked[-1].strip()) or text
+
+
+# what a number is, at the start of a piece, alone, and anywhere (a minus is no sign in 10-3)
+DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"  # 1,000.5  .5
+VALUE = rf"{DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z]))?(?: ?/ ?\$?{DIGITS})?"  # 1e3  1 / 2
+LEADING = re.compile(r"[\s*_`\"'“‘.:,~#=($€£¥\[{]*?"
+                     rf"((?:[-+] ?(?:\$ ?)?|\$ ?[-+]? ?)?{VALUE})")                 # **(-$18
+ALONE = re.compile(LEADING.pattern + r"[\s*_`\"'.)\]}%€]*")
+ANYWHERE = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}%.+-])[-+](?:\$ ?)?|\$ ?[-+]?)?{VALUE}")
+# what must not stand before the last number of a text: a glyph, a macro, a word that changes it
+CHANGED = re.compile(r"(?:[^\s$€£¥(\"'“‘*`\[=:;,>/+<.~-]|[0-9](?:[,./':]|[^\S\n])|\\[A-Za-z]+ ?|"
+                     r"(?i:n't|\b(?:not|minus|negative|than|twice|double|half of)|"
+                     r"[0-9] (?:or|and|to))\s)\Z")
+# what may follow a number, and what may not: 18 dozen  18 - x  18 or more  18 and a half  18 x
+OTHER = (r"(?:(?:sin|cos|tan|log|exp|mod|plus|minus|over|base|point|choose|squared|cubed|"
+         r"factorial|half|halves|thirds|fifths|tenths|k|bn|dozen|hundred\w*|thousand\w*|twice|"
+         r"doubled|halved|[mbtr]+illions?)\b)")         # words that are no unit
+UNIT = (rf"(?!{OTHER})(?:[A-Za-z]{{3,}}(?:[. ]+[A-Za-z]{{2,}})*\.?|[ckm]m|[km]g|ft|m[il]|lb|oz)"
+        r"(?![A-Za-z])")
+FOLLOWS = re.compile(rf"(?={UNIT}|[^A-Za-z!]|$)"
+                     r"(?:[A-Za-z\s.,;:?!'\"“”‘’…—()\[\]{}*_`%$€£¥°/-]|(?<=m)[²³])*")
+GOES_ON = re.compile(rf"(?i:^\W*{OTHER}|^\W*[-*/] ?[a-z]\b|\b(?:or(?! so\b)|if|unless|maybe)\b|"
+                     r"\b(?:and|point) (?:a|an|one|two|three)\b)|"
+                     r"(?<![A-Za-z'’./])[b-fi-ln-rt-zB-HJKM-Z](?!['’A-Za-z]|\.[a-z])")
+# a reason, or the next sentence: what stands behind is no part of the answer
+REASON = re.compile(r"\b(?:because|since|as(?! well)|not|which|given)\b(?!.{0,99}\bor\b)|"
+                    r"[.!?][\"')*_]* +(?=[A-Z] ?[a-z])(?!Or|And|Also|Maybe|Perhaps)")
+
+
+def ends(rest: str) -> bool:
+    """Does an answer end before this rest of its line? Before " cars, as 3 > 2"; not " or 20"."""
+    said = REASON.split(rest, maxsplit=1)[0]
+    return bool(FOLLOWS.fullmatch(said)) and not GOES_ON.search(said)
+
+
+# a working is a chain of sides, Total = 3 cars * $6 = ...; lists of numbers and equations are none
+LABEL = re.compile(r"[\s$*(]*[A-Za-z][A-Za-z\s$()'.:*_+/-]*")
+SUM = re.compile(r"(?!.*\b(?:or|and|is|as|because|since|not)\b)(?:[0-9\s.$€£¥%+*/×÷·()-]|"
+                 r",(?=[0-9]{3})|(?<![A-Za-z])[A-Za-z]{2,}(?![A-Za-z]))*")
+JOINED = re.compile(r"[0-9][%)]*(?: [a-z]+)?\s?(?:[-,;&]|or|and|to)\s?[-$]*[0-9]")  # 3 or 4
+SEVERAL = re.compile(r"[0-9][^0-9=.]{0,20}(?:[,;]|\bor\b|\band\b)[^0-9=.]{0,20}=")  # x=1, y=2
+PLAIN = {                                               # LaTeX of a stated number, in this order
+    r"[-=]>|[→⇒≈≅]": "=", r"\\(?:text|mathrm|mbox) *\{([^{}]*)\}": r" \1",
+    r"\\([$%])|\\[,!;: {}()\[\]]": r" \1", r"(?<=[A-Za-z])_\{?\w\}?": "",           # x_1
+    r"(?<=[0-9)]) ?[xX] ?(?=\$?[(0-9])": "*"}                                       # 3 x 6
 
 
 def read_number(piece: str, rule: str):
@@ -439,30 +482,23 @@ def read_number(piece: str, rule: str):
     a text without any marker the last one. `18 or 20` is returned whole and equals no number."""
     plain = lambda found: re.sub(r"[$,+ ]", "", found)
     if rule == "bare":
-        numbers = ANYWHERE.findall(piece)
-        return plain(numbers[-1]) if numbers else None
-    piece = re.sub(r"\\(?:text|mathrm|mbox) *\{([^{}]*)\}", r" \1", piece)
-    piece = re.sub(r"\\([$%])|\{(,)\}|\\[,!{}()]", r"\1\2", piece)
-    formula = canonical(piece) if "\\" in piece else ""
+        *_, last = [None, *ANYWHERE.finditer(piece)]
+        if last is None or CHANGED.search(piece[max(0, last.start() - 20):last.start()]):
+            return None
+        return plain(last[0]) if ends(piece[last.end():].split("\n")[0].lstrip("!")) else None
+    formula = canonical(piece) if re.search(r"[\\{]", piece) else ""
     if re.fullmatch("-?[0-9]+(/[0-9]+)?", formula):     # \frac12, 2\frac{1}{2}
         return formula
+    for pattern, new in PLAIN.items():
+        piece = re.sub(pattern, new, piece)
     left, _, right = piece.rpartition("=")
-    for part in (piece if PROSE.search(left) else right, piece):
-        match = LEADING.match(part)
-        if match:
-            return part.strip() if MORE.match(part, match.end()) else plain(match[1])
-    return piece.strip() if RANGE.search(piece) else None               # between 10 and 18
-
-
-def read_letter(piece: str, rule: str):
-    """The letter of an option: B, (B), "B. iron", "(b) since"; a text of several lines has none."""
-    found = OPTION.match(piece) if rule != "bare" or "\n" not in piece else None
-    return found[1].upper() if found else None
-
-
-def read_words(piece: str, rule: str):
-    """What is neither letter, formula nor number: `Light  BLUE.` gives `light blue`."""
-    return " ".join(piece.split("\n")[0].strip(" #*_.()[]$\"'").casefold().split()) or None
+    working = all(LABEL.fullmatch(side) or SUM.fullmatch(side) for side in left.split("="))
+    part = right if working else piece
+    match = LEADING.match(part)
+    if match and ends(part[match.end():].rstrip("!" if rule == "phrase" else "")):
+        return plain(match[1])
+    prose = PROSE.match(piece) and not (JOINED.search(right) or SEVERAL.search(piece))
+    return None if prose or not re.search("[0-9]", piece) else piece.strip()
 
 
 def number(spelling: str) -> Fraction | None:
@@ -472,16 +508,60 @@ def number(spelling: str) -> Fraction | None:
     return Fraction(top) / Fraction(bottom or 1) if Fraction(bottom or 1) else None
 
 
+OPTION = re.compile(r"(?i)[^0-9a-z\\]*(?:\\[a-z]+ ?\{[^0-9a-z]*)?(?:(?:option|choice)\W+)?"
+                    r"([a-z])(?![0-9a-z'’])")
+MARKED = re.compile(r"[*_`\"'\]}$]*(?:[).:](?!\w)|[\s.,;:!?)\]}$'\"*_`>\\-]*$)")     # (B) iron  B.
+APART = re.compile(MARKED.pattern + r"|[*_]*(?:[,;](?!\w)| [-—(])")         # B, iron  B - iron
+NAMED = re.compile(r"[B-HJ-Z] (?!and|nor|but|was|are|has|plus|minus|then|with|cannot)"
+                   r"[a-z]{3,}(?: [a-z]+)?[.!]?")                           # B iron
+SECOND = re.compile(r"(?<![A-Za-z'’])[A-Z](?![A-Za-z'’])|"                  # B or (c)
+                    r"(?:(?i:\b(?:or|and|nor)\b)|[-,/&])\W*[A-Za-z](?![A-Za-z'’])")
+
+
+def read_letter(piece: str, rule: str, options=None):
+    """The letter of an option: B, (B), "B. iron", "(b) since"; a text of several lines has none.
+
+    options: {letter: its text} as shown, if known. Then what stands behind the letter must be its
+    text in `B iron`, `B, iron` and `B - iron`, and may nowhere be the text of another option. If
+    they are not known, `B iron` is B, but "A car" and "I think" are no letters."""
+    found = OPTION.match(piece) if rule != "bare" or "\n" not in piece else None
+    if not found:
+        return None
+    letter, behind = found[1].upper(), piece[found.end():]
+    rest = REASON.split(behind, maxsplit=1)[0]
+    words = lambda text: re.findall(r"\w+", text.casefold())
+    meant = [name for name, text in (options or {}).items()
+             if words(text) in (words(behind), words(rest))]
+    if meant:
+        return letter if letter in meant else None
+    clear = MARKED.match(rest)
+    if not options:
+        clear = APART.match(rest) or NAMED.fullmatch(found[1] + rest)
+    return letter if clear and not SECOND.search(rest) else None
+
+
+def read_words(piece: str, rule: str):
+    """What is neither letter, formula nor number: `Light  BLUE.` gives `light blue`."""
+    return " ".join(piece.split("\n")[0].strip(" #*_.()[]$\"'").casefold().split()) or None
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Grading formulas; the verdict
+# --------------------------------------------------------------------------------------------------
 # LaTeX (MATH): equal are formulas with one canonical spelling. No algebra: 1 + x is not x + 1.
-GLYPHS = MINUS | str.maketrans({"π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "°": ""})
+GLYPHS = MINUS | str.maketrans({
+    "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "°": "", "×": r"\times ", "·": r"\cdot ",
+    "≤": r"\le ", "≥": r"\ge ", "²": "^2 ", "³": "^3 ", "½": r"\frac12 "})
 TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|rm|boxed) *\{"
-UNIT = r"(?!sin|cos|tan|log|mod|plus|minus|times|base)(?:[A-Za-z]{3}[A-Za-z. ]*|[ckm]m|ft|kg|mi)"
+UNIT_TEXT = (rf"{TEXT}(?! *(?:[ap]\.? ?m\b|{OTHER}|(?:and|or|if)\b|[A-Za-z](?<![mghsLCF])\}}))"
+             r"(?:(?! of )[^{}0-9])*\}")                # 5\text{ cm}, not 5\text{ pm}, 5\mathrm{i}
 WHOLE = {                                               # for a whole answer, in this order
     r"\\\\(?=[dt]?frac|sqrt|text|pi)": r"\\", r"\\\\": ",;,",       # matrix: (1,2,;,3,4)
-    r"(?<=[0-9])(?:\{,\}|, *\\! *)(?=[0-9]{3})": ",",                         # 1{,}000  1,\!000
-    r"\^ *\{? *\\circ *\}?|\\?[$%]|\\[,!()\[\]]": "", r"\\[;: ]|~|\s+": " ",  # 90^\circ  \$5
+    r"(?<=[0-9])(?:\{,\}|, *\\! *|\\[,!])(?=[0-9]{3}(?![0-9]))": ",",   # 1{,}000  1,\!000
+    r"\^ *\{? *\\circ *\}?|\\?[$%]|\\[()\[\]]": "", r"\\[,!;: ]|~|\s+": " ",  # 90^\circ  \$5
     r"\\[dtc](frac|binom)": r"\\\1", r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
-    r"\\(?:times|ast)(?![a-z])": r"\\cdot", r"\\[lc]?dots": "...", r"\\cup(?![a-z])|∪": "∪",
+    r"\\(?:times|ast)(?![a-z])": r"\\cdot", r"\\[lc]?dots|\.\.\.": "…",
+    r"\\cup(?![a-z])|∪": "∪",
     r"\\lbrace": r"\{", r"\\rbrace": r"\}", r"\\varnothing": r"\\emptyset",
     r"\\(?:left|right|[Bb]ig|displaystyle|limits|q?quad|degree)(?![a-z])": "", "&": ",",
     r"[(\[]? *\\begin\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?": "(",
@@ -490,13 +570,14 @@ WHOLE = {                                               # for a whole answer, in
     r"^ *(?:\\?[A-Za-z]+(?:_\{?[0-9A-Za-z]\}?|\([a-z]\))?|\([a-z](?:, *[a-z])+\)) *"
     r"(?:=|\\in(?![a-z]))(?=[^=]*$)": "", r"^\s+|[\s.]+$": ""}                # f(x) =  x \in
 PART = {                                                # for a part that is no list, in this order
-    rf"(?:(?<=[0-9}})])|(?<=\\pi)) *(?:{TEXT}(?! *[ap]\.? ?m\b)[^{{}}]*\}}|(?<=[0-9}}]) {UNIT})"
+    rf"(?:(?<=[0-9}})])|(?<=\\pi)) *(?:{UNIT_TEXT}|(?<=[0-9}}]) {UNIT})"
     r"(?: *\^ *\{?[0-9]\}?)?[. ]*$": "",               # 5\text{ cm}^2, 5 cm^2; not 5\text{ pm}
     rf"{TEXT}([^{{}}]*)\}}": r"\1", r"([_^]) *([0-9A-Za-z])": r"\1{\2}",    # x^10 is x^{1}0
     r"^(-?)([0-9]+) +([0-9]+) */ *([0-9]+)$": r"\1\2\\frac{\3}{\4}",         # 2 1/2
     r"(?<=[0-9]) +(?=[0-9])": "~", r" +": "", r"(?<![0-9])\.(?=[0-9])": "0.",    # 1 2 is not 12
-    r"\\(sqrt(?:\[\w*\])?|frac)([0-9A-Za-z])": r"\\\1{\2}",                 # \sqrt2  \frac12
-    r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})([0-9A-Za-z])": r"\1{\2}",
+    r"^\{([^{}]*)\}$": r"\1",
+    r"\\(sqrt(?:\[\w*\])?|frac|binom)([0-9A-Za-z])": r"\\\1{\2}",                 # \sqrt2  \frac12
+    r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\})([0-9A-Za-z])": r"\1{\2}",
     r"^[+*_:.,`\"]+|[*_:;.,`\"]+$": "", r"^\((-?[0-9./]+|[A-Za-z]+)\)$": r"\1",     # (72)  (A)
     r"^(-?)\(([^()]*)\)/([0-9.]+|[A-Za-z])$": r"\1\\frac{\2}{\3}",          # (x+1)/2  \pi/4
     r"^(-?)((?:[^-+,()\[\]/={}]|\{[^{}]*\})+)/([0-9.]+|[A-Za-z]|\\[a-z]+|\\sqrt\{[^{}]*\})$":
@@ -536,8 +617,9 @@ def spell(tex: str) -> str:
     for pattern, new in PART.items():
         tex = re.sub(pattern, new, tex)
     mixed = MIXED.fullmatch(tex)
-    if mixed:
-        value = Fraction(mixed[2] or 0) + Fraction(mixed[3]) / Fraction(mixed[4])
+    share = Fraction(mixed[3]) / Fraction(mixed[4]) if mixed else 1
+    if mixed and (not mixed[2] or 0 < share < 1):
+        value = Fraction(mixed[2] or 0) + share
         return str(-value if mixed[1] else value)
     if re.fullmatch("-?" + VALUE, tex) and number(tex) is not None:
         return str(number(tex))
@@ -556,8 +638,8 @@ def read_formula(piece: str, rule: str):
     if rule == "boxed":
         return canonical(piece)
     maths = re.match(r"[^0-9A-Za-z$\\]*(?:\$+([^$]+)\$|\\\((.*?)\\\))", piece[:1000])
-    if maths:
-        piece = maths[1] or maths[2]
+    if maths:                                           # $5$, as 3 > 2; but not $5$ or $6$
+        piece = (maths[1] or maths[2]) if ends(piece[maths.end():]) else piece
     elif "\n" in piece or ("\\" not in piece and re.search("[A-Za-z]{2,} ", piece[:1000])):
         piece = read_number(piece, rule) or ""
     return canonical(piece) if re.search("[0-9A-Za-z]", piece) else None
@@ -581,22 +663,26 @@ def same_answer(a: str | None, b: str | None) -> bool:
 
 # HACK HERE: what a right answer is. Also change: tests/test_grade.py. The reference decides how to
 # compare: `#### B` a letter, `\boxed{x}` or LaTeX a formula, `#### 18` a number, else words.
-def grade(text: str, reference: str, cut: bool = False) -> bool:
+def grade(text: str, reference: str, cut: bool = False, question: str = "") -> bool:
     """Does the text state the reference's answer? cut: it ran into the length limit, so its last
-    number is any number on the way, and only a marked answer counts (####, box, phrase)."""
+    number is any number on the way, and only a marked answer counts (####, box, phrase).
+    question: if it shows options as lines "(B) iron", `B iron` is read with them (read_letter)."""
     if not text or not reference:
         return False
     latex = last_box(reference) or ("\\" in reference and "####" not in reference)
-    for read in [read_formula] if latex else [read_letter, read_number, read_words]:
+    options = dict(re.findall(r"\n\(([A-Z])\) (.+)", question))
+    letter = partial(read_letter, options=options)
+    for read in [read_formula] if latex else [letter, read_number, read_words]:
         wanted = find_answer(reference, read)[0]
         if wanted is not None:
             found, rule = find_answer(text, read)
-            return same_answer(found, wanted) and not (cut and rule == "bare")
+            same = found == wanted if latex else same_answer(found, wanted)
+            return same and not (cut and rule == "bare")
     return False
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Statistics, demo
+# 7. Statistics, demo
 # --------------------------------------------------------------------------------------------------
 def auc(scores, labels) -> float | None:
     """Chance that a right one scores above a wrong one, ties half: .9 .4 .4 .1, 1 1 0 0 -> .875."""

@@ -1093,7 +1093,7 @@ class BuiltIn:
 
     def reward(self, question, text: str, cut: bool = False) -> bool:
         """Is the solution right? By its final answer alone. cut: it ran into the length limit."""
-        return grade(text, question.answer, cut)
+        return grade(text, question.answer, cut, question.text)
 
     def sound(self, question, text: str) -> bool | None:
         """Is every line of the solution right? None: nobody can say."""

@@ -77,22 +77,18 @@ class Game:
                 return node
 
 
-@pytest.mark.parametrize("bisect", (False, True))
 @pytest.mark.parametrize("seed", range(8))
-def test_labels_are_brute_force(seed, bisect):
+def test_labels_are_brute_force(seed):
     """With completions that cannot miss, a label is the first hopeless step; no probe is wasted."""
     game = Game(seed, depth=4 + seed % 3)
     wrong = game.wrong(8)
     known = {node for tree in game.trees for node in tree.nodes if node.rights}
-    label_pits(wrong, game.complete, 4, bisect=bisect)
+    label_pits(wrong, game.complete, 4)
     asked = [node for call in game.calls for node in call]
     assert [pit(end) for end in wrong] == [game.truth(end) for end in wrong]
     assert len(asked) == len(set(asked)) and not known & set(asked)
     assert all(node.tried == 4 for node in asked)
-    if bisect:
-        assert len(game.calls) <= math.ceil(math.log2(game.depth + 1))
-    else:
-        assert all(node.tried_right == min(1, node.rights) or node.rights > 1 for node in asked)
+    assert all(node.tried_right == min(1, node.rights) or node.rights > 1 for node in asked)
 
 
 def test_what_needs_no_sampling():
@@ -114,14 +110,13 @@ def test_what_needs_no_sampling():
     assert pit(other) is other
 
 
-@pytest.mark.parametrize("bisect", (False, True))
-def test_budget_of_labels(bisect):
+def test_budget_of_labels():
     """The budget is kept; labels under it are those without it, and more tokens give more."""
     def labelled(tokens):
         """(pits by index, tokens spent)."""
         game = Game(5, trees=4)
         wrong = game.wrong(6)
-        label_pits(wrong, game.complete, 4, tokens and Budget(game.trees, tokens), bisect)
+        label_pits(wrong, game.complete, 4, tokens and Budget(game.trees, tokens))
         pits = [(pit(end) or end.tree.root).index for end in wrong]
         return pits, sum(tree.tokens for tree in game.trees)
     whole, cost = labelled(None)
