@@ -45,8 +45,11 @@ import torch.nn.functional as F  # noqa: E402
 # --------------------------------------------------------------------------------------------------
 # 1. Files: JSON and safetensors
 # --------------------------------------------------------------------------------------------------
-DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
-              BOOL=torch.bool, U8=torch.uint8, I8=torch.int8)
+FLOATS = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)   # dtypes of weights
+DTYPES = FLOATS | dict(                                 # of tensors that may stand beside them
+    F64=torch.float64, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2, BOOL=torch.bool,
+    I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8,
+    U64=torch.uint64, U32=torch.uint32, U16=torch.uint16, U8=torch.uint8)
 LFS = b"version https://git-lfs"
 IS_LFS = "is a git-LFS pointer, not the file itself: fetch it with `git lfs pull`"
 PICKLED = ("pickled weights, and a pickle can run code (CVE-2025-32434, CVE-2026-24747): convert "
@@ -111,7 +114,7 @@ def read_json(path, raw=None, kind=dict):
     with about(path):
         raw = Path(path).read_bytes() if raw is None else raw
         need(not raw.startswith(LFS), IS_LFS)
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        found = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
         need(isinstance(found, kind), f"holds a JSON {type(found).__name__}, not an object {{...}}")
     return found
 
@@ -133,19 +136,18 @@ def safetensors_header(path) -> tuple:
         raw = read_json("header", file.read(data - 8))
         metadata = field(raw, "__metadata__", dict, {})
         need(all(isinstance(text, str) for text in metadata.values()), "odd __metadata__")
-        entries = [(entry["data_offsets"], name, entry) for name, entry in raw.items()
-                   if name != "__metadata__"]
+        raw.pop("__metadata__", None)
         header = {}
         at = data                                       # the byte where the next tensor must begin
-        for offsets, name, entry in sorted(entries, key=lambda entry: entry[:2]):
+        for name, entry in sorted(raw.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
             with about(f"tensor {name!r:.120}"):
                 shape = field(entry, "shape", list)
                 # (0, 2**40, 2**40) is empty, but its strides overflow in torch: a 0 counts as a 1
                 sizes = all(type(i) is int and i >= 0 for i in shape) and len(shape) < 9
                 need(sizes and math.prod(i or 1 for i in shape) < 1 << 48, f"odd shape {shape}")
                 end = at + math.prod(shape) * DTYPES[entry["dtype"]].itemsize
-                need(offsets == [at - data, end - data],
-                     f"data_offsets {offsets} leave a gap, overlap, or do not fit shape and dtype")
+                need(entry["data_offsets"] == [at - data, end - data], f"data_offsets "
+                     f"{entry['data_offsets']} leave a gap, overlap, or do not fit shape and dtype")
             header[name] = (entry["dtype"], tuple(shape), at)
             at = end
         need(at == size, f"has {size} bytes, its header says {at}: cut short or damaged")
@@ -198,10 +200,9 @@ def write_safetensors(path, tensors: dict, metadata=None):
     at = 0
     with about(path):
         for name, tensor in order:
-            end = at + tensor.nbytes
-            span = [at, end]
+            span = [at, at + tensor.nbytes]
             header[name] = dict(dtype=kinds[tensor.dtype], shape=tensor.shape, data_offsets=span)
-            at = end
+            at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                     # the data begins at a multiple of 8
     flat = (tensor.detach().cpu().contiguous().reshape(-1) for _, tensor in order)
@@ -212,17 +213,16 @@ def write_safetensors(path, tensors: dict, metadata=None):
 def weight_files(folder) -> dict:
     """{tensor name: (its file, dtype, shape)} of a model folder: one file, or shards with an index.
     BadInput: no weights, weights of another kind, a missing shard, index and shards disagree."""
-    single = Path(folder, "model.safetensors")
-    index = Path(folder, "model.safetensors.index.json")
+    single = "model.safetensors"
+    index = "model.safetensors.index.json"
     with about(folder):
         names = {path.name for path in Path(folder).iterdir()}
         need("adapter_config.json" not in names, LORA)
-        need(names & {single.name, index.name}, NO_WEIGHTS)
-    with about(index):
-        if single.name in names:                        # it wins over shards, as in transformers
-            places = dict.fromkeys(safetensors_header(single)[0], single.name)
+        need(names & {single, index}, NO_WEIGHTS)
+        if single in names:                             # it wins over shards, as in transformers
+            places = dict.fromkeys(safetensors_header(Path(folder, single))[0], single)
         else:
-            places = field(read_json(index), "weight_map", dict)
+            places = field(read_json(Path(folder, index)), "weight_map", dict)
         plain = all(re.fullmatch(r"\w[\w.-]*", file) for file in places.values())
         need(plain, "weight_map may hold only file names: a path could point anywhere on the disk")
         held = {}
@@ -231,7 +231,7 @@ def weight_files(folder) -> dict:
             for name, (dtype, shape, _) in safetensors_header(path)[0].items():
                 held[name, file] = (path, dtype, shape)
         wrong = sorted(held.keys() ^ places.items())
-        need(held and not wrong, f"{wrong[:1]} is listed here or held there, but not both")
+        need(held and not wrong, f"{wrong[:1]} is in {index} or in the file, but not in both")
     return {name: entry for (name, _), entry in held.items()}
 
 
@@ -309,12 +309,12 @@ class Tokenizer:
     newline_ids      ids whose bytes hold a newline: they end a step
     eos_ids, begin   ids that end a text, if the folder says so; ids that a prompt begins with
     """
-    FILES = ("tokenizer.json", "tokenizer_config.json")
+    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
     def __init__(self, files: dict, folder="tokenizer"):
         self.files = files
-        spec, config = (read_json(Path(folder, name), files.get(name, b"{}"))
-                        for name in self.FILES)
+        spec, config, older = (read_json(Path(folder, name), files.get(name, b"{}"))
+                               for name in self.FILES)
         self.encode_piece = lru_cache(1 << 16)(self._encode_piece)      # words come again and again
         with about(Path(folder, self.FILES[0])):
             self._read_cuts(spec)
@@ -323,7 +323,7 @@ class Tokenizer:
             self._read_begin(spec.get("post_processor"))
             # does a "▁" come before a text? (damage that only shows in use is found here, too)
             self.strips = self.decode_more(self.encode("a")).startswith(" ")
-        eos = config.get("eos_token")
+        eos = config.get("eos_token") or older.get("eos_token")         # some name it only there
         eos = eos.get("content") if isinstance(eos, dict) else eos
         self.eos_ids = {id for name, id in self.ids.items() if name == eos}
 
@@ -374,7 +374,8 @@ class Tokenizer:
 
     def _read_ids(self, added: list):
         """All ids and their bytes. self.finder: a pattern for the added tokens in a text as it is
-        typed (also those with the flag `normalized`), one group for each token."""
+        typed, one group for each. (Also for the flag `normalized`: taken at its word, early files
+        of Llama 2 would not find their own </s> behind a word.)"""
         self.ids = dict(self.vocab)
         patterns = ["(?!)"]                             # matches nothing
         for token in sorted(added, key=lambda token: -len(token["content"])):   # longest first
@@ -431,7 +432,7 @@ class Tokenizer:
                 text = "▁" + text if begins and text and text[0] != "▁" else text
             else:
                 text = unicodedata.normalize(kind, text)
-        pieces = [text]
+        pieces = [well_formed(text)]
         for pattern in self.cuts:
             pieces = [part for piece in pieces for part in cut(pattern, piece)]
         return pieces
@@ -454,7 +455,6 @@ class Tokenizer:
         begins=False: the text goes on from another one (see encode_more).
             with bytes_only(("<s>",)):  "2<s>"  ->  [50, 60, 115, 62],  allow_special: [50, 256]
         """
-        text = well_formed(text)
         matches = self.finder.finditer(text) if allow_special else []
         ids = []
         at = 0
@@ -616,6 +616,7 @@ def _rope(raw: dict) -> dict:
     kind = one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ROPE_FIELDS)
     rope = dict(rope_theta=1e4) | raw | rope
     need(rope.get("partial_rotary_factor") in (None, 1.0), "partial_rotary_factor must be 1")
+    need("full_attention" not in rope, "rope_parameters that differ by layer are not supported")
     return {key: number(rope, key, most=1e12) for key in ROPE_FIELDS[kind]}
 
 
@@ -882,7 +883,7 @@ class GPT(nn.Module):
             for name, parts in plan.items():
                 _, kind, shape = files[name]
                 want = torch.cat(parts, -1).shape
-                need(shape == want and kind in ("F32", "F16", "BF16"), f"{name} is {kind} "
+                need(shape == want and kind in FLOATS, f"{name} is {kind} "
                      f"{shape}, config.json asks for floats {want}: they do not belong together")
         return {name: files[name] for name in plan}
 
@@ -1170,9 +1171,9 @@ class Sampler:
         while True:
             runs = {}
             for path in paths:
-                todo = np.flatnonzero(~self.encoded[path])
-                if len(todo):
-                    runs.setdefault(path[todo[0]], np.split(path, todo[:1]))
+                done = int(self.encoded[path].sum())    # they are the first ones
+                if done < len(path):
+                    runs.setdefault(path[done], (path[:done], path[done:]))
             if not runs:
                 return
             runs = sorted(runs.values(), key=lambda run: len(run[1]))   # like lengths together
@@ -1310,14 +1311,13 @@ class Sampler:
     def _close(self):
         """Take out the rows that stopped. The last row moves into each hole, so that the live rows
         are the first ones, and a forward computes no others: A B C D without B is A D C."""
-        live = self.live
-        for hole in reversed(range(len(live))):
-            if live[hole].why:
-                tail = live.pop()
-                if hole < len(live):
-                    moved = self.work[:, :, len(live), :, :tail.columns]
-                    self.work[:, :, hole, :, :tail.columns] = moved
-                    live[hole] = tail
+        going = [i for i, row in enumerate(self.live) if not row.why]
+        holes = [i for i in range(len(going)) if self.live[i].why]
+        tails = going[len(going) - len(holes):]
+        self.work[:, :, holes] = self.work[:, :, tails]
+        for hole, tail in zip(holes, tails):
+            self.live[hole] = self.live[tail]
+        del self.live[len(going):]
 
 
 # --------------------------------------------------------------------------------------------------
