@@ -26,6 +26,11 @@ therefore has the mean length of each.
 Chapters: 1 Pairs   2 Rows   3 Log-probs   4 Losses   5 Batches and optimisers   6 Training
 Try:  python dpo.py      trains a tiny random model on one preference pair; three seconds
 """
+import signal
+
+if __name__ == "__main__":              # Ctrl-C ends the demo without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import math
 import random
@@ -93,14 +98,14 @@ def outcome_pairs(tree: Tree, most: int = 8) -> list:
     it is taken (the paper: the largest edit distance)."""
     right = complete_right_paths(tree)[:most]
     wrong = [end.path() for end in tree.ends() if end.right is False][:most]
-    pairs, taken = [], Counter()
+    pairs, taken = [], Counter()            # taken: wrong end -> pairs that it is in
     for good in right:
-        options = {i: pair for i, bad in enumerate(wrong) if (pair := parted(good, bad))}
-        distance = {i: len(pair.chosen + pair.rejected) for i, pair in options.items()}
+        options = [pair for bad in wrong if (pair := parted(good, bad))]
+        steps = lambda pair: len(pair.chosen + pair.rejected)
         if options:
-            best = min(options, key=lambda i: (taken[i], -distance[i]))
-            taken[best] += 1
-            pairs.append(options[best])
+            best = min(options, key=lambda pair: (taken[pair.rejected[-1]], -steps(pair)))
+            taken[best.rejected[-1]] += 1
+            pairs.append(best)
     return pairs
 
 
@@ -126,6 +131,31 @@ def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
             if sure and apart([winner], [loser]):
                 pairs.append(Pair([winner], [loser], smoothing))
     return pairs
+
+
+def compared_rates(node) -> list:
+    """[(rate of right ends, child)], the best first, of a node's children that were sampled twice
+    or more."""
+    often = [child for child in node.children if child.rights + child.wrongs > 1]
+    rate = lambda child: child.rights / (child.rights + child.wrongs)
+    return sorted(((rate(child), child) for child in often), key=lambda pair: -pair[0])
+
+
+def rate_pairs(tree: Tree, gap: float = 0.3) -> list:
+    """Siblings by their share of right ends: the best against each that is `gap` worse."""
+    pairs = []
+    for node in tree.nodes:
+        ranked = compared_rates(node)
+        pairs += [Pair([ranked[0][1]], [child]) for rate, child in ranked[1:]
+                  if ranked[0][0] - rate >= gap and apart([ranked[0][1]], [child])]
+    return pairs
+
+
+def luck(trees: list) -> float:
+    """How often does a worse step end right? Mean of (worst rate / best rate) over all forks."""
+    forks = [compared_rates(node) for tree in trees for node in tree.nodes]
+    shares = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
+    return sum(shares) / max(1, len(shares))
 
 
 def parted(one: list, other: list) -> Pair | None:
@@ -165,22 +195,17 @@ def tree_row(pairs=(), solutions=(), also=()) -> Row:
     of your own wants. ValueError: a pair's sides are empty, equal or have different parents."""
     for pair in pairs:
         need(apart(pair.chosen, pair.rejected), "a pair needs two different branches of one node")
-    sides = [node for pair in pairs for node in pair.chosen + pair.rejected]
-    packed = pack([*sides, *solutions, *also])
-
-    def masks(groups):
-        """Lists of nodes -> (lists, T), 1 at the tokens of a list's nodes."""
-        found = torch.zeros(len(groups), len(packed.ids))
-        for mask, nodes in zip(found, groups):
-            for node in nodes:
-                mask[packed.span[node]] = 1
-        return found
-    chosen = masks([pair.chosen for pair in pairs])
-    rejected = masks([pair.rejected for pair in pairs])
-    imitate = masks([end.path()[1:] for end in solutions])
-    others = masks([[node for node in also if node.parent]])
-    learn = torch.cat([chosen, rejected, imitate, others]).any(0)
-    return Row(packed, chosen, rejected, imitate, learn, list(pairs))
+    chosen = [pair.chosen for pair in pairs]
+    rejected = [pair.rejected for pair in pairs]
+    imitate = [end.path() for end in solutions]
+    groups = [*chosen, *rejected, *imitate, also]
+    packed = pack([node for group in groups for node in group])
+    masks = torch.zeros(len(groups), len(packed.ids))
+    for mask, group in zip(masks, groups):
+        for node in group:
+            mask[packed.span[node]] = node.parent is not None           # the question is given
+    parts = masks.split([len(chosen), len(rejected), len(imitate), 1])
+    return Row(packed, *parts[:3], masks.any(0), list(pairs))
 
 
 def text_row(prompt_ids, solution_ids) -> Row:
@@ -210,15 +235,20 @@ def log_probs(model: GPT, rows: list) -> list:
 
         columns of a row    q1 q2 a1 a2 b1
         before              -1  0  1  2  1      columns 1, 2, 1 predict the learnt a1, a2, b1"""
-    arrays = [(row.packed.ids, row.packed.position, row.packed.before, row.learn) for row in rows]
-    columns = [torch.from_numpy(np.stack(each, axis=1)) for each in arrays]         # each (T, 4)
-    padded = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)  # (B, T, 4), 0 on the right
-    ids, position, before, learn = padded.to(model.device).unbind(-1)   # (B, T)
+    columns = []
+    for row in rows:
+        own = row.packed
+        arrays = own.ids, own.position, own.before, own.until, row.learn
+        columns.append(torch.from_numpy(np.stack(arrays, axis=1)))      # (T, 5)
+    padded = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)  # (B, T, 5), 0 on the right
+    ids, position, before, until, learn = padded.to(model.device).unbind(-1)    # (B, T)
     B, T = ids.shape
-    sees = np.tile(np.eye(T, dtype=bool), (B, 1, 1))    # padding sees itself: no softmax is NaN
-    for own, row in zip(sees, rows):        # T x T for each of thousands of rows would fill memory
-        own[:len(row.learn), :len(row.learn)] = row.packed.sees()
-    hidden = model(ids, position, torch.from_numpy(sees).to(ids.device))            # (B, T, C)
+    # Packed's picture. The mask is made here: one for each of thousands of rows would fill memory
+    s = torch.arange(T, device=ids.device)
+    t = s[:, None]
+    sees = (s <= t) & (t < until[:, None])                              # (B, T, T)
+    sees |= s == t                      # padding sees itself: no softmax is NaN
+    hidden = model(ids, position, sees)                                 # (B, T, C)
     learn = learn > 0
     b, t = learn.nonzero(as_tuple=True)                                 # (M,)
     # index_select, not hidden[b, before]: branches share a parent, and on a CPU the gradient of
@@ -229,13 +259,12 @@ def log_probs(model: GPT, rows: list) -> list:
     return [whole[b, :len(row.learn)] for b, row in enumerate(rows)]
 
 
-def token_log_probs(model: GPT, hidden, targets, at_once: int = 1 << 24):
+def token_log_probs(model: GPT, hidden, targets, at_once: int = 1 << 27):
     """log p(target) over the tokenizer's ids: (M, C), (M,) -> (M,). Logits (M, V) of more than
     `at_once` entries (2,048 tokens of 128,256 ids: 1 GB) are made in slices, in backward again."""
     def of_slice(hidden, targets):
         """The same of a few tokens."""
-        logits = model.token_logits(hidden)
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        return -F.cross_entropy(model.token_logits(hidden), targets, reduction="none")
     size = max(1, at_once // model.config.vocab_size)
     if len(targets) <= size:
         return of_slice(hidden, targets)
@@ -287,30 +316,31 @@ def preference_loss(model: GPT, rows: list, beta=0.1, nll=1.0, kind="sigmoid") -
     pairs and S solutions: in a row with 1 pair and 8 solutions, DPO is one ninth.
 
     IPO takes log-probs per token: its target for h is one number, whether a side has 5 tokens or
-    100. A loss of your own (GRPO, say) gets its log-probs from `tree_row(also=nodes)`: there
-    row.packed.span[node] are the columns of a node, and node.logps its log-probs when sampled."""
-    total, weight, statistics = 0.0, 0, Counter()
-    for row, logps in zip(rows, log_probs(model, rows)):
-        chosen_tokens, rejected_tokens = row.chosen.sum(1), row.rejected.sum(1)     # (J,)
-        chosen, rejected = row.chosen @ logps, row.rejected @ logps     # (J,)
-        numbers = [(pair.ref_chosen, pair.ref_rejected, pair.smoothing) for pair in row.pairs]
-        ref_chosen, ref_rejected, smoothing = torch.tensor(numbers).reshape(-1, 3).T
-        sides = [chosen, rejected, ref_chosen, ref_rejected]
-        if kind == "ipo":
-            sizes = [chosen_tokens, rejected_tokens] * 2
-            sides = [side / size for side, size in zip(sides, sizes)]
-        loss, chosen_reward, rejected_reward = dpo_loss(*sides, beta, smoothing, kind)
+    100. The statistics are sums over pairs; `summary` divides them."""
+    each = list(zip(rows, log_probs(model, rows)))
+    chosen = torch.cat([row.chosen @ logps for row, logps in each])     # (J,), J of all rows
+    rejected = torch.cat([row.rejected @ logps for row, logps in each])
+    chosen_tokens = torch.cat([row.chosen.sum(1) for row in rows])
+    rejected_tokens = torch.cat([row.rejected.sum(1) for row in rows])
+    numbers = [(pair.ref_chosen, pair.ref_rejected, pair.smoothing)
+               for row in rows for pair in row.pairs]
+    ref_chosen, ref_rejected, smoothing = torch.tensor(numbers).reshape(-1, 3).T
+    sides = [chosen, rejected, ref_chosen, ref_rejected]
+    if kind == "ipo":
+        sides = [side / size for side, size in zip(sides, [chosen_tokens, rejected_tokens] * 2)]
+    loss, chosen_reward, rejected_reward = dpo_loss(*sides, beta, smoothing, kind)
+    total, weight = loss.sum(), len(loss)
+    for row, logps in each:
         likely = row.imitate if len(row.imitate) else row.chosen        # (S, T) or (J, T)
-        total = total + loss.sum() - nll * (likely @ logps / likely.sum(1)).sum()
-        weight += len(row.pairs) + len(row.imitate)
-        of_pairs = dict(
-            pairs=torch.ones_like(loss), dpo=loss,
-            margin=chosen_reward - rejected_reward, agree=chosen_reward > rejected_reward,
-            chosen_shift=(chosen - ref_chosen) / chosen_tokens,         # nats a token
-            rejected_shift=(rejected - ref_rejected) / rejected_tokens,
-            chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
-        statistics.update({name: value.sum().item() for name, value in of_pairs.items()})
-    return total, weight, statistics
+        total = total - nll * (likely @ logps / likely.sum(1)).sum()
+        weight += len(row.imitate)
+    of_pairs = dict(
+        pairs=torch.ones_like(loss), dpo=loss,
+        margin=chosen_reward - rejected_reward, agree=chosen_reward > rejected_reward,
+        chosen_shift=(chosen - ref_chosen) / chosen_tokens,             # nats a token
+        rejected_shift=(rejected - ref_rejected) / rejected_tokens,
+        chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
+    return total, weight, {name: value.sum().item() for name, value in of_pairs.items()}
 
 
 def sft_loss(model: GPT, rows: list) -> tuple:
@@ -430,27 +460,21 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
 
 def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens: int) -> Counter:
     """The gradient of a batch's mean loss, left in the masters' .grad; returns the batch's sums."""
-    for p in [*model.parameters(), *masters.values()]:
-        p.grad = None
+    model.zero_grad()
+    for p in masters.values():
+        p.grad = torch.zeros_like(p)
     sums = Counter()
     for part in by_length(rows, tokens):
         loss, weight, statistics = loss_fn(model, part)
         loss.backward()
-        gradients_to_masters(model, masters)
         sums.update(statistics, loss=loss.item(), weight=weight)
+        for name, p in model.named_parameters():
+            if p is not masters[name] and p.grad is not None:   # half precision: add up in fp32
+                masters[name].grad += p.grad
+                p.grad = None
     for p in masters.values():
-        if p.grad is not None:
-            p.grad /= sums["weight"]
+        p.grad /= sums["weight"]
     return sums
-
-
-def gradients_to_masters(model: GPT, masters: dict) -> None:
-    """Half precision: add a part's gradients to those of the masters, in fp32."""
-    for name, p in model.named_parameters():
-        master = masters[name]
-        if master is not p and p.grad is not None:
-            master.grad = p.grad.float() + (0 if master.grad is None else master.grad)
-            p.grad = None
 
 
 def summary(counts: dict, sums: dict) -> dict:

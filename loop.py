@@ -40,6 +40,7 @@ import glob
 import hashlib
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -51,6 +52,7 @@ import time
 import zlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
@@ -61,10 +63,12 @@ from tqdm import tqdm
 
 import critic as judging
 from critic import canonical, find_answer, grade
-from dpo import (DPO_LR, SFT_LR, Pair, apart, batches, outcome_pairs, pit_pairs, preference_loss,
-                 scaled_lr, sft_loss, sibling_pairs, store_reference, text_row, train, tree_row)
-from mcts import (RULES, Budget, StepSampler, Tree, commit_every, draw, fixed_width, from_json,
-                  grow, importance_width, record_grade, search, to_json, until)
+from dpo import (DPO_LR, SFT_LR, batches, luck, outcome_pairs, pit_pairs, preference_loss,
+                 rate_pairs, scaled_lr, sft_loss, sibling_pairs, store_reference, text_row, train,
+                 tree_row)
+from mcts import (RULES, WHOLE, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
+                  from_json, grow, importance_width, page, printable, record_grade, search, to_json,
+                  until)
 from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, about, field, mix, need,
                    pick_device, read_json, read_safetensors, start_console, write_safetensors,
                    write_text)
@@ -100,6 +104,7 @@ def run(s: "Settings") -> list:
         log.append(report(lab, r, solved, trees, notes, clock))
         write_lines(lab.folder / "log.jsonl", log)
         print(summary_line(log[-1]), flush=True)
+    write_text(lab.folder / "report.html", report_page(lab.folder))
     show_example(lab, log)
     return log
 
@@ -219,7 +224,7 @@ SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk
 TINY = dict(default=dict(hidden_size=128, layers=3), smoke=dict(hidden_size=32, layers=2))
 BASE_BATCH = 32                         # solutions in one update of the base
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
-TRAINED_AT_ONCE = 4096                  # padded tokens of one training pass, at most
+TRAINED_AT_ONCE = 2048                  # padded tokens of one training pass; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
 FREE = ("rounds", "out", "device", "threads", "workers", "rows")    # may differ in the next call
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
@@ -353,7 +358,7 @@ def learn_trusted(lab, r, trees):
 # combined: ours. It asks the trees of the round two questions:
 # - Are more than two thirds of the questions unsolved after the first samples? Then each of these
 #   is searched for one right end. Otherwise all are sampled again.
-# - Do wrong steps often end right (`luck`)? Then it learns from preferences, else as rft does
+# - Do wrong steps often end right (`dpo.luck`)? Then it learns from preferences, else as rft does
 SEARCH_ABOVE = 2 / 3
 PREFER_ABOVE = 1 / 2
 
@@ -399,31 +404,6 @@ RECIPES = dict(
     combined=Recipe(grow_unsolved, learn_what_helps, numbers_only=True),
 )
 BASE = Recipe(grow_nothing, lambda lab, r, trees: train_base(lab))      # round 0 of every recipe
-
-
-def compared_rates(node) -> list:
-    """[(rate of right ends, child)], the best first, of a node's children that were sampled twice
-    or more."""
-    often = [child for child in node.children if child.rights + child.wrongs > 1]
-    rate = lambda child: child.rights / (child.rights + child.wrongs)
-    return sorted(((rate(child), child) for child in often), key=lambda pair: -pair[0])
-
-
-def rate_pairs(tree, gap: float = 0.3) -> list:
-    """Siblings by their share of right ends: the best against each that is `gap` worse."""
-    pairs = []
-    for node in tree.nodes:
-        ranked = compared_rates(node)
-        pairs += [Pair([ranked[0][1]], [child]) for rate, child in ranked[1:]
-                  if ranked[0][0] - rate >= gap and apart([ranked[0][1]], [child])]
-    return pairs
-
-
-def luck(trees: list) -> float:
-    """How often does a worse step end right? Mean of (worst rate / best rate) over all forks."""
-    forks = [compared_rates(node) for tree in trees for node in tree.nodes]
-    shares = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
-    return sum(shares) / max(1, len(shares))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -907,7 +887,8 @@ class Lab:
     round_1/, rft/     weights          the next stage; any tool that opens HF folders
     pairs_1.jsonl      prefer           you, and other DPO trainers
     eval_1.jsonl       solve            report
-    log.jsonl          run              you: one row for each round"""
+    log.jsonl          run              you: one row for each round
+    report.html        run              you: the log, the critics and three trees as a page"""
 
     def __init__(self, s: Settings, **shape):
         check(s)
@@ -1095,9 +1076,14 @@ class BuiltIn:
         """Is the solution right? By its final answer alone. cut: it ran into the length limit."""
         return grade(text, question.answer, cut, question.text)
 
-    def sound(self, question, text: str) -> bool | None:
-        """Is every line of the solution right? None: nobody can say."""
+    def first_false(self, question, text: str) -> int | None:
+        """How many lines are true before the first false one? None: nobody can say."""
         return None
+
+    def sound(self, question, text: str) -> bool | None:
+        """Is every line of the solution true? None: nobody can say."""
+        place = self.first_false(question, text)
+        return None if place is None else place > text.count("\n")
 
     def key(self, text: str) -> str:
         """Two questions with one key are the same question."""
@@ -1215,16 +1201,17 @@ class Homework(BuiltIn):
                 break
         return "\n".join([*lines, f"#### {self.claim(x[0])}"])
 
-    def sound(self, question, text: str) -> bool:
-        """Does each line work off one operation without changing the value by precedence?"""
+    def first_false(self, question, text: str) -> int:
+        """A line is true if it works off one operation and keeps the value by precedence."""
         x = parse(question.text)
         number, lines = value(x), text.split("\n")
-        for line in lines[:-1]:
+        for place, line in enumerate(lines[:-1]):
             ways = {line_of(x, i): work_off(x, i) for i in range(1, len(x), 2)}
             x = ways.get(line, [])
             if not x or value(x) != number:
-                return False
-        return x == [number] and lines[-1] == f"#### {self.claim(number)}"
+                return place
+        done = x == [number] and lines[-1] == f"#### {self.claim(number)}"
+        return len(lines) - (not done)
 
 
 def parse(text: str) -> list:
@@ -1608,22 +1595,34 @@ def show_example(lab, log: list) -> None:
     """A tree of round 1, if possible one with a pit or a chosen path; the last model's solution."""
     if lab.settings.preset == "smoke":
         print("A smoke run shows that all stages work; nothing can be learnt at this size.")
-    files = sorted(lab.folder.glob("*_1/*.jsonl"))
-    records = [record for file in files for record in read_lines(file)]
-    marked = [record for record in records if record["pits"] or record["chosen"]] or records
-    if not marked:                              # sft grows no trees
+    records = first_trees(lab.folder)
+    if not records:                             # sft grows no trees
         return
-    record = min(marked, key=lambda record: abs(len(record["nodes"]) - 10))     # fits a screen
-    tree = from_record(record)
-    pits = [tree.nodes[i] for i in record["pits"]]
-    prompt, r = lab.task.prompt(tree.question), log[-1]["round"]
-    (solution, _), = continuations(lab, [lab.task.prompt_ids(tree.question)])
+    question, r = from_record(records[0]).question, log[-1]["round"]
+    prompt = lab.task.prompt(question)
+    (solution, _), = continuations(lab, [lab.task.prompt_ids(question)])
     print("\nA question of round 1, and what was tried:\n")
-    print(draw(tree, lambda node: record["step_texts"][node.index], tree.chosen, pits))
+    print(drawn(records[0]))
     print(f"\nThe model of round {r} writes:\n\n   " + solution.replace("\n", "\n   "))
     print(f"\nAll files are in {lab.folder}. Ask the model yourself:\n"
           f"python model.py --model {shlex.quote(str(lab.folder / f'round_{r}'))} "
           f"--prompt {shlex.quote(prompt)} --temperature 0")
+
+
+def first_trees(folder: Path) -> list:
+    """The saved trees of round 1. The one to show comes first: if possible it has a pit or a chosen
+    path, and fits a screen."""
+    files = sorted(folder.glob("*_1/*.jsonl"))
+    records = [record for file in files for record in read_lines(file)]
+    plain = lambda record: not record["pits"] and not record["chosen"]
+    return sorted(records, key=lambda one: (plain(one), abs(len(one["nodes"]) - 10)))
+
+
+def drawn(record: dict, width: int = 56) -> str:
+    """A saved tree as text, its steps cut at `width` columns."""
+    tree = from_record(record)
+    pits = [tree.nodes[i] for i in record["pits"]]
+    return draw(tree, lambda node: record["step_texts"][node.index], tree.chosen, pits, width=width)
 
 
 def compare(s: Settings, names: list, seeds: int) -> None:
@@ -1636,13 +1635,14 @@ def compare(s: Settings, names: list, seeds: int) -> None:
         raise BadInput(f"--compare {','.join(names)}: name each recipe once.")
     for name in names:
         check(replace(s, recipe=name))
+    rows = []
     hits = {}                   # (recipe, measure): for each seed whether each question counts
     for seed in range(seeds):
         for name in names:
             one = replace(s, recipe=name, seed=seed)
             one.out = str(Path(s.out, f"{name}_seed{seed}")) if s.out else default_folder(one)
             print(f"\n{name}, seed {seed}", flush=True)
-            run(one)
+            rows += run(one)
             solved = read_lines(Path(one.out, f"eval_{s.rounds}.jsonl"))
             hits.setdefault((name, "accuracy"), []).append([row["right"] for row in solved])
             if solved[0]["sound"] is not None:
@@ -1654,6 +1654,7 @@ def compare(s: Settings, names: list, seeds: int) -> None:
     for name in names:
         cells = [compared(hits[name, measure], hits[first, measure]) for measure in measures]
         lines.append([name, *sum(cells, [])])
+    write_text(Path(s.out or "runs", "compare.html"), compare_page(rows))
     print()
     for line in lines:
         print(f"| {' | '.join(line)} |")
@@ -1726,6 +1727,165 @@ def vote(groups: list, score_of: dict, method: str):
                "weighted vote": lambda group: sum(map(score_of.get, group))}
     winner = max(groups, key=weights[method], default=[])
     return max(winner, key=score_of.get, default=None)
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Pictures: a number on a page is a <data> element with its key and its exact value in the log
+# --------------------------------------------------------------------------------------------------
+def report_page(folder: Path) -> str:
+    """A run as a page: its log, what its last critics said of themselves, three trees of round 1.
+    Round 0 trains the base; its tokens and seconds would dwarf those of the others."""
+    log, critic = read_lines(folder / "log.jsonl"), {}
+    scores = ("auc", "brier", "constant")
+    for row in log:
+        critic = row.get("critic") or critic
+        for head, found in row.get("critic", {}).items():
+            row |= {f"critic.{head}.{score}": found[score] for score in scores}
+        if row.get("sound") is not None:
+            hits = row["sound"] * row["questions"]
+            row["sound_low"], row["sound_high"] = judging.wilson(hits, row["questions"])
+    work = log[1:] or log
+    parts = [
+        "<p>The gap between the curves is luck: right answers after a false line. Thick lines are "
+        "95% intervals.</p>", plot(log, ["accuracy", "sound"]),
+        "<h2>Tokens</h2><p>What a round samples, learns from, and writes in its test.</p>",
+        plot(work, ["sampled_tokens", "rollout_tokens", "trained_tokens", "eval_tokens"]),
+        "<h2>Seconds</h2><p>The highest curve is the phase that is worth making faster.</p>",
+        plot(work, ["grow_seconds", "learn_seconds", "eval_seconds"])]
+    for head, found in critic.items():
+        key, cells = f"critic.{head}.calibration", []
+        for said, true, count in found["calibration"]:
+            low, high = judging.wilson(true * count, count)
+            cells.append({"said": said, key: true, f"{key}_low": low, f"{key}_high": high})
+        parts += [
+            f"<h2>The {head} head of the critic</h2><p>Where the curves meet, what it said came "
+            "true as often as it said. It knows something if brier is below constant.</p>",
+            plot(cells, ["said", key], x="said"),
+            plot(work, [f"critic.{head}.{score}" for score in scores])]
+    return page(folder.name, parts + unfolding_trees(folder))
+
+
+def unfolding_trees(folder: Path) -> list:
+    """HTML of three trees of round 1: the example, one with an error, one at random."""
+    records = first_trees(folder)
+    if not records:
+        return []
+    saved = read_lines(folder / "settings.json")[0]
+    known = {name: saved[name] for name in asdict(Settings()) if name in saved}
+    s = Settings(**known)
+    task = (BuiltIn if s.eval_data else TASKS[s.task])(s, None)
+    erred = max(records, key=lambda record: fault(task, record)[0])
+    shown = {"The example": records[0], "An error: " + fault(task, erred)[1]: erred,
+             "A random one": random.Random(s.seed).choice(records)}
+    parts = ["<h2>Three trees of round 1</h2>"]
+    for title, record in shown.items():
+        summary = f"<summary>{escape(printable(title))}</summary>"
+        parts.append(f"<details>{summary}<pre>{escape(drawn(record, WHOLE))}</pre></details>")
+    return parts
+
+
+def fault(task, record: dict) -> tuple:
+    """Where the method erred on a tree, as far as the task can tell: (how telling, a sentence). It
+    puts a first pit elsewhere than at the first false line, or takes a solution with a false line
+    to be right (by its answer, or by the critics), or finds no solution."""
+    tree, found = from_record(record), [(0, "none was found")]
+    if tree.question.answer and not tree.root.rights:
+        found.append((1, "nothing ended right, so there was nothing to learn"))
+    texts = record["step_texts"]
+    text = lambda node: "".join(texts[step.index] for step in node.path()[1:])
+    for end in tree.ends():
+        lines = text(end).split("\n")
+        place = task.first_false(tree.question, text(end))
+        if place is None or place == len(lines):
+            continue
+        pit, false = judging.pit(end), f"{lines[place]} is the first false line"
+        if end.right or end in tree.chosen:
+            found.append((2, f"{false} of a solution that was taken to be right"))
+        if pit in pits_of(tree) and text(pit.parent).count("\n") != place:
+            found.append((3, f"{false}, but another one was called the first pit"))
+    return max(found)
+
+
+def compare_page(rows: list) -> str:
+    """--compare as a page: means over seeds with Student's intervals. rows: the logs of all runs.
+    A curve is a recipe. A bar is its difference to the first recipe after the last round."""
+    names, last = list(dict.fromkeys(row["recipe"] for row in rows)), rows[-1]["round"]
+
+    def spread(name, values):
+        """{name: mean}, and the ends of its interval from two seeds on, cut at -1 and 1."""
+        mean, low, high = judging.t_interval(values)
+        ends = {f"{name}_low": max(-1, low), f"{name}_high": min(1, high)}
+        return {name: mean} | (ends if len(values) > 1 else {})
+    parts = ["<p>Thick lines are 95% intervals over seeds. A bar whose line spans zero shows "
+             "nothing.</p>"]
+    for key in [key for key in ("accuracy", "sound") if rows[0].get(key) is not None]:
+        rates = {(name, r): [] for name in names for r in range(last + 1)}
+        for row in rows:
+            rates[row["recipe"], row["round"]].append(row[key])
+        means, gains = [dict(round=r) for r in range(last + 1)], dict(round=last)
+        for (name, r), values in rates.items():
+            means[r] |= spread(name, values)
+        for name in names:
+            gain = np.subtract(rates[name, last], rates[names[0], last])        # (seeds,)
+            gains |= spread(name, gain.tolist())
+        parts += [f"<h2>{key}</h2>", plot(means, names)]
+        parts += [f"<h2>{key}, less {names[0]}</h2>", plot([gains], names)]
+    return page("Recipes compared", parts)
+
+
+def plot(rows: list, keys: list, x: str = "round") -> str:
+    """A chart of some keys over x, and a table of their numbers. rows are those of the log, or like
+    them; key_low and key_high are the ends of an interval. Keys without a value are left out."""
+    forms = dict(seconds=",.1f", tokens=",.0f")
+    form = forms.get(keys[0].split("_")[-1], ".1%")
+    table, curves = [f"<tr><th>{x}", *(f"<td>{row[x]:.2g}" for row in rows)], {}
+    for key in keys:
+        known = [row for row in rows if row.get(key) is not None]
+        ends = lambda row: (row.get(key + part, row[key]) for part in ("", "_low", "_high"))
+        if known:
+            curves[key] = [(row[x], *ends(row)) for row in known]
+        if known and key != x:
+            table.append(f"<tr><th><code>{key}</code>")
+            for row in rows:
+                value = json.dumps(row.get(key))
+                words = format(row[key], form) if row in known else "-"
+                where = f'data-key="{key}" data-{x}="{row[x]}"'
+                table.append(f'<td><data value="{value}" {where}>{words}</data>')
+    if not curves:
+        return ""
+    drawing = chart(curves, form)
+    return f"<section>{drawing}<div><table>{''.join(table)}</table></div></section>"
+
+
+def chart(curves: dict, form: str) -> str:
+    """SVG. curves: {key: [(x, y, low, high)]}, each with its name at its end, y with an interval
+    from low to high. Curves of one point are drawn as bars, which begin at zero."""
+    bars = all(len(curve) == 1 for curve in curves.values())
+    points = [point for curve in curves.values() for point in curve]
+    xs = sorted({x for x, *_ in points})
+    ys = [y for _, *rest in points for y in rest] + [0] * bars
+    unit = 10 ** math.floor(math.log10(max(ys) - min(ys) or 1))     # .1 if ys go from .48 to .95
+    low, high = math.floor(min(ys) / unit) * unit, math.ceil(max(ys) / unit) * unit
+    x_of = lambda x: round(60 + 190 * (x - xs[0]) / (xs[-1] - xs[0] or 1), 1)
+    y_of = lambda y: round(175 - 165 * (y - low) / (high - low or 1), 1)
+    out = ['<svg viewBox="0 0 375 200">']
+    for y in (low, (low + high) / 2, high):
+        out.append(f'<path class="grid" d="M60 {y_of(y)}h190"/>')
+        out.append(f'<text y="{y_of(y) + 4}">{format(y, form).replace(".0", "")}</text>')
+    for x in xs[bars::len(xs) // 6 + 1]:        # bars have no ticks
+        out.append(f'<text x="{x_of(x) - 4}" y="195">{x:.2g}</text>')
+    free = -99                                  # names go down from the highest, 14 apart at least
+    for key in sorted(curves, key=lambda key: -curves[key][-1][1]):
+        place = list(curves).index(key)
+        shift = place * (26 if bars else 3)     # neither bars nor intervals hide one another
+        ends = [(x_of(x) + shift, *map(y_of, rest)) for x, *rest in curves[key]]
+        line = "L".join(f"{x} {y}" for x, y, *_ in ends) + f"V{y_of(0)}" * bars
+        thick = "".join(f"M{x} {a}V{b}" for x, _, a, b in ends)
+        free = max(free + 14, ends[-1][1] + 4)
+        out.append(f'<g style="--hue:{215 + 137 * place}">'
+                   f'<path class="{"bars" * bars}" d="M{line}"/><path class="ends" d="{thick}"/>'
+                   f'<text x="278" y="{free}">{key.split(".")[-1]}</text></g>')
+    return "".join([*out, "</svg>"])
 
 
 @cache

@@ -19,6 +19,11 @@ Chapters:  1 The tree   2 Files, budget   3 Growing   4 The search   5 Packing  
 Try:  python mcts.py                                       searches a toy game and draws the tree
       python mcts.py --show FILE --question 3 --html PAGE  draws a tree that loop.py saved
 """
+import signal
+
+if __name__ == "__main__":              # Ctrl-C ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import math
 import sys
@@ -155,28 +160,32 @@ def from_json(saved: dict, question) -> Tree:
     """The inverse of to_json; BadInput for a damaged or foreign file. The tree can be grown further
     once its nodes have slots (Sampler.follow gives them): it knows their ids and merges steps."""
     with about("a saved tree"):
-        need(rows := model.field(saved, "nodes", list), "key 'nodes' is empty: there is no root")
+        rows = model.field(saved, "nodes", list)
+        need(rows, "key 'nodes' is empty: there is no root")
         tree = Tree(question, model.field(saved, "seed", int), _numbers(rows[0], "ids", int))
-        tree.tokens, node = model.field(saved, "tokens", int, 0), tree.root
+        tree.tokens = model.field(saved, "tokens", int, 0)
         for number, row in enumerate(rows):
             with about(f"node {number}"):
-                if number > 0:
-                    ids = _numbers(row, "ids", int)
-                    logps = _numbers(row, "logps", float, -1e9, 0.0, [])
-                    need(ids and len(logps) in (0, len(ids)), "keys 'ids', 'logps' do not fit")
-                    parent, end = model.field(row, "parent", int), model.field(row, "end", str, "")
-                    need(0 <= parent < number, f"key 'parent': no node {parent} stands before it")
-                    need(end in ("", "eos", "answer", "length"), f"key 'end' is {end!r:.60}")
-                    node = tree.add(tree.nodes[parent], ids, logps, NOTHING, end)
-                    need(node.index == number, f"is the same step as node {node.index}")
+                node = _add_row(tree, row) if number else tree.root
+                need(node.index == number, f"is the same step as node {node.index}")
                 for name, kind in FACTS.items():
                     if row.get(name) is not None:
                         setattr(node, name, model.field(row, name, kind))
+        chosen = _numbers(saved, "chosen", int, 0, len(rows) - 1, [])
+    tree.chosen = [tree.nodes[i] for i in chosen]
     tree.last_growth = tree.last_commit = tree.root.visits
-    with about("a saved tree"):
-        last = len(tree.nodes) - 1
-        tree.chosen = [tree.nodes[i] for i in _numbers(saved, "chosen", int, 0, last, [])]
     return tree
+
+
+def _add_row(tree: Tree, row) -> Node:
+    """The node of one row of a file, below its parent; BadInput if it cannot be one."""
+    ids, logps = _numbers(row, "ids", int), _numbers(row, "logps", float, -1e9, 0.0, [])
+    need(ids and len(logps) in (0, len(ids)), "keys 'ids', 'logps' do not fit")
+    parent, end = model.field(row, "parent", int), model.field(row, "end", str, "")
+    known = range(len(tree.nodes))
+    need(parent in known, f"key 'parent': no node {parent} stands before it")
+    need(end in ("", "eos", "answer", "length"), f"key 'end' is {end!r:.60}")
+    return tree.add(tree.nodes[parent], ids, logps, NOTHING, end)
 
 
 def _numbers(row, key: str, kind, low=0, high=2 ** 31, default=None) -> list:
@@ -440,7 +449,7 @@ def commit_every(simulations: int, tokens: float = math.inf):
 def best_child(node: Node) -> Node | None:
     """The most visited child, then the one of higher Q, then the first-born. None: no visits."""
     visited = [child for child in node.children if child.visits]
-    return max(visited, key=lambda child: (child.visits, child.q, -child.index), default=None)
+    return max(visited, key=lambda child: (child.visits, child.q), default=None)
 
 
 def best_path(tree: Tree) -> list:
@@ -456,38 +465,33 @@ def best_path(tree: Tree) -> list:
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Packed:
-    """Some nodes of a tree and all their ancestors in one row of T tokens:
+    """Some nodes of a tree and all their ancestors in one row of T tokens, branch after branch:
 
         tree   q1 q2 --+-- a1 a2      row       q1 q2 a1 a2 b1           sees      q1 q2 a1 a2 b1
                        `-- b1         position   0  1  2  3  2   depth         q1   x
                                       before    -1  0  1  2  1   not a2        q2   x  x
-                                                                               a1   x  x  x
+                                      until      5  5  4  4  5                 a1   x  x  x
                                                                                a2   x  x  x  x
                                                                                b1   x  x        x
 
     A token sees its ancestors and itself, so its log-prob is that of a row of its own, and what
-    branches share is computed once: 2 to 6 times less work. `before` is needed because a token's
-    predecessor in its branch need not be its left neighbour: b1 is predicted from q2, not a2."""
+    branches share is computed once: 2 to 6 times less work. All that is below a1 stands in the
+    columns from a1 to before until[a1] = 4. So the token in column t sees column s if
+    s <= t < until[s]. `before` is needed because a token's predecessor in its branch need not be
+    its left neighbour: b1 is predicted from q2, not a2."""
     ids: np.ndarray                     # (T,)
     position: np.ndarray                # (T,) how many tokens come before it in its own solution
     before: np.ndarray                  # (T,) the column of the token it is predicted from
+    until: np.ndarray                   # (T,) the first column that no longer sees it
     span: dict                          # node -> slice of its columns; parents come first
-
-    def sees(self) -> np.ndarray:
-        """(T, T) bool: may the row's token look at the column's? Made on demand: 1 MB at T 1000."""
-        mask = np.zeros((len(self.ids), len(self.ids)), bool)
-        for node, here in self.span.items():
-            if node.parent is not None:
-                mask[here] = mask[self.span[node.parent].stop - 1]          # all ancestors
-            mask[here, here] = np.tri(len(node.ids), dtype=bool)            # its own step so far
-        return mask
 
 
 def pack(nodes) -> Packed:
-    """Lay nodes of one tree and their ancestors in a row, parents first."""
-    keep = sorted({step for node in nodes for step in node.path()}, key=lambda node: node.index)
+    """Lay nodes of one tree and their ancestors in a row, branch after branch."""
+    keep = {step for node in nodes for step in node.path()}
+    keep = sorted(keep, key=lambda node: [step.index for step in node.path()])
     ids = np.concatenate([node.ids for node in keep])                       # (T,)
-    position = np.zeros_like(ids)
+    position, until = np.zeros_like(ids), np.zeros_like(ids)
     before = np.arange(-1, len(ids) - 1)                                    # the left neighbour ...
     span, start = {}, 0
     for node in keep:
@@ -496,8 +500,10 @@ def pack(nodes) -> Packed:
         if node.parent is not None:
             before[start] = span[node.parent].stop - 1                      # ... or the parent
             position[here] += position[before[start]] + 1
+        for step in node.path():
+            until[span[step]] = here.stop                                   # the last one counts
         start = here.stop
-    return Packed(ids, position, before, span)
+    return Packed(ids, position, before, until, span)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -505,11 +511,21 @@ def pack(nodes) -> Packed:
 # --------------------------------------------------------------------------------------------------
 LEGEND = "x = samples that took the step, N = visits of the search, Q = their mean return"
 PRIOR_LEGEND = ", P = how likely the policy is to take it"
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Trees</title><style>
-:root { color-scheme: light dark }  body { font: 16px sans-serif }  .chosen { font-weight: bold }
-summary { border-left: 4px solid #8886; overflow-wrap: anywhere }  details { margin: 0 0 0 .6em }
-.right { border-color: #2a9d4a }  .wrong { border-color: #d9534f }</style>
-<meta name="viewport" content="width=device-width, initial-scale=1">"""
+WHOLE = 10_000                          # columns of a step on a page, where nothing is cut
+SHEET = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --light: 36% }  p { margin: .2em 0 }  .grid { stroke: #8884 }
+@media (prefers-color-scheme: dark) { :root { --light: 70% } }  div, pre { overflow-x: auto }
+body { font: 16px/1.5 sans-serif; max-width: 50em; margin: auto; padding: 0 1em 3em }
+h1, h2 { font-size: 1.2em; margin: 1.5em 0 0; overflow-wrap: anywhere }  pre { font-size: 12px }
+section { display: flex; flex-wrap: wrap; gap: 0 2em; align-items: center }
+table { border-spacing: 0; font-size: 14px }  td { text-align: right; padding-left: 1em }
+th { text-align: left; font-weight: normal }  path { fill: none }  text { fill: currentColor }
+svg { flex: 1 1 20em; max-width: 26em; font-size: 12px; overflow: visible }
+g { color: hsl(var(--hue) 60% var(--light)); stroke: currentColor }  g text { stroke: none }
+.ends { stroke-width: 5; stroke-linecap: round; opacity: .6 }
+.bars { stroke-width: 16; opacity: .4 }
+</style><h1>TITLE</h1>"""
 
 
 def printable(text: str) -> str:
@@ -527,9 +543,10 @@ def _notes(node: Node, chosen, pits, prior: bool) -> str:
     return said + "  <- chosen" * (node in chosen) + "  <== FIRST PIT" * (node in pits)
 
 
-def draw(tree: Tree, text, chosen=(), pits=(), limit: int = 40, prior: bool = False) -> str:
+def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) -> str:
     """The tree for a terminal, with a legend; text(node) -> str. Shown are the `limit` nodes that
-    matter most: chosen, pits, often visited, often sampled. prior: show P, which only PUCT uses."""
+    matter most: chosen, pits, often visited, often sampled. Steps are cut at `width` columns.
+    prior: show P, which only PUCT uses."""
     weight = lambda node: (node in chosen, node in pits, node.visits, node.count, -node.index)
     shown, lines = set(), []
     for node in sorted(tree.nodes, key=weight, reverse=True):
@@ -538,39 +555,28 @@ def draw(tree: Tree, text, chosen=(), pits=(), limit: int = 40, prior: bool = Fa
     todo = [(tree.root, "", "")]                        # no recursion: a path may have 1,000 steps
     while todo:
         node, stem, joint = todo.pop()
-        step = (stem + joint + printable(text(node)))[:56]
-        lines.append(f"{step:<56}  {_notes(node, chosen, pits, prior)}".rstrip())
+        step = (stem + joint + printable(text(node)))[:width]
+        lines.append((step, _notes(node, chosen, pits, prior)))
         stem += {"": "", "+- ": "|  ", "`- ": "   "}[joint]
         below = sorted(shown.intersection(node.children), key=weight)       # drawn last comes first
         todo += [(child, stem, "+- " if i else "`- ") for i, child in enumerate(below)]
+    longest = max(len(step) for step, _ in lines)
+    lines = [f"{step:<{longest}}  {notes}".rstrip() for step, notes in lines]
     if hidden := len(tree.nodes) - len(shown):
         lines.append(f"... and {hidden} more steps")
     return "\n".join([*lines, LEGEND + PRIOR_LEGEND * prior])
 
 
-def page(trees: list, text, chosen=(), pits=(), prior: bool = False) -> str:
-    """Trees as one HTML file that loads nothing; branches fold. chosen, pits: nodes of any tree."""
-    weight = lambda node: (node in chosen, node.visits, node.count, -node.index)
-    colours = "Green: right. Red: wrong. Bold: the chosen path. A click on a step folds it."
-    out = [f"{PAGE}<p>{LEGEND + PRIOR_LEGEND * prior}<br>{colours}</p>"]
-    todo = [tree.root for tree in reversed(trees)]
-    while todo:
-        node = todo.pop()
-        if node is None:
-            out.append("</details>")
-            continue
-        kind = "chosen " * (node in chosen) + {True: "right", False: "wrong", None: ""}[node.right]
-        notes = escape(_notes(node, chosen, pits, prior))
-        step = f"{escape(printable(text(node)))} <small>{notes}</small>"
-        out.append(f"<details open><summary class='{kind}'>{step}</summary>")
-        todo += [None, *sorted(node.children, key=weight)]          # None: the branch is closed
-    return "\n".join(out)
+def page(title: str, parts: list) -> str:
+    """HTML parts as one file that loads nothing and runs no script."""
+    return "\n".join([SHEET.replace("TITLE", escape(printable(title))), *parts])
 
 
 def toy(rule) -> None:
     """From 1, four moves: who ends on 10 wins (5 games of 81: a random player has Q -0.88)."""
     tree, moves, waiting = Tree("reach 10", 0, [1]), ("+1=", "+3=", "*2="), []
     text = lambda node: moves[node.ids[0]] + str(node.ids[1]) if node.parent else "1"
+
     def ask(node, k):
         """In place of a model: all three moves at once, equally likely."""
         x, end = int(node.ids[-1]), "answer" if len(node.path()) == 4 else ""
@@ -578,8 +584,8 @@ def toy(rule) -> None:
             tree.add(node, [move, result], [-1.3, -1.3], NOTHING, end)
         node.drawn += k
         waiting.append(node)
-    done = lambda: [waiting.pop() for _ in waiting[:]]              # all nodes that asked
-    game = SimpleNamespace(ask=ask, answers=done, open=waiting)
+    answers = lambda: [waiting.pop() for _ in waiting[:]]           # all nodes that asked
+    game = SimpleNamespace(ask=ask, answers=answers, open=waiting)
     returns = lambda ends: [1.0 if end.ids[-1] == 10 else -1.0 for end in ends]
     for simulations in (4, 12, 48):
         search([tree], game, returns, until(simulations), rule, fixed_width(3, 3, every=0))
@@ -594,37 +600,35 @@ def show(flags) -> None:
     """Draw a tree of a file that loop.py wrote, or write it as a page."""
     with about(flags.show):
         lines = Path(flags.show).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        need(0 <= flags.question < len(lines), f"--question must be from 0 to {len(lines) - 1}")
+        last = len(lines) - 1
+        need(0 <= flags.question <= last, f"--question must be from 0 to {last}")
         saved = read_json(f"line {flags.question + 1}", lines[flags.question].encode())
         tree, texts = from_json(saved, saved.get("text")), model.field(saved, "step_texts", list)
         need(len(texts) == len(tree.nodes), "key 'step_texts' must hold one text a node")
-        marks = [{tree.nodes[i] for i in _numbers(saved, name, int, 0, len(texts) - 1, [])}
-                 for name in ("chosen", "pits")]
+        pits = [tree.nodes[i] for i in _numbers(saved, "pits", int, 0, len(texts) - 1, [])]
     text, prior = lambda node: str(texts[node.index]), flags.rule == "puct"
-    print(draw(tree, text, *marks, prior=prior))
+    print(draw(tree, text, tree.chosen, pits, prior=prior))
     if flags.html:
-        write_text(flags.html, page([tree], text, *marks, prior))
+        whole = draw(tree, text, tree.chosen, pits, len(texts), WHOLE, prior)
+        write_text(flags.html, page(text(tree.root), [f"<pre>{escape(whole)}</pre>"]))
 
 
 def main(arguments: list) -> int:
     """Exit code 0; 2 for bad input, with one sentence."""
     model.start_console()
-    parser = argparse.ArgumentParser(description="Search a toy game, or show a saved tree.")
+    parser = argparse.ArgumentParser(description="Search a toy game, or show a saved tree.",
+                                     exit_on_error=False)
     parser.add_argument("--show", metavar="FILE", help="a file of trees that loop.py wrote")
     parser.add_argument("--question", type=int, default=0, help="which tree of it, from 0")
     parser.add_argument("--html", metavar="FILE", help="write the tree to this page")
     parser.add_argument("--rule", choices=RULES, default="uct", help="(--show draws P for puct)")
-    flags = parser.parse_args(arguments)
     try:
+        flags, rest = parser.parse_known_args(arguments)
+        need(not rest, f"{' '.join(rest)}: no flag of this program; see --help")
         need(flags.show or not flags.html, "--html needs --show FILE")
-        if flags.show:
-            show(flags)
-        else:
-            toy(RULES[flags.rule])
+        show(flags) if flags.show else toy(RULES[flags.rule])
         return 0
-    except KeyboardInterrupt:
-        return 130
-    except ValueError as error:                 # BadInput is one
+    except (ValueError, argparse.ArgumentError) as error:       # BadInput is a ValueError
         print(f"error: {error}", file=sys.stderr)
         return 2
 

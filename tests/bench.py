@@ -1,32 +1,40 @@
 """How fast is it? Ratios within one run on one thread; seconds differ from machine to machine.
 
-    python tests/bench.py            about two minutes
-Each line says what is compared, and which share of plain matrix products is reached."""
+    python tests/bench.py            about two minutes; transformers is compared if it is installed
+    python tests/bench.py FOLDER     and with open weights in this folder; some minutes more
+Each line says what is compared, or which share of the machine's limits is reached."""
 import importlib.util
+import itertools
 import random
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
 import dpo  # noqa: E402
+import loop  # noqa: E402
 from critic import grade  # noqa: E402
 from mcts import StepSampler, Tree, grow, search, until  # noqa: E402
 from model import GPT, GPTConfig, Request, Sampler, Tokenizer, mix  # noqa: E402
 
 TOKENIZER = Tokenizer.bytes_only()
+# One thread's processor time: what else runs on the machine changes it less than the wall time
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
 
-def seconds(work, repeats=3):
-    """Median wall time of `work`, after one run that is not counted."""
+def seconds(work, repeats=3, clock=CLOCK):
+    """Median time of `work` and of what it began on a GPU; the first run is not counted."""
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         work()
-        times.append(time.perf_counter() - start)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(clock() - start)
     return sorted(times[1:])[repeats // 2]
 
 def question(seed):
@@ -36,32 +44,61 @@ def question(seed):
     lines = [f"{a}+{b}={c}\n" for a, b, c in zip(sums, numbers[1:], sums[1:])]
     return "+".join(map(str, numbers)) + "?\n", "".join(lines) + f"#### {sums[-1]}", str(sums[-1])
 
-def planted(model, seeds):
-    """A sampler with a fresh store, and a tree for each question."""
-    sampler = Sampler(model, TOKENIZER, 100_000, finished=lambda line: line.startswith("####"))
+def planted(model, tokenizer, seeds, repeat=1, **options):
+    """A sampler, and a tree for each question, which is written so many times."""
+    sampler = Sampler(model, tokenizer, 100_000, **options)
     trees = []
     for seed in seeds:
-        ids = TOKENIZER.encode(question(seed)[0])
+        ids = tokenizer.encode(question(seed)[0] * repeat)
         trees.append(Tree(question(seed), seed, ids, sampler.prompt(ids)))
     return sampler, trees
 
+@torch.no_grad()
+def limits(model, rows=256, copied=1 << 24):
+    """What the machine can do: operations a second in plain products of the model's shapes, of so
+    many rows; bytes a second in a copy, which reads and writes; N, the weights in the products."""
+    head = model.model.embed_tokens if model.config.tied else model.lm_head
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2] + [head.weight]
+    N, took = sum(matrix.numel() for matrix in matrices), 0.0
+    for matrix in matrices:
+        x = torch.randn(rows, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        took += seconds(lambda: [(x @ matrix.T).shape for _ in range(10)]) / 10
+    here, there = torch.empty(2, copied, dtype=torch.uint8, device=model.device)
+    copying = seconds(lambda: [there.copy_(here).shape for _ in range(10)]) / 10
+    return SimpleNamespace(N=N, rate=2 * rows * N / took, bandwidth=2 * copied / copying)
+
+def roof(model, most, rows, S):
+    """Tokens a second that these limits allow while `rows` texts of S tokens each are decoded. A
+    step reads all weights once, and keys and values of every row: bytes / bandwidth. It multiplies
+    every row with all weights, and with S keys and values: operations / rate. The larger of the
+    two is the least time of a step."""
+    c, width = model.config, model.dtype.itemsize
+    read = (most.N + rows * S * 2 * c.layers * c.kv_heads * c.head_dim) * width
+    work = 2 * rows * (most.N + 2 * S * c.layers * c.heads * c.head_dim)
+    return rows / max(read / most.bandwidth, work / most.rate)
+
+def training_roof(model, most, T):
+    """Tokens a second that the limits allow in training on rows of T tokens. A token costs 6
+    operations a weight; attention to half of T keys adds 6 T a layer and head dimension."""
+    c = model.config
+    return most.rate / (6 * (most.N + T * c.layers * c.heads * c.head_dim))
+
 def sampling(model):
     """(tokens, seconds, seconds if every sample encodes its prompt): 8 samples of 64 prompts."""
-    sampler = Sampler(model, TOKENIZER, 100_000)
-    prompts = [TOKENIZER.encode(question(seed)[0] * 3) for seed in range(64)]
-
-    def sample(numbers):
-        """24 tokens below each prompt, so many times."""
-        sampler.reset()
-        paths = [sampler.prompt(ids) for ids in prompts]
-        return sampler.extend([Request(path, mix(i, j), 24) for i, path in enumerate(paths)
-                               for j in numbers])
-    shared, apart = lambda: sample(range(8)), lambda: [sample([j]) for j in range(8)]
-    return sum(len(one.ids) for one in shared()), seconds(shared), seconds(apart, 1)
+    def sample(times, k):
+        """24 tokens below each prompt, k samples at once, so many times; the number of tokens."""
+        tokens = 0
+        for _ in range(times):
+            sampler, trees = planted(model, TOKENIZER, range(64), repeat=3, rows=512)
+            grow(sampler, [(tree.root, k) for tree in trees], 24)
+            tokens += sum(tree.tokens for tree in trees)
+        return tokens
+    return sample(1, 8), seconds(lambda: sample(1, 8)), seconds(lambda: sample(8, 1), 1)
 
 def training(model):
-    """(tokens, seconds, seconds with two rows a pair): the sibling pairs of 32 sampled trees."""
-    sampler, trees = planted(model, range(32))
+    """The sibling pairs of 32 sampled trees: (tokens, tokens of a tree, seconds, seconds with two
+    rows a pair)."""
+    sampler, trees = planted(model, TOKENIZER, range(32), finished=last_line)
     grow(sampler, [(tree.root, 8) for tree in trees], 64)
     pairs = [[dpo.Pair([node.children[0]], [other]) for node in tree.nodes
               for other in node.children[1:]] for tree in trees]
@@ -75,53 +112,89 @@ def training(model):
         return sum(logps.sum() for logps in dpo.log_probs(model, rows)), len(rows), {}
     update = lambda rows, loss: lambda: dpo.train(model, [rows], loss, lr=0.0, label="")
     fast, slow = update(packed, dpo.preference_loss), update(plain, plain_loss)
-    return sum(len(row.learn) for row in packed), seconds(fast), seconds(slow, 1)
+    tokens = sum(len(row.learn) for row in packed)
+    return tokens, tokens / len(packed), seconds(fast), seconds(slow, 1)
 
-def searching(model, seeds):
-    """(tokens, seconds) of one batched search."""
-    sampler, trees = planted(model, seeds)
-    win = lambda end: grade(TOKENIZER.decode(end.solution()), end.tree.question[2])
-    start = time.perf_counter()
-    search(trees, StepSampler(sampler, 64), lambda ends: list(map(win, ends)), until(24))
-    return sum(tree.tokens for tree in trees), time.perf_counter() - start
+def last_line(line):
+    """Does this line end a solution?"""
+    return line.startswith("####")
 
-def peer(model):
-    """Seconds for 32 tokens after each of 64 prompts: (here, in transformers.generate)."""
-    from transformers import AutoModelForCausalLM
+def searching(model, tokenizer, seeds, repeat=1, **options):
+    """Tokens a second of one batched search."""
+    sampler, trees = planted(model, tokenizer, seeds, repeat, finished=last_line, **options)
+    win = lambda end: grade(tokenizer.decode(end.solution().tolist()), end.tree.question[2])
+    start = CLOCK()
+    search(trees, StepSampler(sampler, 64), lambda ends: list(map(win, ends)), until(12))
+    return sum(tree.tokens for tree in trees) / (CLOCK() - start)
+
+def evaluating(model):
+    """Seconds of an evaluation of two parts: (by one process, by two)."""
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts = torch.randint(0, 256, (64, 64))
+        count = 2 * loop.EVALUATED_AT_ONCE
+        lab = loop.Lab(loop.Settings(out=folder, device="cpu", threads=1, eval_questions=count))
+        lab.model.load_state_dict(model.state_dict())
+        fresh, questions, took = itertools.count(), lab.task.eval_questions(), []
+        for lab.workers in (1, 2):
+            work = lambda: loop.solve(lab, questions, next(fresh))
+            took.append(seconds(work, 1, time.perf_counter))
+    return took
+
+def peer(folder, dtype, count, each, new=32):
+    """Seconds for `each` samples of so many prompts of 64 tokens, `new` tokens long: (here, in
+    transformers.generate)."""
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = GPT.from_pretrained(folder, "cpu", dtype).bind(tokenizer)
     model.stop_ids = frozenset()                        # no text ends early, here or there
+    prompts = torch.randint(0, 256, (count, 64))
 
     def ours():
         """By the sampler."""
-        sampler = Sampler(model, TOKENIZER, 8192, rows=64)
-        sampler.extend([Request(sampler.prompt(ids), 0, 32) for ids in prompts.tolist()])
-    return seconds(ours), seconds(lambda: theirs.generate(
+        sampler = Sampler(model, tokenizer, 8192, rows=64)
+        paths = [sampler.prompt(ids) for ids in prompts.tolist()]
+        sampler.extend([Request(path, mix(i, j), new) for i, path in enumerate(paths)
+                        for j in range(each)])
+    return seconds(ours, 1), seconds(lambda: theirs.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, pad_token_id=0,
-        max_new_tokens=32, min_new_tokens=32))
+        max_new_tokens=new, min_new_tokens=new, num_return_sequences=each), 1)
 
-if __name__ == "__main__":
+def main(folders):
+    """Print all lines. folders: none, or one with open weights."""
     torch.set_num_threads(1)
-    x, w = torch.randn(4096, 128), torch.randn(128, 320)
-    limit = 2 * 4096 * 128 * 320 / seconds(lambda: x @ w, 20)
-    print(f"matrix products of the tiny model's shape: {limit / 1e9:.0f} GFLOP/s on one thread")
     model = GPT(GPTConfig.tiny(TOKENIZER.n_ids)).initialise(0).bind(TOKENIZER)
-    flops = 2 * sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+    most, half = limits(model), limits(GPT(model.config).to(torch.bfloat16))
+    units = half.rate > 1.5 * most.rate
+    print(f"limits: {most.rate / 1e9:.0f} GFLOP/s in products of the tiny model's shapes, "
+          f"{half.rate / most.rate:.2f} times as many in bf16 (so bf16 units are "
+          f"{'' if units else 'not '}there); copies {most.bandwidth / 1e9:.0f} GB/s")
     rows = [dpo.text_row(TOKENIZER.encode(text), TOKENIZER.encode(solution) + [model.end_id])
             for text, solution, _ in map(question, range(1024))]
     dpo.train(model, dpo.batches(rows, 16, 80, seed=0), dpo.sft_loss, 4e-3, muon=True)
     n, fast, slow = sampling(model)
-    print(f"sampling: {n / fast:,.0f} tokens/s, {n / fast * flops / limit:.0%} of the products; "
+    share = n / fast / roof(model, most, 512, 57)       # a prompt has 45 tokens, a sample 24
+    print(f"sampling: {n / fast:,.0f} tokens/s, {share:.0%} of the limits; "
           f"{slow / fast:.1f} times as fast as if each sample encoded its prompt again")
-    n, fast, slow = training(model)
-    print(f"training: {n / fast:,.0f} tokens/s, {3 * n / fast * flops / limit:.0%} of them; "
+    n, T, fast, slow = training(model)
+    share = n / fast / training_roof(model, most, T)
+    print(f"training: {n / fast:,.0f} tokens/s, {share:.0%} of the limits; "
           f"packed trees are {slow / fast:.1f} times as fast as two rows a pair")
-    n, took = searching(model, range(64))
-    tokens, times = zip(*(searching(model, [seed]) for seed in range(5)))
-    print(f"search: {n / took:,.0f} tokens/s with 64 trees in one batch; "
-          f"{sum(times) / sum(tokens) * n / took:.1f} times as fast as one tree after the other")
-    if importlib.util.find_spec("transformers"):
-        here, there = peer(model)
-        print(f"generation: {there / here:.1f} times as fast as transformers.generate")
+    together, alone = (searching(model, TOKENIZER, range(n)) for n in (64, 1))
+    print(f"search: {together:,.0f} tokens/s with 64 trees in one batch; "
+          f"{together / alone:.1f} times as fast as one tree")
+    one, two = evaluating(model)
+    print(f"evaluation: two processes (--workers 2) are {one / two:.1f} times as fast as one")
+    if not importlib.util.find_spec("transformers"):
+        return
+    with tempfile.TemporaryDirectory() as tiny:
+        model.save_pretrained(tiny)
+        TOKENIZER.save(tiny)
+        faster = torch.bfloat16 if units else torch.float32
+        dtypes = {tiny: torch.float32} | dict.fromkeys(folders, faster)
+        for (folder, dtype), (count, each) in itertools.product(dtypes.items(), [(64, 1), (8, 8)]):
+            here, there = peer(folder, dtype, count, each)
+            print(f"{folder}, {dtype}, {each} samples of {count} prompts: {2048 / here:,.0f} "
+                  f"tokens/s, {there / here:.1f} times as fast as transformers.generate")
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

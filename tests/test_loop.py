@@ -102,7 +102,7 @@ def contents(folder):
         if path.name in ("log.jsonl", "training.json"):
             found[name] = [{key: value for key, value in row.items() if "seconds" not in key}
                            for row in loop.read_lines(path)]
-        elif path.is_file() and name != "settings.json":
+        elif path.is_file() and name not in ("settings.json", "report.html"):
             found[name] = path.read_bytes()
     return found
 
@@ -156,7 +156,7 @@ def test_a_run_leaves_what_it_says(run_of):
 def test_the_lab_lists_the_files(run_of):
     """The names in Lab's docstring are those in the folders of the seven recipes."""
     stem = lambda name: re.sub(r"_\d+", "", name.partition(".")[0])
-    listed = re.findall(r"[a-z]+_1|settings|log|rft", loop.Lab.__doc__)
+    listed = re.findall(r"[a-z]+_1|settings|log|rft|report", loop.Lab.__doc__)
     listed = {stem(name) for name in listed} - {"decode"}
     found = {stem(path.name) for recipe in loop.RECIPES for path in run_of(recipe).iterdir()}
     assert found <= listed and listed - found <= {"more", "searched"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mcts
+from dpo import log_probs, tree_row
 from mcts import (NOTHING, StepSampler, Tree, draw, from_json, grow, pack, page, record_grade,
                   to_json)
 from model import GPT, BadInput, GPTConfig, Request, Sampler, mix
@@ -19,7 +20,6 @@ MODELS = dict(llama=LLAMA, window=LLAMA | dict(model_type="mistral", sliding_win
     model_type="gpt2", vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64))
 PROMPTS = ([3, 5, 7], [3, 5, 7, 9, 11], [3, 6], [30] * 8)
 
-
 class Letters:
     """The part of a tokenizer that a model and a sampler look at: one letter an id."""
     n_ids = base_ids = V
@@ -29,7 +29,6 @@ class Letters:
         """Text of ids."""
         return "".join("\n" if i in self.newline_ids else chr(65 + i) for i in map(int, ids))
     decode = decode_more
-
 
 def language_model(kind="llama", seed=1):
     """A random model of a family, with logits spread so that a wrong hidden state shows."""
@@ -42,13 +41,11 @@ def language_model(kind="llama", seed=1):
             p.data *= 6
     return model.requires_grad_(False).bind(Letters())
 
-
 def plain_log_probs(model, ids, last):
     """(last,) log-probs of the last tokens: one forward of the whole text."""
     with torch.no_grad():
         logits = model.token_logits(model(torch.tensor([ids])))[0, -last - 1:-1]
     return torch.log_softmax(logits, -1)[torch.arange(last), torch.tensor(ids[-last:])].numpy()
-
 
 def random_tree(seed, adds=60):
     """A tree of short random steps, many of them equal; some ends are graded."""
@@ -65,11 +62,9 @@ def random_tree(seed, adds=60):
             record_grade(node, rng.random() < 0.5)
     return tree
 
-
 def ancestors(node):
     """Root to node, by the definition."""
     return (ancestors(node.parent) if node.parent else []) + [node]
-
 
 def assert_sound(tree):
     """What every tree must be: one root, parents born before, no two equal siblings."""
@@ -81,14 +76,12 @@ def assert_sound(tree):
         steps = [(tuple(child.ids), child.end) for child in node.children]
         assert len(steps) == len(set(steps))
 
-
 def skeleton(tree):
     """A tree without its log-probs, which are equal up to rounding only."""
     saved = to_json(tree)
     for row in saved["nodes"]:
         del row["logps"]
     return saved
-
 
 def test_equal_steps_merge():
     """Equal ids with one parent and end are one node; equal keys too; what came first stays."""
@@ -103,7 +96,6 @@ def test_equal_steps_merge():
     assert tree.add(tree.root, [6, 5], [-1, -1], NOTHING, key="5") is b and b.ids.tolist() == [5]
     assert tree.add(tree.root, [6, 5], [-1, -1], NOTHING) is b and b.count == 3
 
-
 def test_long_chains():
     """1,500 unvisited steps: Q is the root's, printing a node prints no tree, all can be drawn."""
     tree = Tree(None, 0, [1])
@@ -111,8 +103,8 @@ def test_long_chains():
         last = tree.add(tree.nodes[-1], [i % V], [-1.0], NOTHING)
     mcts.backup(tree.root, 0.5)
     assert last.q == 0.5 and len(repr(last)) < 500 and len(last.path()) == 1501
-    assert draw(tree, str).count("\n") < 43 and page([tree], str).count("<details") == 1501
-
+    assert draw(tree, str).count("\n") < 43
+    assert draw(tree, lambda node: "x" * 99, limit=2000, width=9999).count("x" * 99) == 1501
 
 @pytest.mark.parametrize("seed", range(4))
 def test_json_round_trip(seed):
@@ -131,7 +123,6 @@ def test_json_round_trip(seed):
     for row in saved["nodes"]:
         del row["tried"], row["value_squares"], row["score"]
     assert all(node.tried == 0 and node.score is None for node in from_json(saved, "q").nodes)
-
 
 def test_damaged_json():
     """Whatever is dropped from a saved tree or put into it: BadInput or a sound tree."""
@@ -154,23 +145,30 @@ def test_damaged_json():
         with pytest.raises(BadInput):
             from_json(damaged, None)
 
-
-def grown(kind, chosen, rows=16):
-    """Trees of PROMPTS, grown at the root and at two children: (trees, sampler, first ends)."""
+def grown(kind, chosen, rows=16, searched=False):
+    """Trees of PROMPTS, sampled at the root and at two children, or searched (an end is worth the
+    parity of its length): (trees, sampler, the first ends)."""
     sampler = Sampler(language_model(kind), Letters(), 16, rows)
     trees = [Tree(i, mix(5, i), PROMPTS[i], sampler.prompt(PROMPTS[i])) for i in chosen]
+    if searched:
+        parity = lambda ends: [(-1.0) ** len(end.solution()) for end in ends]
+        rule, width = mcts.commit_every(4), mcts.fixed_width(4, 2)
+        mcts.search(trees, StepSampler(sampler, 16), parity, rule, width=width)
+        return trees, sampler, []
     ends = grow(sampler, [(tree.root, 4) for tree in trees], 16)
     inner = [[node for node in tree.root.children if not node.end][:2] for tree in trees]
     grow(sampler, [(node, 2) for nodes in inner for node in nodes], 16)
     return trees, sampler, ends
 
-
 @pytest.mark.parametrize("kind", MODELS)
-def test_grown_alone_as_in_a_batch(kind):
-    """A tree in a batch is the tree grown alone; each sample continues with its own seed."""
-    trees, sampler, ends = grown(kind, range(4), rows=5)
+@pytest.mark.parametrize("searched", (False, True))
+def test_grown_alone_as_in_a_batch(kind, searched):
+    """A tree in a batch is the tree grown alone; each sample continues with its own seed. What
+    sampling wrote down for each token is its log-prob in the whole text."""
+    trees, sampler, ends = grown(kind, range(4), 5, searched)
+    counts = sampler.counts.copy()
     for i in (1, 3):
-        assert skeleton(grown(kind, [i])[0][0]) == skeleton(trees[i])
+        assert skeleton(grown(kind, [i], 3 + i, searched)[0][0]) == skeleton(trees[i])
     plain = Sampler(sampler.model, Letters(), 16)
     for number, end in enumerate(ends):                  # four samples of each root, in order
         root = end.tree.root
@@ -179,15 +177,17 @@ def test_grown_alone_as_in_a_batch(kind):
         assert end.solution().tolist() == sample.ids.tolist() and end.end == sample.why
     for tree in trees:
         assert_sound(tree)
+        assert tree.search_from.end if searched else tree.search_from is tree.root
         for node in tree.nodes[1:]:
             below = sum(child.count for child in node.children)
-            assert below == (0 if node.end else node.count + node.drawn)        # counts add up
+            passed = 0 if node.end or searched else node.count          # samples that went on
+            assert below == passed + node.drawn                         # counts add up
             assert node.end or node.ids[-1] in sampler.newline
             assert not sampler.newline & {*node.ids[:-1].tolist()}
             ids = [*tree.root.ids, *node.solution()]
             assert abs(node.logps - plain_log_probs(sampler.model, ids, len(node.ids))).max() < 1e-4
-    assert sampler.counts["processed"] <= sampler.counts["prompt"] + sampler.counts["sampled"]
-
+    assert counts["processed"] <= counts["prompt"] + counts["sampled"]
+    assert counts["sampled"] == sum(tree.tokens for tree in trees)
 
 def test_growing_goes_on_also_from_a_file():
     """Six samples in one call, in two calls, and across a file are the same tree."""
@@ -205,25 +205,24 @@ def test_growing_goes_on_also_from_a_file():
         grow(sampler, [(tree.root, 3)], 25)
         assert skeleton(tree) == skeleton(six)
 
-
 def test_growing_refuses_what_would_hang_or_overwrite():
     """No steps, a node that waits, a sampler in use and a full solution are a clear ValueError."""
+    refused = lambda why: pytest.raises(ValueError, match=why)
     sampler = Sampler(language_model(), Letters(), 16)
     tree = Tree("q", 1, [3, 4], sampler.prompt([3, 4]))
     steps = StepSampler(sampler, 12)
-    with pytest.raises(ValueError, match="0 steps"):
+    with refused("0 steps"):
         steps.ask(tree.root, 0)
     steps.ask(tree.root, 2)
-    with pytest.raises(ValueError, match="waits"):
+    with refused("waits"):
         steps.ask(tree.root, 2)
-    with pytest.raises(ValueError, match="search"):
+    with refused("search"):
         grow(sampler, [(tree.root, 1)], 12)
     assert steps.answers() == [tree.root] and sum(n.count for n in tree.root.children) == 2
     end, = grow(sampler, [(tree.root, 1)], 12)
     for node, most in ((end, 99), (end.path()[1], len(end.path()[1].ids))):
-        with pytest.raises(ValueError, match="tokens"):
+        with refused("tokens"):
             grow(sampler, [(node, 1)], most)
-
 
 def test_a_search_obeys_max_tokens():
     """A step that uses up the tokens is an end, "length", even if it ends with a newline."""
@@ -235,17 +234,17 @@ def test_a_search_obeys_max_tokens():
     assert all(len(node.solution()) == 5 and node.end for node in full)
     assert any(node.end == "length" and node.ids[-1] in sampler.newline for node in full)
 
-
 @pytest.mark.parametrize("seed", range(4))
 def test_pack_equals_brute_force(seed):
-    """Position, before and sees are what each path, written out token by token, says."""
+    """Position, before and until are what each path, written out token by token, says."""
     tree, rng = random_tree(seed), np.random.default_rng(seed)
+    below = lambda node: [node, *(step for child in node.children for step in below(child))]
     for chosen in ([tree.root], tree.nodes[-1:], tree.nodes, rng.choice(tree.nodes, 3)):
         packed = pack(chosen)
-        keep = sorted({a for node in chosen for a in ancestors(node)}, key=lambda node: node.index)
-        tokens = [(node, k) for node in keep for k in range(len(node.ids))]
+        keep = {a for node in chosen for a in ancestors(node)}
+        tokens = [(a, k) for a in below(tree.root) if a in keep for k in range(len(a.ids))]
         column = {token: t for t, token in enumerate(tokens)}
-        sees = np.zeros((len(tokens), len(tokens)), bool)
+        s, sees = np.arange(len(tokens)), np.zeros((len(tokens), len(tokens)), bool)
         for t, (node, k) in enumerate(tokens):
             path = [(a, j) for a in ancestors(node) for j in range(len(a.ids))]
             depth = path.index((node, k))
@@ -253,23 +252,18 @@ def test_pack_equals_brute_force(seed):
             assert packed.before[t] == (column[path[depth - 1]] if depth else -1)
             assert packed.span[node].start + k == t
             sees[t, [column[token] for token in path[:depth + 1]]] = True
-        assert (packed.sees() == sees).all()
-
+        assert (sees == ((s <= s[:, None]) & (s[:, None] < packed.until))).all()
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_packed_equals_separate_rows(kind):
-    """Log-probs of a packed tree are those of every path in a row of its own, to 1e-5."""
-    model, tree = language_model(kind, 3), random_tree(2, adds=40)
-    packed = pack(tree.nodes)
-    assert max(packed.position) > 8                             # beyond the window of 5
-    rows = [torch.from_numpy(x)[None] for x in (packed.ids, packed.position, packed.sees())]
-    with torch.no_grad():
-        logits = model.token_logits(model(*rows))[0, packed.before]
-    logps = torch.log_softmax(logits, -1)[torch.arange(len(packed.ids)), rows[0][0]].numpy()
-    for node in tree.nodes[1:]:
-        want = plain_log_probs(model, [*tree.root.ids, *node.solution()], len(node.ids))
-        assert np.allclose(logps[packed.span[node]], want, rtol=0, atol=1e-5)
-
+    """Log-probs of packed trees are those of every path in a row of its own, to 1e-5."""
+    model, trees = language_model(kind, 3), [random_tree(seed, adds=40) for seed in range(3)]
+    rows = [tree_row(also=tree.nodes) for tree in trees]
+    assert max(rows[2].packed.position) > 8                     # beyond the window of 5
+    for tree, row, logps in zip(trees, rows, log_probs(model, rows)):
+        for node in tree.nodes[1:]:
+            want = plain_log_probs(model, [*tree.root.ids, *node.solution()], len(node.ids))
+            assert np.allclose(logps[row.packed.span[node]], want, rtol=0, atol=1e-5)
 
 def small_tree():
     """Two solutions, one right; ids are code points. (tree, text, pit)"""
@@ -283,9 +277,9 @@ def small_tree():
     mcts.backup(tree.ends()[0], 1.0)
     return tree, lambda node: "".join(map(chr, node.ids)), tree.nodes[3]
 
-
-def test_draw():
-    """The exact text of a small tree; long trees are limited and say so; P is shown on request."""
+def test_draw_and_page():
+    """The exact text of a small tree; long trees say what they hide. Nothing that a model wrote
+    acts on terminal or browser, and a page loads nothing."""
     tree, text, pit = small_tree()
     lines = draw(tree, text, chosen=tree.nodes[:3], pits=[pit]).split("\n")
     assert [" ".join(line.split()) for line in lines[:-1]] == [
@@ -297,19 +291,18 @@ def test_draw():
     assert "... and 2 more steps" in draw(tree, text, chosen=tree.nodes[:3], limit=3)
     evil = draw(tree, lambda node: "\x1b[2J\r3 \u202e\u6c34\n")
     assert all(c.isprintable() or c == "\n" for c in evil) and "\u6c34" in evil
-
-
-def test_page_is_safe_and_whole():
-    """Every step is on the page once, HTML in it stays text, and nothing is loaded."""
-    tree, text, pit = small_tree()
-    html = page([tree, tree], lambda node: f"<script>{text(node)}</script>", pits=[pit])
-    assert html.count("&lt;script&gt;") == 10 and "<script" not in html and "FIRST PIT" in html
-    assert html.count("<details") == html.count("</details>") == 10 and "width=device-width" in html
-    assert "light dark" in html and not any(x in html for x in ("http", "src=", "href=", "url("))
-
+    html = page("<script>\x1b", ["<p>part"])
+    assert html.endswith("&lt;script&gt; </h1>\n<p>part") and "<script" not in html
+    assert not any(x in html for x in ("http", "src=", "href=", "url("))
 
 def test_show(tmp_path, capsys):
-    """--show draws a saved tree; what is wrong with the file is one sentence and exit code 2."""
+    """--show draws a saved tree; what is wrong with file or flags is one sentence, exit code 2."""
+    def refused(*flags):
+        """The sentence."""
+        assert mcts.main([*flags]) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+        return error
     tree, text, pit = small_tree()
     row = to_json(tree) | dict(text="q", pits=[pit.index], chosen=[0, 1],
                                step_texts=[text(node) for node in tree.nodes])
@@ -317,12 +310,13 @@ def test_show(tmp_path, capsys):
     file.write_text("".join(json.dumps(row) + "\n" for _ in range(3)), encoding="utf-8")
     assert mcts.main(["--show", str(file), "--question", "2", "--html", str(html)]) == 0
     assert capsys.readouterr().out == draw(tree, text, tree.nodes[:2], [pit]) + "\n"
-    assert "FIRST PIT" in html.read_text(encoding="utf-8")
-    assert mcts.main(["--show", str(file), "--question", "3"]) == 2
-    assert "0 to 2" in capsys.readouterr().err
+    assert "&lt;== FIRST PIT" in html.read_text(encoding="utf-8")
+    assert "0 to 2" in refused("--show", str(file), "--question", "3")
+    for flags in (["--question", "x"], ["--rule", "x"], ["--wrong"], ["--show"], ["--html", "x"]):
+        assert flags[0] in refused(*flags)
     for damaged in ("", "{\n", json.dumps(row | dict(step_texts=["x"])), "3",
                     json.dumps(row | dict(pits=[9])), json.dumps(row | dict(nodes=[3]))):
         file.write_text(damaged, encoding="utf-8")
-        assert mcts.main(["--show", str(file)]) == 2 and capsys.readouterr().err.count("\n") == 1
-    assert mcts.main(["--show", str(tmp_path / "nowhere")]) == 2
+        refused("--show", str(file))
+    refused("--show", str(tmp_path / "nowhere"))
     assert mcts.main([]) == 0 and "add up" in capsys.readouterr().out
