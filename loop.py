@@ -654,14 +654,12 @@ def calculations(text: str) -> str:
 # 5. Learning: rows of trees, two ways to train on them, the base, the critics
 # --------------------------------------------------------------------------------------------------
 def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float("inf")) -> dict:
-    """Train the policy on rows, in place. Returns statistics for the log."""
+    """Train the policy on rows, in place. Returns statistics for the log. Rows that are too few for
+    `epochs` passes make smaller batches (dpo.batches), so that all recipes have equal updates."""
     s = lab.settings
     if not rows:
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
-    if len(plan) < updates:
-        print(f"{len(plan)} of {updates} updates, since {len(rows)} trees have something to learn "
-              f"from, and each is used {epochs} times at most (--epochs)")
     state = lab.folder / "training_state.safetensors"
     return train(lab.model, plan, loss_fn, lr, tokens=lab.part_tokens, state=state)
 
@@ -1326,9 +1324,9 @@ class Countdown(BuiltIn):
                 return False
         return numbers == (int(question.answer),) and last == f"#### {question.answer}"
 
-    def sound(self, question, text: str) -> bool:
-        """A right solution has no wrong line."""
-        return self.reward(question, text)
+    def sound(self, question, text: str) -> bool | None:
+        """A right solution has no wrong line. (A made-up question has no answer to compare.)"""
+        return self.reward(question, text) if question.answer else None
 
 
 TASKS = dict(homework=Homework, countdown=Countdown)
@@ -1569,16 +1567,16 @@ def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> 
 
 
 def tree_counts(trees: list) -> dict:
-    """What the trees hold. sampled_accuracy is a rate of plain samples. Trees that were searched,
-    or in which pits were looked for, do not count: more samples lie below some of their nodes."""
+    """What the trees hold. sampled_accuracy is a rate of plain samples. A search or a look for pits
+    draws more samples below some nodes than below others: then there is no such rate."""
     asked = {tree.question.text for tree in trees}
     solved = {tree.question.text for tree in trees if tree.root.rights}
-    plain = [tree.root for tree in trees
-             if not tree.root.visits and not any(node.tried for node in tree.nodes)]
-    samples = sum(root.rights + root.wrongs for root in plain)
+    steered = any(node.tried or node.visits for tree in trees for node in tree.nodes)
+    right = sum(tree.root.rights for tree in trees)
+    graded = right + sum(tree.root.wrongs for tree in trees)
     return dict(
         solved=len(solved) / len(asked) if asked else None,
-        sampled_accuracy=sum(root.rights for root in plain) / samples if samples else None,
+        sampled_accuracy=right / graded if graded and not steered else None,
         pits=sum(len(pits_of(tree)) for tree in trees))
 
 
@@ -1592,21 +1590,49 @@ def summary_line(row: dict) -> str:
 
 
 def show_example(lab, log: list) -> None:
-    """A tree of round 1, if possible one with a pit or a chosen path; the last model's solution."""
+    """A question of round 1 before, during and after: the base's solution, the tree, the last
+    model's solution. If there is one, it is a question on which the base errs and the last model
+    does not."""
     if lab.settings.preset == "smoke":
         print("A smoke run shows that all stages work; nothing can be learnt at this size.")
-    records = first_trees(lab.folder)
+    records, r = first_trees(lab.folder)[:100], log[-1]["round"]
     if not records:                             # sft grows no trees
         return
-    question, r = from_record(records[0]).question, log[-1]["round"]
-    prompt = lab.task.prompt(question)
-    (solution, _), = continuations(lab, [lab.task.prompt_ids(question)])
-    print("\nA question of round 1, and what was tried:\n")
-    print(drawn(records[0]))
-    print(f"\nThe model of round {r} writes:\n\n   " + solution.replace("\n", "\n   "))
-    print(f"\nAll files are in {lab.folder}. Ask the model yourself:\n"
+    questions = [from_record(record).question for record in records]
+    prompts = [lab.task.prompt_ids(question) for question in questions]
+    solutions, verdicts = {}, {}
+    for number in (0, r):
+        lab.load(lab.folder / f"round_{number}")
+        solutions[number] = [text for text, _ in continuations(lab, prompts)]
+        said = [verdict(lab.task, *each) for each in zip(questions, solutions[number])]
+        verdicts[number] = said
+    improved = [place for place, (before, after) in enumerate(zip(verdicts[0], verdicts[r]))
+                if before not in ("", RIGHT) and after == RIGHT]
+    place = improved[0] if improved else 0
+
+    def show(title, number):
+        """A solution, with its verdict."""
+        print(f"\n{title}: {verdicts[number][place]}\n")
+        print("   " + solutions[number][place].replace("\n", "\n   "))
+    show("A question of round 1. The base writes", 0)
+    print("\nWhat was tried in round 1:\n")
+    print(drawn(records[place]))
+    show(f"The model of round {r} writes", r)
+    print(f"\nAll files are in {lab.folder}; report.html shows the run. Ask the model yourself:\n"
           f"python model.py --model {shlex.quote(str(lab.folder / f'round_{r}'))} "
-          f"--prompt {shlex.quote(prompt)} --temperature 0")
+          f"--prompt {shlex.quote(lab.task.prompt(questions[place]))} --temperature 0")
+
+
+RIGHT = "right"
+
+
+def verdict(task, question, text: str) -> str:
+    """What is known of a solution, in words; "" if nothing is."""
+    right = task.reward(question, text) if question.answer else None
+    line = task.first_false(question, text)
+    if task.sound(question, text) is False and line is not None:
+        return f"right by luck, line {line + 1} is false" if right else f"line {line + 1} is false"
+    return {True: RIGHT, False: "wrong", None: ""}[task.sound(question, text) or right]
 
 
 def first_trees(folder: Path) -> list:

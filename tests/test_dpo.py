@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dpo
-from dpo import (Muon, Pair, batches, dpo_loss, log_probs, outcome_pairs, pit_pairs,
-                 preference_loss, scaled_lr, schedule, sft_loss, sibling_pairs, store_reference,
-                 text_row, token_log_probs, train, tree_row)
+from dpo import (Muon, Pair, batches, dpo_loss, log_probs, luck, outcome_pairs, pit_pairs,
+                 preference_loss, rate_pairs, scaled_lr, schedule, sft_loss, sibling_pairs,
+                 store_reference, text_row, token_log_probs, train, tree_row)
 from mcts import NOTHING, Tree, record_grade
 from model import GPT, BadInput, GPTConfig
 from test_mcts import grown
@@ -120,6 +120,20 @@ def test_sibling_pairs_by_hand():
             add(tree, tree.root, [i], visits=visits, value_sum=visits * q)
         assert [(pair.chosen[0].ids[0], pair.rejected[0].ids[0], pair.smoothing)
                 for pair in sibling_pairs(tree, **settings)] == want
+
+def test_rate_pairs_by_hand():
+    """The picture of rate_pairs; luck is the mean over nodes of worst rate / best rate."""
+    tree = Tree(None, 0, [9])
+    children = [add(tree, tree.root, [i], rights=rights, wrongs=wrongs)
+                for i, (rights, wrongs) in enumerate(((1, 1), (4, 1), (2, 2), (0, 1)))]
+    b, a, c, _ = children
+    pairs = [(pair.chosen, pair.rejected, pair.smoothing) for pair in rate_pairs(tree)]
+    assert pairs == [([a], [b], 0), ([a], [c], 0)] and rate_pairs(tree, gap=0.4) == []
+    assert luck([tree]) == 0.5 / 0.8 and luck([]) == 0
+    add(tree, a, [0], rights=4), add(tree, a, [1], wrongs=2)
+    assert luck([tree, Tree(None, 0, [9])]) == (0.5 / 0.8 + 0) / 2
+    assert [(pair.chosen[0].parent, pair.rejected[0].ids[0]) for pair in rate_pairs(tree)[2:]] \
+        == [(a, 1)]
 
 # ---- Rows ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sides", [((), (4,)), ((2,), ()), ((), ()), ((2,), (2,)), ((0,), (0,)),
@@ -278,8 +292,8 @@ def test_grpo_in_thirty_lines(sampled):
 def test_batches_are_shuffled_epochs():
     """No row comes again before all have come; at most `epochs` passes; seeds decide the order."""
     rows = list(range(10))
-    for size, updates, epochs, sizes in ((8, 16, 3, [8, 8, 8, 6]), (8, 2, 3, [8, 8]),
-                                         (16, 2, math.inf, [16, 16]), (4, 9, 1, [4, 4, 2])):
+    for size, updates, epochs, sizes in ((8, 7, 3, [4, 4, 4, 5, 4, 4, 5]), (8, 2, 3, [8, 8]),
+                                         (16, 2, math.inf, [16, 16]), (4, 4, 1, [2, 3, 2, 3])):
         found = batches(rows, size, updates, 1, epochs)
         order = sum(found, [])
         passes = [order[i:i + 10] for i in range(0, len(order), 10)]
