@@ -4,9 +4,9 @@ The loop: a language model that improves itself on questions whose final answers
     weights --> grow trees of solutions --> learn from them --> evaluate --> weights, next round
 
 Without any flag a tiny GPT is trained from scratch on arithmetic homework and then improved by
-three rounds of AlphaLLM, in minutes on two CPU cores. With --model and --data the same loop runs on
-open weights and real questions. Every recipe gets the same base, questions, optimiser updates and
-number of *sampled tokens*.
+three rounds of Self-Explore, in minutes on two CPU cores. With --model and --data the same loop
+runs on open weights and real questions. Every recipe gets the same base, questions, optimiser
+updates and number of *sampled tokens*.
 
 Four choices hold the file together:
 1. A recipe is two functions: how its trees grow, and what is learnt from them. Each reads like the
@@ -25,10 +25,11 @@ preferences unlearn them.
 Chapters: 1 The loop   2 Settings   3 Recipes   4 Growing   5 Learning   6 The lab   7 Tasks
           8 Evaluating, comparing, decoding, command line
 
-Try:  python loop.py                             AlphaLLM on homework, about five minutes
+Try:  python loop.py                             Self-Explore on homework, minutes
       python loop.py --preset smoke              all stages in seconds, too small to learn anything
-      python loop.py --recipe self_explore       or rft, outcome_dpo, mcts_dpo, combined, sft
+      python loop.py --recipe alphallm           or rft, outcome_dpo, mcts_dpo, combined, sft
       python loop.py --compare rft,self_explore  both on three seeds: difference and interval
+      python loop.py --classes 0                 homework that is graded by its number
 """
 import signal
 
@@ -164,7 +165,7 @@ def read_lines(path: Path) -> list:
 class Settings:
     """Numbers that are rarely changed stand where they are used, with their reason."""
     # what to run
-    recipe: str = "alphallm"    # sft, rft, outcome_dpo, self_explore, mcts_dpo, alphallm, combined
+    recipe: str = "self_explore"  # sft, rft, outcome_dpo, self_explore, mcts_dpo, alphallm, combined
     task: str = "homework"      # built-in task: homework or countdown; --data replaces it
     model: str = ""             # folder with open weights; empty: a tiny GPT trained from scratch
     data: str = ""              # training questions: JSON lines of GSM8K, MATH, SciQ, ARC ...
@@ -203,12 +204,12 @@ class Settings:
     epochs: int = 3             # DPO passes over its trees at most this often
     beta: float = 0.1           # DPO: how close the policy stays to the reference
     nll: float = 1.0            # weight of the NLL term on chosen sides
-    dpo_lr: float = 0.0         # learning rate of DPO; 0: by the size of the model
+    dpo_lr: float = 0.0         # learning rate of DPO; 0: 1e-4, with --model by the model's size
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the size of the model
     # the base and the evaluation
     base_steps: int = 1050      # updates before round 0; open weights need --sft-data or --task
     traps: int = 0              # homework: lines, at least, on which the careless way errs; 0 to 3
-    classes: int = 0            # homework: the answer is odd or even (2), or the value modulo this
+    classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose numbers on
     eval_questions: int = 2000  # held-out questions
 
@@ -223,6 +224,7 @@ SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk
              steps=4, batch=8, base_steps=40, eval_questions=32, max_tokens=96)
 TINY = dict(default=dict(hidden_size=128, layers=3), smoke=dict(hidden_size=32, layers=2))
 BASE_BATCH = 32                         # solutions in one update of the base
+TINY_DPO_LR = 1e-4                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
 TRAINED_AT_ONCE = 2048                  # padded tokens of one training pass; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
@@ -681,7 +683,7 @@ def prefer(lab, r: int, rows: list, updates: int) -> dict:
         records.append(dict(prompt=prompt, chosen=text(pair.chosen), rejected=text(pair.rejected)))
     write_lines(lab.folder / f"pairs_{r}.jsonl", records)
     loss = partial(preference_loss, beta=s.beta, nll=s.nll)
-    lr = s.dpo_lr or scaled_lr(lab.model, DPO_LR)
+    lr = s.dpo_lr or (scaled_lr(lab.model, DPO_LR) if s.model else TINY_DPO_LR)
     return dict(pairs=len(records)) | fit(lab, rows, loss, lr, updates, s.epochs)
 
 
@@ -1009,7 +1011,8 @@ def default_folder(s: Settings) -> str:
     smoke = "smoke" if s.preset == "smoke" else ""
     model = Path(s.model).resolve().name if s.model else ""
     questions = Path(s.eval_data).stem if s.eval_data else s.task
-    kind = [f"{name}{n}" for name in ("traps", "classes") if (n := getattr(s, name))]
+    kind = [f"{name}{getattr(s, name)}" for name in ("traps", "classes")
+            if getattr(s, name) != getattr(Settings, name)]
     names = [smoke, model, questions, *kind, s.recipe, f"seed{s.seed}"]
     return "runs/" + "_".join(filter(None, names))
 
@@ -1145,13 +1148,11 @@ class Homework(BuiltIn):
     """Expressions, worked off one operation a line:   7+1*4-2?1*4=4 : 7+4-2
                                                                7+4=11 : 11-2
                                                                11-2=9 : 9
-                                                               #### 9
+                                                               #### odd
     The corpus is the homework of a careless class. On four lines of five a student takes the
     leftmost operation, although precedence may ask for another one. So the base can do every step
-    and chooses wrongly, and more of the same corpus does not help.
-
-    With --classes 2 the last line says `odd` or `even`. Then many wrong ways end right, by luck,
-    and a right answer tells little about the steps."""
+    and chooses wrongly, and more of the same corpus does not help. Half of the wrong ways end in
+    the right answer, by luck. (With --classes 0 the answer is 9, and hardly any does.)"""
     careless = 0.8
 
     def __init__(self, *given):

@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # a byte of the key is followed by a random one of the value; "$" stands for the end of the text
 CHAIN = {"?": "++-*", "+": "\n", "-": "\n", "*": "\n", "\n": "+-*===", "=": "0001", "0": "$",
          "1": "$", ":": "+-*="}
-SMALL = dict(preset="smoke", threads=1, workers=1, task="coins", rounds=2, questions=8, samples=4,
-             budget=60, steps=4, batch=4, eval_questions=8, base_steps=2, max_tokens=16)
+SMALL = dict(recipe="alphallm", preset="smoke", threads=1, workers=1, task="coins", rounds=2,
+             questions=8, samples=4, budget=60, steps=4, batch=4, eval_questions=8, base_steps=2, max_tokens=16)
 
 
 class Coins(loop.BuiltIn):

@@ -47,7 +47,7 @@ def test_homework_corpus():
     assert {*lines} == {"1+1=2 : 2*2-1", "1*2=2 : 1+2-1"}
     assert 0.77 < lines.count("1+1=2 : 2*2-1") / 2000 < 0.83
     for least in (1, 2):
-        homework = task(Homework, traps=least, questions=100)
+        homework = task(Homework, traps=least, classes=0, questions=100)
         homework.careless = 0.0
         for question in homework.train_questions(1):
             assert traps(parse(question.text)) >= least
@@ -68,8 +68,8 @@ RIGHT_LINES = "1*4=4 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n"
 def test_sound_by_hand(text, right, sound):
     """A solution of 7+1*4-2 is sound if every line is right; the answer may be right by luck."""
     question = Question("7+1*4-2", "9")
-    assert task(Homework).reward(question, text) == right
-    assert task(Homework).sound(question, text) == sound
+    assert task(Homework, classes=0).reward(question, text) == right
+    assert task(Homework, classes=0).sound(question, text) == sound
     # 30, 8 and 9 as odd or even: the first false line of 7+1=8 is no longer seen in the answer
     last = re.sub("#### ([0-9]+)", lambda found: "#### " + ("odd", "even")[int(found[1]) < 9 or
                   int(found[1]) == 30], text)
