@@ -36,8 +36,7 @@ from model import BadInput
 def known_successes(path: list) -> list:
     """For each step of a wrong solution the number of right ends below it, in any branch. None
     means unknown. A 0 needs evidence: either the step ends the solution, or fresh completions of it
-    were tried and failed. (The wrong solution is no evidence: it was picked because it failed.)
-
+    were tried and failed; the wrong solution itself was picked because it failed.
     Right ends below A, nothing known of B and C, D the wrong end: [1, None, None, 0]."""
     return [node.rights if node.rights or node.tried or node.end else None for node in path]
 
@@ -45,7 +44,6 @@ def known_successes(path: list) -> list:
 def first_pit(successes: list) -> int | None:
     """The first step with no success (Self-Explore, 3.2): [4, 2, 0, 0] -> 2; [4, 0, 3] -> 1;
     [4, 4, 4] -> None; [4, None, 0] -> None, because step 1 is unknown.
-
     When it is wrong: a good step from which the policy recovers with chance p is called a pit with
     probability (1 - p)^k. At p = .3 that is 24% for k = 4 and .3% for k = 16."""
     for step, count in enumerate(successes):
@@ -66,13 +64,10 @@ def pit(end):
 
 def label_pits(ends: list, complete, k: int, budget=None) -> None:
     """Complete prefixes of wrong solutions until each has its pit or the budget is spent.
-
     complete([(node, k)]) samples k completions below each node and grades them (record_grade).
     budget: a mcts.Budget or None. A completion is expected to be as long as the rest of the
     solution; a prefix that the budget does not afford stays unknown. k = 0 labels nothing.
-
     In every wave each solution asks for one prefix. Here are two that share A; k = 4:
-
         root - A - B - C - D  wrong     wave 1   A, for both: 2 of 4 are right
                 `- E - F  wrong         wave 2   B: 0 of 4, the pit of D;  E: 1 of 4, so F is a pit
     """
@@ -110,11 +105,9 @@ slots_of = lambda node: np.concatenate([step.slots for step in node.path()])    
 @torch.no_grad()
 def self_evaluation(nodes: list, sampler, question: str = JUDGE, shown="") -> list:
     """The policy's own P(correct) of each solution so far, a number in (0, 1) each.
-
     The question stands behind the solution, whose keys and values are used again. Models favour a
-    letter, so the mean over both orders of the options is taken: P(correct) .3 with correct as (B)
-    and .4 with correct as (A) give .35. It is .5 if the question exceeds the context.
-
+    letter, so the mean over both orders of the options is taken: .3 with correct as (B) and .4 with
+    correct as (A) give .35. It is .5 if the question exceeds the context.
     shown: a reference solution, as text or function node -> text. This shows the judge the answer.
     Report it: in MCTS-DPO the AUC is 74.7 with it and 62.0 without. BadInput: split letters."""
     model, tokenizer = sampler.model, sampler.tokenizer
@@ -149,15 +142,13 @@ LEAST_AUC = 0.55                        # a head that ranks worse on kept questi
 
 class Critic(torch.nn.Module):
     """Three heads on one hidden layer; each gives a probability.
-
         head      question                                label (critic_labels)
         value     how likely is a right end from here?    share of right ends below the node
         process   is this step good?                      can the solution still end right?
         outcome   is this finished solution right?        its grade
-
-    Inputs: `features`, which the sampler has already. fit_critic trains the heads anew in every
-    round, on four questions of five. The fifth question gives the report, and trusted (3,): 1 for a
-    head whose AUC there is at least LEAST_AUC. loop.train_critic collects the rows."""
+    Inputs: `features`, which the sampler has already. fit_critic trains the heads anew every round,
+    on four questions of five. The fifth gives the report, and trusted (3,): 1 for a head whose AUC
+    there is at least LEAST_AUC."""
 
     def __init__(self, hidden_size: int, seed: int = 0):
         super().__init__()
@@ -191,10 +182,8 @@ class Judge:
 def features(nodes: list, sampler) -> torch.Tensor:
     """(M, C + 4): the hidden state from which the step's last token was drawn, and four log-probs:
     lowest and mean of the step, lowest and mean of the whole path.
-
     Log-probs (-1, -4) of the first step and (-2) of the second give the second -2, -2, -4, -7/3.
-    Without these numbers a rare slip looks like any line: the AUC of the outcome head is .63 on
-    homework without them and .90 with them."""
+    The AUC of the outcome head is .63 on homework without these four numbers and .90 with them."""
     slots, numbers = [], np.zeros((len(nodes), 4), np.float32)
     for node, row in zip(nodes, numbers):
         # a step of one token was drawn from the last state of its parent
@@ -210,15 +199,13 @@ def features(nodes: list, sampler) -> torch.Tensor:
 def critic_labels(tree: Tree, k: int) -> list:
     """[(node, (value, process, outcome), weight)]: one row for each step with graded samples below
     it; nan where a head has no label. In the picture a 3:1 has 3 right and 1 wrong below it; k = 4:
-
         q 3:6 -+- a 3:1 -+- b 3:0 end      a  (.75, 1, nan)       b  (nan, 1, 1)
                |         `- c 0:1 end      d  (0, 0, nan)         c  (nan, 0, 0)
                |- d 0:4 --- e 0:4 end      f  (0, nan, nan)       e  (nan, nan, 0)
                `- f 0:1 --- g 0:1 end
 
     A step is bad (process 0) if its parent can be saved and k samples below it are all wrong; f has
-    too few. Steps after the pit d get no process label: they may be good. The weight of a row is
-    its number of samples, but at most 8."""
+    too few. Steps after the pit d get no process label. A row weighs its samples, at most 8."""
     rows = []
     for node in tree.nodes[1:]:
         samples, good = node.rights + node.wrongs, float(node.rights > 0)
@@ -231,8 +218,7 @@ def critic_labels(tree: Tree, k: int) -> list:
 
 
 def critic_loss(critic: Critic, x, labels, weights):
-    """Weighted cross-entropy over the labels (M, 3) that exist. Classes are not re-weighted, so a
-    label of .75 is learnt as .75."""
+    """Weighted cross-entropy over the labels (M, 3) that exist: a .75 is learnt as .75."""
     exists = weights[:, None] * ~labels.isnan()                             # (M, 3)
     return F.binary_cross_entropy_with_logits(critic(x), labels.nan_to_num(), exists,
                                               reduction="sum") / weights.sum()
@@ -240,7 +226,6 @@ def critic_loss(critic: Critic, x, labels, weights):
 
 def fit_critic(features, labels, weights, held_out, updates: int, seed: int) -> tuple:
     """(Critic trained on the nodes that are not held out, report on those that are).
-
     features (M, C + 4), labels (M, 3), weights (M,), held_out (M,) bool. Hold out whole questions,
     never single nodes: the nodes of one tree share their ends. M may be 0."""
     critic = Critic(features.shape[1] - 4, seed).to(features.device)
@@ -270,7 +255,6 @@ def fit_critic(features, labels, weights, held_out, updates: int, seed: int) -> 
 
 def measure(said, truth) -> dict:
     """What a head says (M,) against the labels (M,), nan where there is none.
-
     auc          chance that a right node (label >= .5) scores above a wrong one
     brier        mean (said - truth)^2;  constant: that of the best constant, for comparison
     calibration  for each tenth of [0, 1]: (mean said, mean truth, number of nodes)
@@ -292,18 +276,14 @@ def measure(said, truth) -> dict:
 # HACK HERE: what a leaf of the search is worth. Also change: the numbers in tests/test_critic.py.
 def leaf_values(nodes, critic, sampler, rule="weakest", rollouts=None, known=None) -> list:
     """One number in [0, 1] for each node. Heads that are not trusted are left out.
-
     weakest (ours): the lowest of what the heads say along the path: value of every prefix, process
-        of every step, outcome of the end. One wrong line ruins a solution, and among many samples
-        one will fool a single head. (Best of 64 on homework: 72% by the outcome head, 89% by the
-        weakest link.) Rank by it, but set no threshold on it: the value of a prefix is low wherever
-        the policy seldom succeeds.
+        of every step, outcome of the end. Among many samples one will fool a single head. (Best of
+        64 on homework: 72% by the outcome head, 89% by the weakest link.) Set no threshold on it:
+        the value of a prefix is low wherever the policy seldom succeeds.
     else: the mean of what the heads (AlphaLLM's sum), or a judge, say of the node alone.
-
         heads say (value, process, outcome): a (.7, .9, -), its end b (-, .8, .95)
         weakest   a: min(.7, .9) = .7        b: min(.7, .9, .8, .95) = .7
         sum       a: (.7 + .9) / 2 = .8      b: (.8 + .95) / 2 = .875
-
     rollouts say one number more of a node that is no end. If nothing is said, a node is worth .5.
     known: {node: (3,)}, what the heads said; the caller keeps it through a search."""
     known = {} if known is None else known
@@ -331,12 +311,10 @@ def leaf_values(nodes, critic, sampler, rule="weakest", rollouts=None, known=Non
 class Rollouts:
     """A small model finishes a leaf n times. The mean of what its own outcome head says of these
     ends is one more opinion about the leaf.
-
     sampler, critic  of the small model
     text             node -> str, if its tokenizer is another one; None: ids are shared
     room             its store is emptied when it has taken in so many tokens
     tokens           sampled by it so far
-
     twin[node] is the node's copy in a tree of the small model, so no prefix is encoded twice."""
 
     def __init__(self, sampler, critic, n: int, max_tokens: int, text=None, room: int = 65536):
@@ -369,8 +347,7 @@ class Rollouts:
         return twin
 
     def score(self, nodes: list) -> dict:
-        """{node: mean outcome of n rollouts}. {} if the outcome head is not trusted. Nodes that
-        leave no room for a rollout are missing."""
+        """{node: mean outcome of n rollouts}, if there is room; {} if the head is not trusted."""
         if not self.critic.trusted[2]:
             return {}
         sampler = self.sampler
@@ -391,264 +368,205 @@ class Rollouts:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Grading numbers and letters:  text -> the piece that states the answer -> its value
+# 5. Grading numbers and letters
 # --------------------------------------------------------------------------------------------------
-# A false right is worse than a false wrong, for a self-improving loop finds it and imitates it. A
-# prefix of a number is no number: what follows it must be known here (a unit, prose, a reason). If
-# a second number, a glyph or a macro follows, the answer is kept whole and equals only itself. All
-# patterns take linear time. Left out: algebra, 2 1/2 in plain text, 5k, 1,00,000, values of units.
-PHRASE = re.compile(r"(?i)(?:answer|correct (?:option|choice))[*_]*\s*(?:is\b|[:：])[*_:]*"
-                    r"|<answer>\s*")
-PROSE = re.compile(r"[^0-9A-Za-z]*(?:[A-Za-z]{2}|[AaI] )")
-MINUS = str.maketrans(dict.fromkeys("\u2212\u2013\uff0d\ufe63\u2010\u2011", "-"))
-SPACED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:[\u00a0\u2009\u202f][0-9]{3})+(?![0-9])")  # 12 500
+# A false right is worse than a false wrong: a self-improving loop finds it and imitates it. So text
+# states a number only if every other token (word, number, glyph) is known to leave it as it is:
+#     **18** apples, as 3 > 2        18: `*` `apples` `,` are known; the reason is cut off
+#     18 or 20   18-20   1 000       unread: two numbers
+#     18k   18 - x   18²   18!       unread: k, x, ^ and ! are not known
+#     not 18   18 thousand           unread: these words change the value
+# Left out: algebra, 5k, 1e3, number words, sums in words (3 boxes * 6 = 18), 2 1/2.
+PHRASE = r"(?i:answer|correct (?:option|choice))[*_]*\s*(?:(?i:is)\b|:)[*_:]*|<answer>\s*"
+DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{3}){1,9}(?![0-9])|[0-9]{1,99})"   # 1,000
+RATIO = r"[0-9]{1,99} ?/ ?[1-9][0-9]{0,98}(?!\.?[0-9])"                 # 1 / 2
+SIGN = r"(?:(?<![\w)\]%.+-])(?<![0-9] )[-+] *)?"                # -3, by -3; none in 10-3, 10 - 3
+NUMBER = rf"{SIGN}(?:{RATIO}|{DIGITS}(?:\.[0-9]{{1,99}})?|\.[0-9]{{1,99}})"     # -1,000.5  .5
+TOKEN = re.compile(rf"{NUMBER}|\\[A-Za-z]+|or so\b|[-/]?[A-Za-z]+(?:'s\b|[0-9]+)?|\S")
+KNOWN = set("""a I an as at be by do he in is it my of on so to up us we In It So We
+               cm ft kg km lb mg mi ml mm oz . , : ; ? ' " ( ) [ ] * _ ` % =""".split())
+CHANGES = ("and|cubed|doubled?|dozen|factorial|fifths|half|halve[ds]|hundreds?|maybe|minus|nor|not|"
+           "negative|over|plus|point|squared|tenths|than|thirds?|thousands?|twice|[a-z]+illions?")
+WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")      # or any other longer word
+REASON = re.compile(r"(?<!well )\b(?:because|since|as|not|given)\b(?! well)")     # 18, not 20
+WORKING = re.compile(r"(?: *[A-Za-z]\w* *=)?"                           # x = 9 + 9 = 18
+                     r"(?:(?:[-+*/().%\s0-9]|,[0-9]{3}|x(?= ?[0-9])|\\times|\\cdot)*=)?")
+RESULT = re.compile(r"=|\bis +(?=[-+0-9])|[0-9] ?- ?(?=[0-9])")         # 9 * 2 is 18, pages 3-18
+MINUS = "\u2212\u2013\u2014\uff0d\ufe63\u2010\u2011"
+SYMBOLS = str.maketrans(MINUS + "×·÷：≈’&", "-------**/:=',", "°")
+SYMBOLS |= str.maketrans({"²": "^2 ", "½": r"\frac12 ", "√": r"\sqrt ", "π": r"\pi "})
+BOX = "[^{}]*"
+for _ in range(4):                      # braces within braces, four deep
+    BOX = rf"(?:[^{{}}]|\{{{BOX}\}})*"
+
+
+def tidy(text: str) -> str:
+    r"""One spelling of signs, without $ and \text: `-18 cm` of `\(−\$18\text{ cm}\)`."""
+    text = text.translate(SYMBOLS)
+    text = re.sub(r"\\(?:text|math|mbox|operatorname)[a-z]* *\{([^{}]*)\}", r" \1", text)
+    return re.sub(r"(?<!\\)\\[()\[\]]|\\?[$€£¥]", " ", text)
 
 
 def last_box(text: str) -> str:
     r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or ""."""
-    starts, found = [], ""                              # start None: a brace that opens no box
-    for brace in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
-        if brace[0] == "}":
-            start = starts.pop() if starts else None
-            found = found if start is None else text[start:brace.start()]
-        elif brace[0] not in ("\\{", "\\}"):
-            starts.append(brace.end() if len(brace[0]) > 1 else None)
-    return found
+    return ["", *re.findall(rf"\\boxed\s*\{{({BOX})\}}", text)][-1]
 
 
 def stated(text: str):
     """(rule, piece): where a text may state its answer, the surest and of a kind the last first.
-    If its last line has a mark, or there is a box, nothing outside of that counts as unmarked."""
-    text = text.split("\nQuestion:")[0].translate(MINUS)                # a base model invents more
-    text = SPACED.sub(lambda digits: re.sub(r"\s", "", digits[0]), text)
+    The whole text counts, as "bare", if it holds no box and its last line no mark."""
+    text = tidy(text.split("\nQuestion:")[0])                           # a base model invents more
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
-    yield from (("####", piece.split("\n")[0]) for piece in reversed(text.split("####")[1:]))
-    yield "boxed", last_box(text)
-    for piece in reversed(PHRASE.split(text)[1:]):
-        line, _, below = piece.partition("\n")
-        if not (below and "=" in line and PROSE.match(line)):   # Answer: Tom has 3 + 2 = 5. So ...
-            yield "phrase", line
-    marked = PHRASE.split(text.split("\n")[-1].replace("####", "<answer>"))[1:]
-    yield "bare", last_box(text) or (marked and marked[-1].strip()) or text
+    box = last_box(text).replace("\n", " ")
+    for rule, mark in (("####", "####"), ("boxed", None), ("phrase", PHRASE)):
+        for piece in reversed(re.split(mark, text)[1:] if mark else [box]):
+            line, _, below = piece.partition("\n")
+            words_first = re.match(r"\W*(?:[A-Za-z]{2}|[AaI] ).*[0-9]", line)
+            if not (below and words_first):             # "#### Step 1: count" is a heading
+                yield rule, line
+    if not box and not re.search(f"####|{PHRASE}", text.split("\n")[-1]):
+        yield "bare", text
 
 
-# what a number is, at the start of a piece, alone, and anywhere (a minus is no sign in 10-3)
-DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"  # 1,000.5  .5
-VALUE = rf"{DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z]))?(?: ?/ ?\$?{DIGITS})?"  # 1e3  1 / 2
-LEADING = re.compile(r"[\s*_`\"'“‘.:,~#=($€£¥\[{]*?"
-                     rf"((?:[-+] ?(?:\$ ?)?|\$ ?[-+]? ?)?{VALUE})")                 # **(-$18
-ALONE = re.compile(LEADING.pattern + r"[\s*_`\"'.)\]}%€]*")
-ANYWHERE = re.compile(rf"(?:(?<![0-9A-Za-z)\]}}%.+-])[-+](?:\$ ?)?|\$ ?[-+]?)?{VALUE}")
-# what must not stand before the last number of a text: a glyph, a macro, a word that changes it
-CHANGED = re.compile(r"(?:[^\s$€£¥(\"'“‘*`\[=:;,>/+<.~-]|[0-9](?:[,./':]|[^\S\n])|\\[A-Za-z]+ ?|"
-                     r"(?i:n't|\b(?:not|minus|negative|than|twice|double|half of)|"
-                     r"[0-9] (?:or|and|to))\s)\Z")
-# what may follow a number, and what may not: 18 dozen  18 - x  18 or more  18 and a half  18 x
-OTHER = (r"(?:(?:sin|cos|tan|log|exp|mod|plus|minus|over|base|point|choose|squared|cubed|"
-         r"factorial|half|halves|thirds|fifths|tenths|k|bn|dozen|hundred\w*|thousand\w*|twice|"
-         r"doubled|halved|[mbtr]+illions?)\b)")         # words that are no unit
-UNIT = (rf"(?!{OTHER})(?:[A-Za-z]{{3,}}(?:[. ]+[A-Za-z]{{2,}})*\.?|[ckm]m|[km]g|ft|m[il]|lb|oz)"
-        r"(?![A-Za-z])")
-FOLLOWS = re.compile(rf"(?={UNIT}|[^A-Za-z!]|$)"
-                     r"(?:[A-Za-z\s.,;:?!'\"“”‘’…—()\[\]{}*_`%$€£¥°/-]|(?<=m)[²³])*")
-GOES_ON = re.compile(rf"(?i:^\W*{OTHER}|^\W*[-*/] ?[a-z]\b|\b(?:or(?! so\b)|if|unless|maybe)\b|"
-                     r"\b(?:and|point) (?:a|an|one|two|three)\b)|"
-                     r"(?<![A-Za-z'’./])[b-fi-ln-rt-zB-HJKM-Z](?!['’A-Za-z]|\.[a-z])")
-# a reason, or the next sentence: what stands behind is no part of the answer
-REASON = re.compile(r"\b(?:because|since|as(?! well)|not|which|given)\b(?!.{0,99}\bor\b)|"
-                    r"[.!?][\"')*_]* +(?=[A-Z] ?[a-z])(?!Or|And|Also|Maybe|Perhaps)")
-
-
-def ends(rest: str) -> bool:
-    """Does an answer end before this rest of its line? Before " cars, as 3 > 2"; not " or 20"."""
-    said = REASON.split(rest, maxsplit=1)[0]
-    return bool(FOLLOWS.fullmatch(said)) and not GOES_ON.search(said)
-
-
-# a working is a chain of sides, Total = 3 cars * $6 = ...; lists of numbers and equations are none
-LABEL = re.compile(r"[\s$*(]*[A-Za-z][A-Za-z\s$()'.:*_+/-]*")
-SUM = re.compile(r"(?!.*\b(?:or|and|is|as|because|since|not)\b)(?:[0-9\s.$€£¥%+*/×÷·()-]|"
-                 r",(?=[0-9]{3})|(?<![A-Za-z])[A-Za-z]{2,}(?![A-Za-z]))*")
-JOINED = re.compile(r"[0-9][%)]*(?: [a-z]+)?\s?(?:[-,;&]|or|and|to)\s?[-$]*[0-9]")  # 3 or 4
-SEVERAL = re.compile(r"[0-9][^0-9=.]{0,20}(?:[,;]|\bor\b|\band\b)[^0-9=.]{0,20}=")  # x=1, y=2
-PLAIN = {                                               # LaTeX of a stated number, in this order
-    r"[-=]>|[→⇒≈≅]": "=", r"\\(?:text|mathrm|mbox) *\{([^{}]*)\}": r" \1",
-    r"\\([$%])|\\[,!;: {}()\[\]]": r" \1", r"(?<=[A-Za-z])_\{?\w\}?": "",           # x_1
-    r"(?<=[0-9)]) ?[xX] ?(?=\$?[(0-9])": "*"}                                       # 3 x 6
+def strange(text: str) -> list:
+    """The tokens that are not known: 18 and k of "only 18 k, or so"."""
+    tokens = TOKEN.findall(text)
+    return [token for token in tokens if token not in KNOWN and not WORD.fullmatch(token)]
 
 
 def read_number(piece: str, rule: str):
-    """The number that a piece begins with, or its working ends in: `10-3=7`, `7 apples` give 7; of
-    a text without any marker the last one. `18 or 20` is returned whole and equals no number."""
-    plain = lambda found: re.sub(r"[$,+ ]", "", found)
-    if rule == "bare":
-        *_, last = [None, *ANYWHERE.finditer(piece)]
-        if last is None or CHANGED.search(piece[max(0, last.start() - 20):last.start()]):
-            return None
-        return plain(last[0]) if ends(piece[last.end():].split("\n")[0].lstrip("!")) else None
-    formula = canonical(piece) if re.search(r"[\\{]", piece) else ""
-    if re.fullmatch("-?[0-9]+(/[0-9]+)?", formula):     # \frac12, 2\frac{1}{2}
+    """The number that a piece states when a working before it and a reason behind it are cut off: 7
+    of `7 apples`, `x = 10-3 = 7`, `7, not 8`. Else the piece as it is, which equals no number.
+    Without a mark (rule "bare") it is the result in the last line with a digit, or None."""
+    *_, last = ["", *(line for line in piece.split("\n") if re.search("[0-9]", line))]
+    formula = canonical(last) if re.search(r"[\\{^]", last) else ""
+    if number(formula) is not None:                     # \frac12  2\frac{1}{2}  5 cm^2
         return formula
-    for pattern, new in PLAIN.items():
-        piece = re.sub(pattern, new, piece)
-    left, _, right = piece.rpartition("=")
-    working = all(LABEL.fullmatch(side) or SUM.fullmatch(side) for side in left.split("="))
-    part = right if working else piece
-    match = LEADING.match(part)
-    if match and ends(part[match.end():].rstrip("!" if rule == "phrase" else "")):
-        return plain(match[1])
-    prose = PROSE.match(piece) and not (JOINED.search(right) or SEVERAL.search(piece))
-    return None if prose or not re.search("[0-9]", piece) else piece.strip()
+    line = REASON.split(WORKING.sub("", last, count=1))[0]
+    if rule == "bare":
+        line = RESULT.split(last)[-1]
+    found = strange(line)
+    if len(found) == 1 and re.fullmatch(NUMBER, found[0]):
+        return re.sub(r"[+,\s]", "", found[0])
+    return piece.strip() if last and rule != "bare" else None
 
 
 def number(spelling: str) -> Fraction | None:
-    """The exact value of a number that stands alone ($18.00, 1,000, 50%, 1/2, 1e3), or None."""
-    found = ALONE.fullmatch(spelling.translate(MINUS)) if len(spelling) <= 1000 else None
-    top, _, bottom = re.sub(r"[$,+ ]", "", found[1] if found else "0/0").partition("/")
-    return Fraction(top) / Fraction(bottom or 1) if Fraction(bottom or 1) else None
+    """The exact value of a number that stands alone ($18.00, 1,000, 50%, 1/2), or None."""
+    alone = tidy(spelling).strip("* ").rstrip("%. ")
+    return Fraction(re.sub(r"[,\s]", "", alone)) if re.fullmatch(NUMBER, alone) else None
 
 
-OPTION = re.compile(r"(?i)[^0-9a-z\\]*(?:\\[a-z]+ ?\{[^0-9a-z]*)?(?:(?:option|choice)\W+)?"
-                    r"([a-z])(?![0-9a-z'’])")
-MARKED = re.compile(r"[*_`\"'\]}$]*(?:[).:](?!\w)|[\s.,;:!?)\]}$'\"*_`>\\-]*$)")     # (B) iron  B.
-APART = re.compile(MARKED.pattern + r"|[*_]*(?:[,;](?!\w)| [-—(])")         # B, iron  B - iron
-NAMED = re.compile(r"[B-HJ-Z] (?!and|nor|but|was|are|has|plus|minus|then|with|cannot)"
-                   r"[a-z]{3,}(?: [a-z]+)?[.!]?")                           # B iron
-SECOND = re.compile(r"(?<![A-Za-z'’])[A-Z](?![A-Za-z'’])|"                  # B or (c)
-                    r"(?:(?i:\b(?:or|and|nor)\b)|[-,/&])\W*[A-Za-z](?![A-Za-z'’])")
+LETTER = re.compile(r"(?i)(?!.*\n)[^\w\\]*(?:(?:option|choice)\W+)?([a-z])(?![\w'])")
+CLOSED = r"\w[*_`\"'\])}]*(?:[).:](?!\w)|[\s.,;:!?)\]}'\"*_`-]*$)"      # (B) iron   B.
+APART = (r"|\w[*_]*(?:[,;]| -)(?!\w)|\w \("                             # B, iron   B - iron
+         r"|[B-HJ-Z] (?!plus|minus)[a-z]{4,}\.?$")                      # B iron; but not A car
 
 
 def read_letter(piece: str, rule: str, options=None):
     """The letter of an option: B, (B), "B. iron", "(b) since"; a text of several lines has none.
-
-    options: {letter: its text} as shown, if known. Then what stands behind the letter must be its
-    text in `B iron`, `B, iron` and `B - iron`, and may nowhere be the text of another option. If
-    they are not known, `B iron` is B, but "A car" and "I think" are no letters."""
-    found = OPTION.match(piece) if rule != "bare" or "\n" not in piece else None
+    options: {letter: its text} as shown, if known. Then the text behind the letter may not be that
+    of another option, and in `B, iron` and `B iron` it must be the letter's own."""
+    found = LETTER.match(piece)
     if not found:
         return None
-    letter, behind = found[1].upper(), piece[found.end():]
-    rest = REASON.split(behind, maxsplit=1)[0]
+    letter = found[1].upper()
+    behind = piece[found.end():]
+    sentence = re.split(r"[.!?][\"')*_]* +(?=[A-Z] ?[a-z])", REASON.split(behind)[0])[0]
     words = lambda text: re.findall(r"\w+", text.casefold())
-    meant = [name for name, text in (options or {}).items()
-             if words(text) in (words(behind), words(rest))]
-    if meant:
-        return letter if letter in meant else None
-    clear = MARKED.match(rest)
-    if not options:
-        clear = APART.match(rest) or NAMED.fullmatch(found[1] + rest)
-    return letter if clear and not SECOND.search(rest) else None
+    for name, text in (options or {}).items():
+        if words(text) and words(text) in (words(behind), words(sentence)):
+            return letter if name == letter else None
+    clear = re.match(CLOSED if options else CLOSED + APART, found[1] + sentence)
+    several = re.search(r"\b(OR|AND|NOR|[A-Z])\b", sentence.upper())        # B or C
+    return letter if clear and not several else None
 
 
 def read_words(piece: str, rule: str):
     """What is neither letter, formula nor number: `Light  BLUE.` gives `light blue`."""
-    return " ".join(piece.split("\n")[0].strip(" #*_.()[]$\"'").casefold().split()) or None
+    return " ".join(piece.split("\n")[0].strip(" #*_.()[]$\"'").casefold().split())
 
 
 # --------------------------------------------------------------------------------------------------
 # 6. Grading formulas; the verdict
 # --------------------------------------------------------------------------------------------------
 # LaTeX (MATH): equal are formulas with one canonical spelling. No algebra: 1 + x is not x + 1.
-GLYPHS = MINUS | str.maketrans({
-    "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "°": "", "×": r"\times ", "·": r"\cdot ",
-    "≤": r"\le ", "≥": r"\ge ", "²": "^2 ", "³": "^3 ", "½": r"\frac12 "})
-TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname|mbox|rm|boxed) *\{"
-UNIT_TEXT = (rf"{TEXT}(?! *(?:[ap]\.? ?m\b|{OTHER}|(?:and|or|if)\b|[A-Za-z](?<![mghsLCF])\}}))"
-             r"(?:(?! of )[^{}0-9])*\}")                # 5\text{ cm}, not 5\text{ pm}, 5\mathrm{i}
 WHOLE = {                                               # for a whole answer, in this order
-    r"\\\\(?=[dt]?frac|sqrt|text|pi)": r"\\", r"\\\\": ",;,",       # matrix: (1,2,;,3,4)
-    r"(?<=[0-9])(?:\{,\}|, *\\! *|\\[,!])(?=[0-9]{3}(?![0-9]))": ",",   # 1{,}000  1,\!000
-    r"\^ *\{? *\\circ *\}?|\\?[$%]|\\[()\[\]]": "", r"\\[,!;: ]|~|\s+": " ",  # 90^\circ  \$5
-    r"\\[dtc](frac|binom)": r"\\\1", r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
-    r"\\(?:times|ast)(?![a-z])": r"\\cdot", r"\\[lc]?dots|\.\.\.": "…",
-    r"\\cup(?![a-z])|∪": "∪",
-    r"\\lbrace": r"\{", r"\\rbrace": r"\}", r"\\varnothing": r"\\emptyset",
-    r"\\(?:left|right|[Bb]ig|displaystyle|limits|q?quad|degree)(?![a-z])": "", "&": ",",
-    r"[(\[]? *\\begin\{(?:[pb]?matrix|array)\}(?:\{[clr|]*\})?": "(",
-    r"\\end\{(?:[pb]?matrix|array)\} *[)\]]?": ")",
-    r",? *\\(?:text|mbox) *\{ *(?:and|or) *\}|(?<=[0-9A-Za-z}]) +(?:and|or) +": ", ",
-    r"^ *(?:\\?[A-Za-z]+(?:_\{?[0-9A-Za-z]\}?|\([a-z]\))?|\([a-z](?:, *[a-z])+\)) *"
-    r"(?:=|\\in(?![a-z]))(?=[^=]*$)": "", r"^\s+|[\s.]+$": ""}                # f(x) =  x \in
+    r"(?<=[0-9])(?:\{,\}|,? *\\[,!] *)(?=[0-9]{3}(?![0-9]))": ",",      # 1{,}000  1,\!000
+    r"\\(?:left|right|[Bb]ig|q?quad|boxed)(?![a-z])": "", r"\\[dtc](frac|binom)": r"\\\1",
+    r"\\\\": ",|,", r"[(\[]? *\\begin\{\w+\}(?:\{[clr|]*\})?": "(",     # a matrix: (1, 2, |, 3, 4)
+    r"\\end\{\w+\} *[)\]]?": ")", r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
+    r"\^ *\{? *\\circ *\}?|\\?%|\\!": "", r"\\[,:; ]|~|\s+": " ",       # 90^\circ
+    r"\\(?:times|cdot|ast)(?![a-z])": "*", r"\\l?dots|\.\.\.": "…",
+    r"\\in(?![a-z])": "=", r",? +(?:and|or) +": ", ", r"[ .]+$": ""}    # x \in [0, 1]
 PART = {                                                # for a part that is no list, in this order
-    rf"(?:(?<=[0-9}})])|(?<=\\pi)) *(?:{UNIT_TEXT}|(?<=[0-9}}]) {UNIT})"
-    r"(?: *\^ *\{?[0-9]\}?)?[. ]*$": "",               # 5\text{ cm}^2, 5 cm^2; not 5\text{ pm}
-    rf"{TEXT}([^{{}}]*)\}}": r"\1", r"([_^]) *([0-9A-Za-z])": r"\1{\2}",    # x^10 is x^{1}0
-    r"^(-?)([0-9]+) +([0-9]+) */ *([0-9]+)$": r"\1\2\\frac{\3}{\4}",         # 2 1/2
-    r"(?<=[0-9]) +(?=[0-9])": "~", r" +": "", r"(?<![0-9])\.(?=[0-9])": "0.",    # 1 2 is not 12
-    r"^\{([^{}]*)\}$": r"\1",
-    r"\\(sqrt(?:\[\w*\])?|frac|binom)([0-9A-Za-z])": r"\\\1{\2}",                 # \sqrt2  \frac12
-    r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\})([0-9A-Za-z])": r"\1{\2}",
-    r"^[+*_:.,`\"]+|[*_:;.,`\"]+$": "", r"^\((-?[0-9./]+|[A-Za-z]+)\)$": r"\1",     # (72)  (A)
-    r"^(-?)\(([^()]*)\)/([0-9.]+|[A-Za-z])$": r"\1\\frac{\2}{\3}",          # (x+1)/2  \pi/4
-    r"^(-?)((?:[^-+,()\[\]/={}]|\{[^{}]*\})+)/([0-9.]+|[A-Za-z]|\\[a-z]+|\\sqrt\{[^{}]*\})$":
-    r"\1\\frac{\2}{\3}", r"^\\frac\{-((?:[^-+{}]|\{[^{}]*\})*)\}(?=\{)": r"-\\frac{\1}"}
-THOUSANDS = re.compile(r"(?<![0-9.])(?<![0-9],)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
-MIXED = re.compile(r"(-?)([0-9]*)\\frac\{(-?[0-9.]+)\}\{(-?[0-9.]*[1-9][0-9.]*)\}")  # 2\frac{1}{2}
+    r"([_^]) *([0-9A-Za-z])": r"\1{\2}",                                # x^10 is x^{1}0
+    r"\\(sqrt *(?:\[\w*\])?|frac|binom) *([0-9A-Za-z])": r"\\\1{\2}",   # \sqrt2  \frac12
+    r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\}) *([0-9A-Za-z])": r"\1{\2}",
+    r"(?<=[0-9]) +(?=[0-9])": "~", " +": "", r"^[*_:;,`\"+]+|[*_:;,`\".]+$": "",    # 1 2 is not 12
+    r"^(?:\{([^{}]*)\}|\((-?[0-9./]+|[A-Za-z]+)\))$": r"\1\2",          # {72}  (72)  (A)
+    r"^(-?)(?:\(([^()]*)\)|((?:[^-+,()\[\]/={}]|\{[^{}]*\})+))/"        # (x+1)/2  \pi/4
+    r"([0-9.]+|[A-Za-z]|\\[a-z]+|\\sqrt\{[^{}]*\})$": r"\1\\frac{\2\3}{\4}",
+    r"^(-?)\\frac\{(-?[0-9.]+)\}\{([0-9.]+)\}$": r"\1\2/\3"}            # -1/2
+UNIT = re.compile(r"(?:(?<=[0-9})])|(?<=\\pi)) +([A-Za-z]+(?:[ .]+[A-Za-z]+)*)"
+                  r"(?: *\^ *\{?[0-9]\}?)?[. ]*$")                      # 5 cm^2
+NAME = re.compile(r"(?:^|(?<=,)) *(\\?[A-Za-z]+(?:_\w|\([a-z]\))?|\([a-z, ]+\)) *=")    # f(x) =
 
 
 def canonical(tex: str) -> str:
-    r"""One spelling for all formulas that count as equal; never empty unless `tex` is blank.
-    `2\frac12`, `2.5`, `x = 5/2 cm` are 5/2; (1, 2] keeps order and brackets; lists, sets and unions
-    are sorted. A comma before three digits groups them, but not inside brackets."""
-    if len(tex) > 1000:
-        return "".join(tex.split())
-    short = tex.translate(GLYPHS)
+    r"""One spelling for all formulas that count as equal: `2\frac12`, `2.5`, `x = 5/2 cm` are 5/2;
+    (1, 2] keeps order and brackets; lists and sets are sorted. Empty only if `tex` is blank."""
+    short = tidy(tex) if len(tex) <= 1000 else ""
     for pattern, new in WHOLE.items():
         short = re.sub(pattern, new, short)
-    if len({*re.findall("([A-Za-z]) *=", short)}) == 1:
-        short = re.sub("(^|,) *[A-Za-z] *=", r"\1", short)      # x=1, x=2; but x=1, y=2 stays
-    if not re.search(r"[()\[\]]|\\\{", short):
-        short = THOUSANDS.sub(lambda digits: digits[0].replace(",", ""), short)
+    names = NAME.findall(short)
+    if len({*names}) == 1 and len(names) == short.count("="):
+        short = NAME.sub("", short)                     # x = 1, x = 2; but x = 1, y = 2 stays
     return spell(short) or "".join(tex.split())
 
 
 def spell(tex: str) -> str:
-    """`canonical` of a tidied formula: a list, union or bracket part by part, else one value."""
-    tex = tex.strip()
-    for mark in (",", "∪"):
-        parts = split(tex, mark)
-        if len(parts) > 1:
-            return mark.join(sorted(map(spell, parts)))
-    bracket = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", tex)
-    parts = split(bracket[2], ",") if bracket else []
-    if len(parts) > 1 or (bracket and bracket[1] == "\\{"):
-        order = sorted if bracket[1] == "\\{" else list
-        return bracket[1] + ",".join(order(map(spell, parts))) + bracket[3]
+    """`canonical` of a tidied formula: a list, set or bracket part by part, else one value."""
+    tex = UNIT.sub(lambda unit: unit[0] if strange(unit[1]) else "", tex.strip())
+    parts = split(tex) if number(tex) is None else []   # 1,000 is no list
+    if len(parts) > 1:
+        return ", ".join(sorted(map(spell, parts)))
+    bracket = re.fullmatch(r"(\\?[(\[{])(.*,.*?)(\\?[)\]}])", tex)
+    if bracket:
+        order = sorted if "{" in bracket[1] else list
+        return bracket[1] + ", ".join(order(map(spell, split(bracket[2])))) + bracket[3]
     for pattern, new in PART.items():
         tex = re.sub(pattern, new, tex)
-    mixed = MIXED.fullmatch(tex)
-    share = Fraction(mixed[3]) / Fraction(mixed[4]) if mixed else 1
-    if mixed and (not mixed[2] or 0 < share < 1):
-        value = Fraction(mixed[2] or 0) + share
-        return str(-value if mixed[1] else value)
-    if re.fullmatch("-?" + VALUE, tex) and number(tex) is not None:
+    mixed = re.fullmatch(r"([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", tex)
+    if mixed and int(mixed[2]) < int(mixed[3]):         # 2\frac{1}{2} is 5/2
+        tex = str(int(mixed[1]) + Fraction(int(mixed[2]), int(mixed[3])))
+    if number(tex) is not None:
         return str(number(tex))
     return tex.casefold() if re.match("[A-Za-z]{3}", tex) else tex      # Even is even, X is not x
 
 
-def split(tex: str, mark: str) -> list:
-    """The parts between marks outside of all brackets: `(1,2],3` at "," gives `(1,2]` and `3`."""
-    depth = np.cumsum([(char in "([{") - (char in ")]}") for char in tex])
-    cuts = [i for i, char in enumerate(tex) if char == mark and depth[i] == depth[-1] == 0]
-    return [tex[start + 1:stop] for start, stop in zip([-1, *cuts], [*cuts, len(tex)])]
+def split(tex: str) -> list:
+    """The parts between commas outside of all brackets: `(1,2],3` gives `(1,2]` and `3`."""
+    depths = np.cumsum([(char in "([{") - (char in ")]}") for char in tex])
+    cut = [char if depth or char != "," else "\n" for char, depth in zip(tex, depths)]
+    return "".join(cut).split("\n")
 
 
 def read_formula(piece: str, rule: str):
-    """The canonical spelling of what a piece states; a sentence states its $...$ or its number."""
-    if rule == "boxed":
-        return canonical(piece)
-    maths = re.match(r"[^0-9A-Za-z$\\]*(?:\$+([^$]+)\$|\\\((.*?)\\\))", piece[:1000])
-    if maths:                                           # $5$, as 3 > 2; but not $5$ or $6$
-        piece = (maths[1] or maths[2]) if ends(piece[maths.end():]) else piece
-    elif "\n" in piece or ("\\" not in piece and re.search("[A-Za-z]{2,} ", piece[:1000])):
-        piece = read_number(piece, rule) or ""
-    return canonical(piece) if re.search("[0-9A-Za-z]", piece) else None
+    """The canonical spelling of what a piece states; of prose, its number."""
+    if rule != "boxed":
+        prose = re.search(r"\n|(?<![\\A-Za-z])[A-Za-z]{2,} ", piece)
+        piece = read_number(piece, rule) or ("" if prose else piece)
+    return canonical(piece)
 
 
 def find_answer(text: str, read=read_number) -> tuple:
     """(answer, rule) that a text states; rule: "####", "boxed", "phrase", or unmarked "bare"."""
-    found = ((read(piece, rule), rule) for rule, piece in stated(text) if piece.strip())
-    return next((pair for pair in found if pair[0] is not None), (None, None))
+    for rule, piece in stated(text):
+        answer = read(piece, rule)
+        if answer:
+            return answer, rule
+    return None, None
 
 
 def extract_answer(text: str) -> str | None:
@@ -656,9 +574,11 @@ def extract_answer(text: str) -> str | None:
     return find_answer(text)[0]
 
 
-def same_answer(a: str | None, b: str | None) -> bool:
+def same_answer(a, b) -> bool:
     """Are two answers one? By value: 18 = 18.0 = $18.00; else as spelled. None equals nothing."""
-    return None not in (a, b) and (a == b or number(a) == number(b) is not None)
+    if a is None or b is None:
+        return False
+    return a == b or number(a) == number(b) is not None
 
 
 # HACK HERE: what a right answer is. Also change: tests/test_grade.py. The reference decides how to
@@ -667,17 +587,13 @@ def grade(text: str, reference: str, cut: bool = False, question: str = "") -> b
     """Does the text state the reference's answer? cut: it ran into the length limit, so its last
     number is any number on the way, and only a marked answer counts (####, box, phrase).
     question: if it shows options as lines "(B) iron", `B iron` is read with them (read_letter)."""
-    if not text or not reference:
-        return False
-    latex = last_box(reference) or ("\\" in reference and "####" not in reference)
-    options = dict(re.findall(r"\n\(([A-Z])\) (.+)", question))
-    letter = partial(read_letter, options=options)
+    latex = "\\" in reference and "####" not in reference
+    letter = partial(read_letter, options=dict(re.findall(r"\n\(([A-Z])\) (.+)", question)))
     for read in [read_formula] if latex else [letter, read_number, read_words]:
         wanted = find_answer(reference, read)[0]
         if wanted is not None:
             found, rule = find_answer(text, read)
-            same = found == wanted if latex else same_answer(found, wanted)
-            return same and not (cut and rule == "bare")
+            return same_answer(found, wanted) and not (cut and rule == "bare")
     return False
 
 

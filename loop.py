@@ -1151,8 +1151,8 @@ class Homework(BuiltIn):
                                                                #### odd
     The corpus is the homework of a careless class. On four lines of five a student takes the
     leftmost operation, although precedence may ask for another one. So the base can do every step
-    and chooses wrongly, and more of the same corpus does not help. Half of the wrong ways end in
-    the right answer, by luck. (With --classes 0 the answer is 9, and hardly any does.)"""
+    and chooses wrongly, and more of the same corpus does not help. Seven of ten solutions with a
+    wrong line end in the right answer, by luck. (With --classes 0 the answer is 9: none does.)"""
     careless = 0.8
 
     def __init__(self, *given):
