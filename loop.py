@@ -23,7 +23,7 @@ steps often end in a right answer (odd or even, multiple choice), imitation copi
 preferences unlearn them.
 
 Chapters: 1 The loop   2 Settings   3 Recipes   4 Growing   5 Learning   6 The lab   7 Tasks
-          8 Evaluating, comparing, decoding, command line
+          8 Evaluating, comparing, decoding   9 Pictures   10 Command line
 
 Try:  python loop.py                             Self-Explore on homework, minutes
       python loop.py --preset smoke              all stages in seconds, too small to learn anything
@@ -165,7 +165,7 @@ def read_lines(path: Path) -> list:
 class Settings:
     """Numbers that are rarely changed stand where they are used, with their reason."""
     # what to run
-    recipe: str = "self_explore"  # sft, rft, outcome_dpo, self_explore, mcts_dpo, alphallm, combined
+    recipe: str = "self_explore"  # or sft, rft, outcome_dpo, mcts_dpo, alphallm, combined
     task: str = "homework"      # built-in task: homework or countdown; --data replaces it
     model: str = ""             # folder with open weights; empty: a tiny GPT trained from scratch
     data: str = ""              # training questions: JSON lines of GSM8K, MATH, SciQ, ARC ...
@@ -1517,7 +1517,7 @@ class FileTask(BuiltIn):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Evaluating, comparing, decoding, command line
+# 8. Evaluating, comparing, decoding
 # --------------------------------------------------------------------------------------------------
 def solve(lab, questions: list, r: int) -> list:
     """A record of each question: its greedy solution, and whether it is right."""
@@ -1757,7 +1757,7 @@ def vote(groups: list, score_of: dict, method: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Pictures: a number on a page is a <data> element with its key and its exact value in the log
+# 9. Pictures: report.html. Every number there has its key and its exact value in the log beside it
 # --------------------------------------------------------------------------------------------------
 def report_page(folder: Path) -> str:
     """A run as a page: its log, what its last critics said of themselves, three trees of round 1.
@@ -1915,6 +1915,9 @@ def chart(curves: dict, form: str) -> str:
     return "".join([*out, "</svg>"])
 
 
+# --------------------------------------------------------------------------------------------------
+# 10. Command line
+# --------------------------------------------------------------------------------------------------
 @cache
 def flags() -> argparse.ArgumentParser:
     """A flag for each setting; its help is the comment beside the field."""
