@@ -204,7 +204,7 @@ class Settings:
     epochs: int = 3             # DPO passes over its trees at most this often
     beta: float = 0.1           # DPO: how close the policy stays to the reference
     nll: float = 1.0            # weight of the NLL term on chosen sides
-    dpo_lr: float = 0.0         # learning rate of DPO; 0: 1e-4, with --model by the model's size
+    dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the size of the model
     # the base and the evaluation
     base_steps: int = 1050      # updates before round 0; open weights need --sft-data or --task
@@ -224,7 +224,7 @@ SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk
              steps=4, batch=8, base_steps=40, eval_questions=32, max_tokens=96)
 TINY = dict(default=dict(hidden_size=128, layers=3), smoke=dict(hidden_size=32, layers=2))
 BASE_BATCH = 32                         # solutions in one update of the base
-TINY_DPO_LR = 1e-4                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
+TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
 TRAINED_AT_ONCE = 2048                  # padded tokens of one training pass; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
