@@ -44,7 +44,7 @@ def known_successes(path: list) -> list:
 def first_pit(successes: list) -> int | None:
     """The first step with no success (Self-Explore, 3.2): [4, 2, 0, 0] -> 2; [4, 0, 3] -> 1;
     [4, 4, 4] -> None; [4, None, 0] -> None, because step 1 is unknown.
-    When it is wrong: a good step from which the policy recovers with chance p is called a pit with
+    When it is wrong: a good step whose completions end right with chance p is called a pit with
     probability (1 - p)^k. At p = .3 that is 24% for k = 4 and .3% for k = 16."""
     for step, count in enumerate(successes):
         if count is None:
@@ -56,7 +56,7 @@ def first_pit(successes: list) -> int | None:
 
 def pit(end):
     """The node of the first pit of a wrong solution. None while an earlier step is unknown, and for
-    a right or ungraded end. A right branch that is found later makes a pit disappear."""
+    a right or ungraded end. A right branch that is found later moves or removes a pit."""
     path = end.path()[1:]
     step = first_pit(known_successes(path)) if end.right is False else None
     return None if step is None else path[step]
@@ -320,11 +320,19 @@ class Rollouts:
     def __init__(self, sampler, critic, n: int, max_tokens: int, text=None, room: int = 65536):
         self.sampler, self.critic, self.text = sampler, critic, text
         self.n, self.max_tokens, self.room = n, max_tokens, room
-        self.twin, self.fresh = {}, []                  # fresh: twins without log-probs
-        self.tokens = self.emptied = 0                  # emptied: taken in before the last reset
+        self.fresh, self.tokens = [], 0                 # fresh: twins without log-probs
         # the critic may have learnt from samples of this sampler: its caller has counted those
-        sampler.reset()
         sampler.counts = dict.fromkeys(sampler.counts, 0)
+        self.forget()
+
+    def forget(self):
+        """Empty the store: done before each file of trees, so that no file depends on others."""
+        self.sampler.reset()
+        self.twin, self.emptied = {}, self.taken()
+
+    def taken(self) -> int:
+        """Tokens that were taken into the store so far."""
+        return self.sampler.counts["prompt"] + self.tokens
 
     def copy(self, node):
         """The twin of a node, made with those above it if they are missing. None: no room."""
@@ -351,10 +359,8 @@ class Rollouts:
         if not self.critic.trusted[2]:
             return {}
         sampler = self.sampler
-        taken = sampler.counts["prompt"] + self.tokens
-        if taken - self.emptied > self.room:
-            sampler.reset()
-            self.twin, self.emptied = {}, taken
+        if self.taken() - self.emptied > self.room:
+            self.forget()
         twins = {node: twin for node, twin in zip(nodes, map(self.copy, nodes))
                  if twin is not None and len(twin.solution()) < self.max_tokens}
         sampler.encode([slots_of(twin) for twin in twins.values()])
@@ -370,6 +376,8 @@ class Rollouts:
 # --------------------------------------------------------------------------------------------------
 # 5. Grading numbers and letters
 # --------------------------------------------------------------------------------------------------
+# The way of "So x = 10-3 = 7 apples": `grade` (chapter 6) calls `find_answer`, which asks `stated`
+# for the pieces of the text and `read_number` for what they say, 7; `same_answer` compares.
 # A false right is worse than a false wrong: a self-improving loop finds it and imitates it. So text
 # states a number only if every other token (word, number, glyph) is known to leave it as it is:
 #     **18** apples, as 3 > 2        18: `*` `apples` `,` are known; the reason is cut off

@@ -17,7 +17,8 @@ The reference is always the model as it stands when DPO begins:
     self_explore, mcts_dpo           the RFT model in round 1, then the last round's model; this is
                                      also the model that grew the trees
     outcome_dpo                      the last round's model
-    rft, alphallm, combined, sft     none: they imitate
+    combined                         the last round's model, in round 1 after it has imitated
+    rft, alphallm, sft               none: they imitate
 
 The loss of a pit pair sums over the right completion up to its end (chosen), and over the pit
 alone, one step (rejected). The sides differ in length, which the loss could exploit; the log
@@ -95,8 +96,8 @@ def complete_right_paths(tree: Tree) -> list:
 
 def outcome_pairs(tree: Tree, most: int = 8) -> list:
     """The control of the Self-Explore paper: each right solution is paired with one wrong solution.
-    Of the wrong ones that were used least often so far, the one that shares the fewest steps with
-    it is taken (the paper: the largest edit distance)."""
+    Of the wrong ones that were used least often so far, the one with the most steps that differ
+    is taken (the paper: the largest edit distance)."""
     right = complete_right_paths(tree)[:most]
     wrong = [end.path() for end in tree.ends() if end.right is False][:most]
     pairs, taken = [], Counter()            # taken: wrong end -> pairs that it is in
@@ -135,8 +136,8 @@ def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
 
 
 def rate_pairs(tree: Tree, gap: float = 0.3) -> list:
-    """Siblings by their rate, the share of right ends below them, as plain samples show it: the
-    best child against each one that is `gap` worse (for `combined`; from no paper).
+    """Siblings by their rate, the share of right ends below them: the best child against each one
+    that is `gap` worse (for `combined`; from no paper).
 
         n --+- A  4 of 5 right      rates .8 .5 .5: Pair([A], [B]) and Pair([A], [C])
             |- B  1 of 2
@@ -162,8 +163,8 @@ def by_rate(node) -> list:
 
 def luck(trees: list) -> float:
     """Does a worse step often end right, too? Mean of worst rate / best rate over all nodes with
-    two children in `by_rate`: .5 / .8 for the node above. About .1 if right answers imply right
-    steps, .7 if the answer is odd or even."""
+    two children or more in `by_rate` (and a best rate above 0): .5 / .8 for the node above. About
+    .1 if right answers imply right steps, .7 if the answer is odd or even."""
     forks = [by_rate(node) for tree in trees for node in tree.nodes]
     shares = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
     return sum(shares) / max(1, len(shares))
@@ -249,15 +250,15 @@ def log_probs(model: GPT, rows: list) -> list:
     columns = []
     for row in rows:
         own = row.packed
-        arrays = own.ids, own.position, own.before, own.until, row.learn
+        arrays = own.ids, own.position, own.before, own.unseen, row.learn
         columns.append(torch.from_numpy(np.stack(arrays, axis=1)))      # (T, 5)
     padded = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)  # (B, T, 5), 0 on the right
-    ids, position, before, until, learn = padded.to(model.device).unbind(-1)    # (B, T)
+    ids, position, before, unseen, learn = padded.to(model.device).unbind(-1)    # (B, T)
     B, T = ids.shape
     # Packed's picture. The mask is made here: one for each of thousands of rows would fill memory
     s = torch.arange(T, device=ids.device)
     t = s[:, None]
-    sees = (s <= t) & (t < until[:, None])                              # (B, T, T)
+    sees = (s <= t) & (t < unseen[:, None])                              # (B, T, T)
     sees |= s == t                      # padding sees itself: no softmax is NaN
     hidden = model(ids, position, sees)                                 # (B, T, C)
     learn = learn > 0

@@ -10,14 +10,14 @@ updates and number of *sampled tokens*.
 
 Four choices hold the file together:
 1. A recipe is two functions: how its trees grow, and what is learnt from them. Each reads like the
-   algorithm box of its paper. Nothing else in this file knows which recipe runs.
+   algorithm box of its paper. No other code asks for a recipe's name.
 2. Every stage is a function whose result is a file. `cached` calls the function only if the file is
    not there. A run can be killed at any moment, and the same command goes on where it stopped.
-3. Random numbers come from (seed, name of the stage, place), never from what ran before. A resumed
-   run therefore ends in the same bytes as one that was left alone.
+3. Random numbers come from the seed, the stage and the place, never from what ran before. A resumed
+   run therefore has the same samples and weights as one that was left alone.
 4. Trees are held to the budget of sampled tokens by one class, mcts.Budget.
 
-When does which method win? Where a right answer implies right steps (homework), one round of
+When does which method win? Where a right answer implies right steps (--classes 0), one round of
 imitation removes nearly all wrong steps, and preferences have little left to teach. Where wrong
 steps often end in a right answer (odd or even, multiple choice), imitation copies them and
 preferences unlearn them.
@@ -105,7 +105,7 @@ def run(s: "Settings") -> list:
         log.append(report(lab, r, solved, trees, notes, clock))
         write_lines(lab.folder / "log.jsonl", log)
         print(summary_line(log[-1]), flush=True)
-    write_text(lab.folder / "report.html", report_page(lab.folder))
+    write_text(lab.folder / "report.html", report_page(lab.folder, lab.task))
     show_example(lab, log)
     return log
 
@@ -120,13 +120,13 @@ def cached(path: Path, make, save=None, load=None):
     dpo.train keeps its state every ten minutes."""
     if not path.exists():
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        (save or write_lines)(temporary, make())
         try:
+            (save or write_lines)(temporary, make())
             os.replace(temporary, path)
-        except OSError:                         # a folder that another run has finished meanwhile
+        except OSError:                         # fine if another run has finished it meanwhile
             if not path.exists():
                 raise
-            shutil.rmtree(temporary)
+            remove(temporary)
     return restored(path, load or read_lines)
 
 
@@ -170,15 +170,15 @@ class Settings:
     model: str = ""             # folder with open weights; empty: a tiny GPT trained from scratch
     data: str = ""              # training questions: JSON lines of GSM8K, MATH, SciQ, ARC ...
     eval_data: str = ""         # held-out questions of the same kind
-    sft_data: str = ""          # reference solutions that the base is trained on before round 0
-    template: str = ""          # prompt of a chat model, with {question}; \n (not \nu) is a newline
+    sft_data: str = ""          # reference solutions that the base is trained on in round 0
+    template: str = ""          # prompt of a chat model, with {question}; write \n for a newline
     rounds: int = 3             # a finished run goes on when this is raised
     seed: int = 0               # of everything: questions, samples, training
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
     preset: str = "default"     # or smoke: everything tiny, to see that all stages work
     device: str = ""            # cpu or cuda; empty: cuda where there is one
     threads: int = 0            # CPU threads; 0: all cores; on a busy machine 1 can be 10 x faster
-    workers: int = 0            # processes that sample on a CPU, one thread each; 0: all cores
+    workers: int = 0            # processes that sample on a CPU; 0: all cores, at most one a chunk
     # growing trees
     questions: int = 320        # training questions drawn for each round
     samples: int = 8            # solutions of each question that are sampled in one wave
@@ -190,7 +190,7 @@ class Settings:
     rows: int = 0               # solutions decoded at once; 0: 256, or 1024 for the tiny GPT
     share: float = 0.4          # part of the budget for first samples: RFT or critics learn there
     # Self-Explore and MCTS-DPO
-    completions: int = 4        # k per prefix; a prefix with chance p looks bad with (1 - p)^k
+    completions: int = 4        # k per prefix; all k fail with (1 - p)^k if each succeeds with p
     rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
     commit: int = 0             # go on below the best child after so many simulations; 0: never
     judge: str = "off"          # add the policy's own verdict to the return: off, plain or gold
@@ -201,20 +201,20 @@ class Settings:
     # learning
     steps: int = 64             # optimiser updates a round, for every recipe
     batch: int = 32             # trees in one update
-    epochs: int = 3             # DPO passes over its trees at most this often
+    epochs: int = 3             # DPO passes over the same trees, at most
     beta: float = 0.1           # DPO: how close the policy stays to the reference
     nll: float = 1.0            # weight of the NLL term on chosen sides
     dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
-    sft_lr: float = 0.0         # learning rate of imitation; 0: by the size of the model
+    sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
-    base_steps: int = 1050      # updates before round 0; open weights need --sft-data or --task
-    traps: int = 0              # homework: lines, at least, on which the careless way errs; 0 to 3
+    base_steps: int = 1050      # updates of round 0: the task's corpus or --sft-data; 0: none
+    traps: int = 0              # homework: least number of lines on which leftmost is wrong; 0 to 3
     classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
-    split: str = "test"         # held-out questions of built-in tasks; dev: to choose numbers on
+    split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
     eval_questions: int = 2000  # held-out questions
 
     def __post_init__(self):
-        """One spelling for each path: m/ and ./m are the folder m, also for a run begun with m."""
+        """One spelling for each path: m/ and ./m are the folder m when settings are compared."""
         for name in ("model", "data", "eval_data", "sft_data", "rollout_model"):
             if path := getattr(self, name):
                 setattr(self, name, str(Path(path)))
@@ -231,7 +231,7 @@ EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation
 FREE = ("rounds", "out", "device", "threads", "workers", "rows")    # may differ in the next call
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
             "batch", "epochs", "eval_questions")
-STREAM = dict(                          # random numbers of a stage: mix(seed, ..., STREAM[stage])
+STREAM = dict(                          # random numbers of a stage are made of the seed and this
     questions=1,                        # the training questions of a round
     examples=6,                         # the examples that sft trains on
     writing=8,                          # the policy writes new questions
@@ -269,8 +269,9 @@ def check(s: Settings) -> None:
 #
 #    mcts.Budget shows what each recipe spends its tokens on
 # --------------------------------------------------------------------------------------------------
-# numbers_only: refused for multiple choice, where a search hits the right letter by chance
-Recipe = namedtuple("Recipe", "grow learn numbers_only", defaults=[False])
+# learn may also read the trees of earlier rounds (forests_so_far). no_letters: refused for multiple
+# choice, where a search hits the right letter by chance
+Recipe = namedtuple("Recipe", "grow learn no_letters", defaults=[False])
 
 
 # sft: the control. More of what the base was trained on
@@ -382,17 +383,17 @@ def grow_unsolved(lab, r, questions):
 
 def learn_what_helps(lab, r, trees):
     """3) If luck is rare: imitate right solutions. If it is not, imitation would copy wrong steps
-    that ended right. So in round 1 a quarter of the updates, and later all, are DPO."""
-    chance = luck(trees)
-    if chance <= PREFER_ABOVE:
-        return learn_right_solutions(lab, r, trees) | dict(luck=chance)
-    updates = preference_updates(lab, r)
+    that ended right. So in round 1 a quarter of the updates, and later all, are DPO. (Round 1
+    prefers between steps of the base, which now imitates: measured, a quarter does no harm.)"""
+    notes = dict(luck=luck(trees))
+    if notes["luck"] <= PREFER_ABOVE:
+        return learn_right_solutions(lab, r, trees) | notes
+    updates, pairs = preference_updates(lab, r), rate_pairs
     if r == 1:
-        imitate(lab, imitation_rows(lab, trees), lab.settings.steps - updates)
-        pairs = rate_pairs
+        notes |= imitate_right_ones(lab, trees, lab.settings.steps - updates)
     else:
         pairs = lambda tree: rate_pairs(tree) + outcome_pairs(tree)
-    return prefer(lab, r, rows_of(trees, pairs), updates) | dict(luck=chance)
+    return prefer(lab, r, rows_of(trees, pairs), updates) | notes
 
 
 # HACK HERE: a recipe of your own is one more line, and its two functions. Also change: nothing
@@ -402,8 +403,8 @@ RECIPES = dict(
     outcome_dpo=Recipe(grow_samples, learn_outcome_pairs),
     self_explore=Recipe(grow_pits, learn_pits),
     mcts_dpo=Recipe(grow_searched, learn_siblings),
-    alphallm=Recipe(grow_imagined, learn_trusted, numbers_only=True),
-    combined=Recipe(grow_unsolved, learn_what_helps, numbers_only=True),
+    alphallm=Recipe(grow_imagined, learn_trusted, no_letters=True),
+    combined=Recipe(grow_unsolved, learn_what_helps, no_letters=True),
 )
 BASE = Recipe(grow_nothing, lambda lab, r, trees: train_base(lab))      # round 0 of every recipe
 
@@ -418,6 +419,8 @@ def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> 
 
     def make(first):
         """Grow one chunk. Its first line also tells what fast rollouts sampled for it."""
+        if lab.rollouts:
+            lab.rollouts.forget()
         before = lab.rollouts.tokens if lab.rollouts else 0
         trees = planted(lab, questions[first:first + s.chunk], zlib.crc32(name.encode()), first)
         method(lab, trees, tokens_each * len(trees))
@@ -436,19 +439,25 @@ def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> 
 
 def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
     """The contents of files that sampling makes: jobs is {path: make}. On a CPU --workers processes
-    share the work, two on two cores 1.9 times as fast as one. Each is a copy (fork) of this one, so
-    that nothing has to be sent, and computes with one thread. The files are the same, whoever makes
-    them. What a process did not make, since it failed or was killed, is made here afterwards.
+    share the files that are missing. Each process is a copy (fork) of this one, so nothing has to
+    be sent. What a process did not make, because it failed or was killed, is made here afterwards,
+    and if that fails, too, here is where the error is reported.
 
-    tokens: about so many will be sampled, for the bar."""
+    With more threads sums round differently. So files are made with one thread each, whoever makes
+    them, or all with --threads, if these are more than two a file.
+
+    tokens: expected number of sampled tokens, for the progress bar."""
+    threads = torch.get_num_threads()
+    apart = lab.forks and len(jobs) > 1 and 2 * len(jobs) >= threads
     todo = [job for job in jobs.items() if not job[0].exists()]
-    workers = min(lab.workers, len(todo))
+    workers = min(lab.workers, len(todo)) if apart else 1
     sampled = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()   # by each process
     bar = tqdm(total=int(tokens) or None, desc=name, unit=" tokens", unit_scale=True, leave=False,
                disable=None)
     lab.progress = bar.update
     children = []
     try:
+        torch.set_num_threads(1 if apart else threads)
         for i in range(workers if workers > 1 else 0):
             children.append(fork(lab, todo[i::workers], sampled[i]))
         while children:
@@ -462,6 +471,7 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
         for child in children:                  # Ctrl-C: no orphan is left
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+        torch.set_num_threads(threads)
         lab.progress = None
         bar.close()
 
@@ -480,7 +490,6 @@ def fork(lab, jobs: list, sampled) -> int:
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.stdout = sys.stderr = open(os.devnull, "w")         # the parent does the talking
-        torch.set_num_threads(1)
         lab.progress = progress
         for path, make in jobs:
             cached(path, make)
@@ -514,7 +523,7 @@ def pits_of(tree: Tree) -> set:
 
 def from_record(record: dict) -> Tree:
     """The inverse of tree_record."""
-    return from_json(record, Question(record["text"], record["answer"], record["level"]))
+    return from_json(record, Question(record["text"], record["answer"]))
 
 
 def read_trees(path: Path) -> tuple:
@@ -656,8 +665,8 @@ def calculations(text: str) -> str:
 # 5. Learning: rows of trees, two ways to train on them, the base, the critics
 # --------------------------------------------------------------------------------------------------
 def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float("inf")) -> dict:
-    """Train the policy on rows, in place. Returns statistics for the log. Rows that are too few for
-    `epochs` passes make smaller batches (dpo.batches), so that all recipes have equal updates."""
+    """Train the policy on rows, in place. Returns statistics for the log. If `epochs` passes over
+    the rows do not fill all batches, the batches are smaller, and the number of updates stays."""
     s = lab.settings
     if not rows:
         return dict(steps=0)
@@ -708,7 +717,7 @@ def imitation_rows(lab, trees: list) -> list:
     return rows_of(trees, solutions=partial(right_solutions, lab))
 
 
-RFT_PART = 3 / 4        # of the updates of round 1, in self_explore and mcts_dpo
+RFT_PART = 3 / 4        # of the updates of round 1: self_explore, mcts_dpo, and combined if lucky
 
 
 def imitate_first(lab, r: int, questions: list) -> tuple:
@@ -716,25 +725,32 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
     imitates (RFT). Returns the tokens per question that are left for the method itself, and notes.
 
     The trees of the method must be grown by the model that DPO starts from. The RFT model hardly
-    takes the wrong steps of the base any more, and DPO on them harms it."""
+    takes the wrong steps of the base any more, and many updates of DPO on them harm it."""
     s = lab.settings
     if r > 1 or not s.share:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
     updates = s.steps - preference_updates(lab, r)
-    stats = lab.weights("rft", lambda: imitate(lab, imitation_rows(lab, trees), updates))
+    notes = lab.weights("rft", lambda: imitate_right_ones(lab, trees, updates))
     spent = sum(tree.tokens for tree in trees) / len(questions)
-    return s.budget - spent, dict(rft_steps=stats["steps"])
+    return s.budget - spent, notes
+
+
+def imitate_right_ones(lab, trees: list, updates: int) -> dict:
+    """RFT before DPO; returns what it did, under names of its own."""
+    stats = imitate(lab, imitation_rows(lab, trees), updates)
+    return dict(rft_steps=stats["steps"], rft_tokens=stats.get("trained_tokens", 0))
 
 
 def preference_updates(lab, r: int) -> int:
     """How many of a round's optimiser updates DPO has."""
     s = lab.settings
-    return s.steps - int(s.steps * RFT_PART) if r == 1 and s.share else s.steps
+    imitating = int(s.steps * RFT_PART) if r == 1 and s.share else 0
+    return s.steps - imitating
 
 
 def train_base(lab) -> dict:
-    """SFT on the task's own examples before round 0: careless homework, or --sft-data.
+    """Round 0: SFT on the task's own examples, careless homework or --sft-data.
 
     The base is kept beside the runs, under a name made of all that it depends on. So every recipe
     with the same seed begins from the same base, and it is trained once."""
@@ -742,16 +758,18 @@ def train_base(lab) -> dict:
     if not s.base_steps or not lab.task.has_examples:
         return dict(steps=0)
     corpus = lab.task.examples(64, random.Random(s.seed))       # changes when the task's code does
+    lr = 4e-3                                   # from random weights, with Muon
+    if s.model:
+        lr = s.sft_lr or scaled_lr(lab.model, SFT_LR)
     made_of = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, s.classes,
-               corpus, file_hash(s.sft_data)]
+               lr, corpus, file_hash(s.sft_data)]
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:10]
     folder = lab.bases / f"base_{name}"
 
     def make():
-        """Train it, with Muon and a large rate if its weights are random."""
+        """Train it."""
         print(f"training the base, {s.base_steps} updates", flush=True)
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
-        lr = s.sft_lr or scaled_lr(lab.model, SFT_LR) if s.model else 4e-3
         return train(lab.model, by_like_length(rows, BASE_BATCH, s.seed), sft_loss, lr,
                      muon=not s.model, warmup=50, tokens=lab.part_tokens, label="base",
                      state=folder.with_suffix(".state"))
@@ -814,9 +832,9 @@ def train_critic(lab, name: str, trees: list) -> tuple:
         labels = tensor([label for _, label, _ in rows]).reshape(-1, len(judging.HEADS))
         weights = tensor([weight for _, _, weight in rows])
         texts = [node.tree.question.text.encode("utf-8", "replace") for node, _, _ in rows]
-        kept = tensor([zlib.crc32(text) % 5 == 0 for text in texts]).bool()
+        held_out = tensor([zlib.crc32(text) % 5 == 0 for text in texts]).bool()
         updates = 40 if s.preset == "smoke" else 600
-        return judging.fit_critic(torch.cat(x), labels, weights, kept, updates, s.seed)
+        return judging.fit_critic(torch.cat(x), labels, weights, held_out, updates, s.seed)
 
     def save(path, made):
         """The weights, with the report in the header of the file."""
@@ -854,7 +872,7 @@ def imagined_questions(lab, r: int, old: list) -> list:
         return new + [dict(tokens=counts["sampled"] - before)]
     *rows, last = cached(lab.folder / f"questions_{r}.jsonl", make)
     lab.sampled_tokens += last["tokens"]
-    return [Question(**row) for row in rows]
+    return [Question(row["text"], row["answer"]) for row in rows]
 
 
 def continuations(lab, prompts: list, temperature: float = 0, to_end=True) -> list:
@@ -896,7 +914,8 @@ class Lab:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(s.threads or cores)
         # a forked process cannot go on with a GPU
-        self.workers = s.workers or cores if device.type == "cpu" and hasattr(os, "fork") else 1
+        self.workers = s.workers or cores
+        self.forks = device.type == "cpu" and hasattr(os, "fork")
         self.settings, self.folder = s, Path(s.out or default_folder(s))
         self.bases = self.folder.absolute().parent
         rows = s.rows or (256 if s.model else 1024)
@@ -923,7 +942,7 @@ class Lab:
         """Write settings.json, or compare with the one that is there. This comes last, so that a
         refused command leaves no folder behind. BadInput: begun with other settings or files."""
         mine = asdict(self.settings)
-        if RECIPES[mine["recipe"]].numbers_only and self.task.letters:
+        if RECIPES[mine["recipe"]].no_letters and self.task.letters:
             raise BadInput(f"--recipe {mine['recipe']} is not for answers that are letters, since "
                            "these are soon guessed: take rft, self_explore or mcts_dpo.")
         for name in ("data", "eval_data", "sft_data"):
@@ -933,7 +952,7 @@ class Lab:
         saved = cached(self.folder / "settings.json", lambda: [mine])[0]
         changed = [name for name in mine if name not in FREE and saved.get(name) != mine[name]]
         said = [f"--{name.replace('_', '-')} was {saved.get(name)!r}" for name in changed]
-        if changed:                             # --data-hash: the contents of the file of --data
+        if changed:                             # --data-hash: the contents of the --data file
             raise BadInput(f"{self.folder} was begun with other settings or files "
                            f"({'; '.join(said)}): give the old ones, or another --out.")
         sweep(self.folder, "**/*.[0-9]*.tmp")
@@ -971,7 +990,7 @@ class Lab:
             self.model.save_pretrained(folder, torch.float32)
             self.tokenizer.save(folder)
             write_lines(folder / "training.json", [stats])
-        # memory for the training: `load` ends the reset, and critics judge one set of weights only
+        # frees memory for the training; `load` makes a new store. Critics fit the old weights only
         self.sampler.reset(1)
         self.critic = self.rollouts = None
         return cached(self.folder / name, make, save, self.load)
@@ -1022,10 +1041,15 @@ def sweep(folder: Path, pattern: str) -> None:
     for name in glob.glob(pattern, root_dir=folder, recursive=True):
         path, number = folder / name, name.split(".")[-2]
         if Path("/proc/self").exists() and not Path("/proc", number).exists():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def file_hash(path: str) -> str:
@@ -1039,10 +1063,9 @@ def file_hash(path: str) -> str:
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Question:
-    """answer: what `reward` compares with, "" if nobody knows it. level: how difficult it is."""
+    """answer: what `reward` compares with, "" if nobody knows it."""
     text: str
     answer: str
-    level: int = 0
 
 
 # HACK HERE: a built-in task of your own is a class with draw, vary and solve, and a line in TASKS.
@@ -1119,7 +1142,7 @@ class BuiltIn:
 
     @cache
     def eval_questions(self) -> list:
-        """The held-out questions, the same for all runs; drawn once."""
+        """The held-out questions, the same for all seeds and recipes; drawn once."""
         s, rng = self.settings, random.Random(99)
         found = self.distinct(lambda: self.draw(rng), s.eval_questions, s.split)
         if len(found) < s.eval_questions:
@@ -1157,8 +1180,9 @@ class Homework(BuiltIn):
 
     def __init__(self, *given):
         super().__init__(*given)
-        if self.settings.classes == 2:
-            self.reader = judging.read_words
+        if self.settings.classes == 2:          # odd or even, and only behind ####
+            words = lambda piece, rule: judging.read_words(piece, rule) if rule == "####" else None
+            self.reader = words
 
     def claim(self, number: int) -> str:
         """What the last line says of a value."""
@@ -1176,7 +1200,7 @@ class Homework(BuiltIn):
                 x += [op, rng.randint(2 if op == "*" else 1, 9)]
             # the cheap test comes first: with two traps most drafts fail it
             if x.count("*") >= least and value(x) is not None and traps(x) >= least:
-                return Question("".join(map(str, x)), self.claim(value(x)), len(x) // 2)
+                return Question("".join(map(str, x)), self.claim(value(x)))
 
     def vary(self, text: str, rng) -> str:
         """One number or one operator is another one."""
@@ -1294,7 +1318,7 @@ class Countdown(BuiltIn):
         """Three numbers and a target that some play reaches."""
         numbers = tuple(rng.randint(1, 12) for _ in range(3))
         target = self.play(numbers, rng)[1]
-        return Question(f"{' '.join(map(str, numbers))} -> {target}", str(target), 2)
+        return Question(f"{' '.join(map(str, numbers))} -> {target}", str(target))
 
     def key(self, text: str) -> str:
         """The numbers in any order are the same question."""
@@ -1428,7 +1452,7 @@ class FileTask(BuiltIn):
                 need(text, "the question is empty")
                 need(self.answer(reference) is not None and grade(reference, reference),
                      "the reference holds no answer to grade by")
-            question = Question(text, reference, reference.count("\n") + 1)
+            question = Question(text, reference)
             if len(self.prompt_ids(question)) < self.context:
                 found.append(question)
         if len(found) < len(items):
@@ -1536,7 +1560,7 @@ def solve(lab, questions: list, r: int) -> list:
             for first in range(0, len(questions), EVALUATED_AT_ONCE)}
     solved = cached(folder.with_suffix(".jsonl"),
                     lambda: sum(share_out(lab, "evaluate", 0, jobs, read_lines), []))
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)                              # the parts, which are joined now
     return solved
 
 
@@ -1561,6 +1585,7 @@ def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> 
         sound=sound, by_luck=by_luck,
         never_ends=sum(row["why"] == "length" for row in solved) / count,
         mean_tokens=sum(row["tokens"] for row in solved) / count,
+        eval_tokens=sum(row["tokens"] for row in solved),
         sampled_tokens=lab.sampled_tokens, budget_tokens=budget, rollout_tokens=lab.rollout_tokens,
         **tree_counts(trees), **notes,
         grow_seconds=grow_seconds, learn_seconds=learn_seconds, eval_seconds=eval_seconds,
@@ -1604,9 +1629,10 @@ def show_example(lab, log: list) -> None:
     solutions, verdicts = {}, {}
     for number in (0, r):
         lab.load(lab.folder / f"round_{number}")
-        solutions[number] = [text for text, _ in continuations(lab, prompts)]
-        said = [verdict(lab.task, *each) for each in zip(questions, solutions[number])]
-        verdicts[number] = said
+        found = continuations(lab, prompts)
+        solutions[number] = [text for text, _ in found]
+        verdicts[number] = [verdict(lab.task, question, text, one.why == "length")
+                            for question, (text, one) in zip(questions, found)]
     improved = [place for place, (before, after) in enumerate(zip(verdicts[0], verdicts[r]))
                 if before not in ("", RIGHT) and after == RIGHT]
     place = improved[0] if improved else 0
@@ -1627,9 +1653,9 @@ def show_example(lab, log: list) -> None:
 RIGHT = "right"
 
 
-def verdict(task, question, text: str) -> str:
-    """What is known of a solution, in words; "" if nothing is."""
-    right = task.reward(question, text) if question.answer else None
+def verdict(task, question, text: str, cut: bool) -> str:
+    """What is known of a solution, in words; "" if nothing is. cut: at the length limit."""
+    right = task.reward(question, text, cut) if question.answer else None
     line = task.first_false(question, text)
     if task.sound(question, text) is False and line is not None:
         return f"right by luck, line {line + 1} is false" if right else f"line {line + 1} is false"
@@ -1711,9 +1737,9 @@ def evaluate(s: Settings) -> None:
 
 def decode(s: Settings, r: int, n: int = 16) -> None:
     """--decode R: what search with critics buys at test time, for the model of round R of a run.
-    (Give the flags of the run, too.) All methods get the tokens of n sampled solutions; majority,
-    best of n and the weighted vote choose among the same samples. The critics learn from fresh
-    samples of the model that they judge."""
+    (Give the flags of the run, too.) All methods but greedy get the tokens of n sampled solutions;
+    majority, best of n and the weighted vote choose among the same samples. The critics learn from
+    fresh samples of the model that they judge."""
     lab = Lab(s)
     folder, lab.folder = lab.folder / f"round_{r}", lab.folder / f"decode_{r}"
     if not folder.exists():
@@ -1757,9 +1783,9 @@ def vote(groups: list, score_of: dict, method: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Pictures: report.html. Every number there has its key and its exact value in the log beside it
+# 9. Pictures: report.html. A cell of its tables carries the key and the exact value of the log
 # --------------------------------------------------------------------------------------------------
-def report_page(folder: Path) -> str:
+def report_page(folder: Path, task) -> str:
     """A run as a page: its log, what its last critics said of themselves, three trees of round 1.
     Round 0 trains the base; its tokens and seconds would dwarf those of the others."""
     log, critic = read_lines(folder / "log.jsonl"), {}
@@ -1776,7 +1802,8 @@ def report_page(folder: Path) -> str:
         "<p>The gap between the curves is luck: right answers after a false line. Thick lines are "
         "95% intervals.</p>", plot(log, ["accuracy", "sound"]),
         "<h2>Tokens</h2><p>What a round samples, learns from, and writes in its test.</p>",
-        plot(work, ["sampled_tokens", "rollout_tokens", "trained_tokens", "eval_tokens"]),
+        plot(work, ["sampled_tokens", "rollout_tokens", "rft_tokens", "trained_tokens",
+                    "eval_tokens"]),
         "<h2>Seconds</h2><p>The highest curve is the phase that is worth making faster.</p>",
         plot(work, ["grow_seconds", "learn_seconds", "eval_seconds"])]
     for head, found in critic.items():
@@ -1789,21 +1816,17 @@ def report_page(folder: Path) -> str:
             "true as often as it said. It knows something if brier is below constant.</p>",
             plot(cells, ["said", key], x="said"),
             plot(work, [f"critic.{head}.{score}" for score in scores])]
-    return page(folder.name, parts + unfolding_trees(folder))
+    return page(folder.name, parts + unfolding_trees(folder, task))
 
 
-def unfolding_trees(folder: Path) -> list:
+def unfolding_trees(folder: Path, task) -> list:
     """HTML of three trees of round 1: the example, one with an error, one at random."""
     records = first_trees(folder)
     if not records:
         return []
-    saved = read_lines(folder / "settings.json")[0]
-    known = {name: saved[name] for name in asdict(Settings()) if name in saved}
-    s = Settings(**known)
-    task = (BuiltIn if s.eval_data else TASKS[s.task])(s, None)
     erred = max(records, key=lambda record: fault(task, record)[0])
     shown = {"The example": records[0], "An error: " + fault(task, erred)[1]: erred,
-             "A random one": random.Random(s.seed).choice(records)}
+             "A random one": random.Random(task.settings.seed).choice(records)}
     parts = ["<h2>Three trees of round 1</h2>"]
     for title, record in shown.items():
         summary = f"<summary>{escape(printable(title))}</summary>"

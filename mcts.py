@@ -203,12 +203,12 @@ class Budget:
         self_explore         | samples for RFT (round 1) | samples | labels | samples  |
         mcts_dpo             | samples for RFT (round 1) | search                      |
         alphallm             | samples for the critics | search of new questions       |
-        combined             | samples for the critics | search, or more samples       |
+        combined             | samples | more samples, or a search with critics        |
 
     Who asks: loop.sample for samples, critic.label_pits for labels, `until` and `commit_every` for
     a search (one Budget a tree, so that no tree depends on the others). Three things do not ask:
     the first sample or simulation of each question, the policy writing new questions (counted
-    afterwards, in loop.grow_imagined), and rollouts of a smaller model (counted apart)."""
+    afterwards, in loop.imagined_questions), and rollouts of a smaller model (counted apart)."""
 
     def __init__(self, trees: list, tokens: float):
         self.trees = trees
@@ -470,19 +470,19 @@ class Packed:
         tree   q1 q2 --+-- a1 a2      row       q1 q2 a1 a2 b1           sees      q1 q2 a1 a2 b1
                        `-- b1         position   0  1  2  3  2   depth         q1   x
                                       before    -1  0  1  2  1   not a2        q2   x  x
-                                      until      5  5  4  4  5                 a1   x  x  x
+                                      unseen     5  5  4  4  5                 a1   x  x  x
                                                                                a2   x  x  x  x
                                                                                b1   x  x        x
 
     A token sees its ancestors and itself, so its log-prob is that of a row of its own, and what
     branches share is computed once: 2 to 6 times less work. All that is below a1 stands in the
-    columns from a1 to before until[a1] = 4. So the token in column t sees column s if
-    s <= t < until[s]. `before` is needed because a token's predecessor in its branch need not be
+    columns from a1 to before unseen[a1] = 4. So the token in column t sees column s if
+    s <= t < unseen[s]. `before` is needed because a token's predecessor in its branch need not be
     its left neighbour: b1 is predicted from q2, not a2."""
     ids: np.ndarray                     # (T,)
     position: np.ndarray                # (T,) how many tokens come before it in its own solution
     before: np.ndarray                  # (T,) the column of the token it is predicted from
-    until: np.ndarray                   # (T,) the first column that no longer sees it
+    unseen: np.ndarray                  # (T,) the first column that no longer sees it
     span: dict                          # node -> slice of its columns; parents come first
 
 
@@ -491,7 +491,7 @@ def pack(nodes) -> Packed:
     keep = {step for node in nodes for step in node.path()}
     keep = sorted(keep, key=lambda node: [step.index for step in node.path()])
     ids = np.concatenate([node.ids for node in keep])                       # (T,)
-    position, until = np.zeros_like(ids), np.zeros_like(ids)
+    position, unseen = np.zeros_like(ids), np.zeros_like(ids)
     before = np.arange(-1, len(ids) - 1)                                    # the left neighbour ...
     span, start = {}, 0
     for node in keep:
@@ -501,15 +501,16 @@ def pack(nodes) -> Packed:
             before[start] = span[node.parent].stop - 1                      # ... or the parent
             position[here] += position[before[start]] + 1
         for step in node.path():
-            until[span[step]] = here.stop                                   # the last one counts
+            unseen[span[step]] = here.stop                                  # the last one counts
         start = here.stop
-    return Packed(ids, position, before, until, span)
+    return Packed(ids, position, before, unseen, span)
 
 
 # --------------------------------------------------------------------------------------------------
 # 6. Drawing, and the program
 # --------------------------------------------------------------------------------------------------
-LEGEND = "x = samples that took the step, N = visits of the search, Q = their mean return"
+LEGEND = "x = samples that took the step"
+VISITS_LEGEND = ", N = visits of the search, Q = their mean return"
 PRIOR_LEGEND = ", P = how likely the policy is to take it"
 WHOLE = 10_000                          # columns of a step on a page, where nothing is cut
 SHEET = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
@@ -558,13 +559,15 @@ def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) 
         step = (stem + joint + printable(text(node)))[:width]
         lines.append((step, _notes(node, chosen, pits, prior)))
         stem += {"": "", "+- ": "|  ", "`- ": "   "}[joint]
-        below = sorted(shown.intersection(node.children), key=weight)       # drawn last comes first
+        # the most important child is last on the stack, and is drawn first
+        below = sorted(shown.intersection(node.children), key=weight)
         todo += [(child, stem, "+- " if i else "`- ") for i, child in enumerate(below)]
     longest = max(len(step) for step, _ in lines)
     lines = [f"{step:<{longest}}  {notes}".rstrip() for step, notes in lines]
     if hidden := len(tree.nodes) - len(shown):
         lines.append(f"... and {hidden} more steps")
-    return "\n".join([*lines, LEGEND + PRIOR_LEGEND * prior])
+    searched = tree.root.visits > 0
+    return "\n".join([*lines, LEGEND + VISITS_LEGEND * searched + PRIOR_LEGEND * prior])
 
 
 def page(title: str, parts: list) -> str:

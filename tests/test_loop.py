@@ -395,7 +395,7 @@ End = namedtuple("End", "text score visits value_sum end", defaults=(1, 0.5, "eo
 def test_votes_count_values():
     """18, 18.0 and $18.00 are one answer. Ends without an answer and cut ends are in no group. A
     search stands for an answer with half of the visits, and for its end of highest score."""
-    task = loop.Homework(loop.Settings(), Tokenizer.bytes_only())
+    task = loop.Homework(loop.Settings(classes=0), Tokenizer.bytes_only())
     lab = SimpleNamespace(task=task, text=lambda end: end.text)
     said = zip(["#### 18", "#### 7", "#### $18.00", "well", "#### 18.0", "#### 5"],
                [.1, .3, .2, .9, .15, .4])

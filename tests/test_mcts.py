@@ -236,7 +236,7 @@ def test_a_search_obeys_max_tokens():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pack_equals_brute_force(seed):
-    """Position, before and until are what each path, written out token by token, says."""
+    """Position, before and unseen are what each path, written out token by token, says."""
     tree, rng = random_tree(seed), np.random.default_rng(seed)
     below = lambda node: [node, *(step for child in node.children for step in below(child))]
     for chosen in ([tree.root], tree.nodes[-1:], tree.nodes, rng.choice(tree.nodes, 3)):
@@ -252,7 +252,7 @@ def test_pack_equals_brute_force(seed):
             assert packed.before[t] == (column[path[depth - 1]] if depth else -1)
             assert packed.span[node].start + k == t
             sees[t, [column[token] for token in path[:depth + 1]]] = True
-        assert (sees == ((s <= s[:, None]) & (s[:, None] < packed.until))).all()
+        assert (sees == ((s <= s[:, None]) & (s[:, None] < packed.unseen))).all()
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_packed_equals_separate_rows(kind):

@@ -28,7 +28,8 @@ def test_report(recipe, tmp_path, capsys):
         evil = "</pre><script>1</script>\ud800\0\x1b[2J"
         loop.write_lines(file, [row | dict(step_texts=[evil] * len(row["nodes"]))
                                 for row in loop.read_lines(file)])
-    html, calibration, keys = loop.report_page(tmp_path / "run"), [], set()
+    task = loop.Homework(loop.Settings(**SMALL), None)
+    html, calibration, keys = loop.report_page(tmp_path / "run", task), [], set()
     for number in numbers(html):
         key, value = number["data-key"], json.loads(number["value"])
         keys.add(key)

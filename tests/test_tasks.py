@@ -179,7 +179,7 @@ def read(tmp_path):
 def test_forms(read):
     """Each data set by its own fields. SciQ, ARC and CommonsenseQA, in the forms they are published
     in, are the same lettered question; the support of SciQ is not shown."""
-    assert read(GSM8K).test == [Question("How much is 4 + 5?", "4 + 5 = 9\n#### 9", 2)]
+    assert read(GSM8K).test == [Question("How much is 4 + 5?", "4 + 5 = 9\n#### 9")]
     half, bare = read(MATH, MATH | dict(solution="", answer="7")).test
     assert half.answer == MATH["solution"] and grade("\\boxed{x/2}", half.answer)
     assert grade("\\boxed{7}", bare.answer)
@@ -197,7 +197,7 @@ def test_forms(read):
     inner = dict(stem=ARC["question"], question_concept="heat", choices=LISTED)
     for other in (ARC, ARC | dict(answerKey="3", choices=CHOICES | dict(label=[*"1234"])),
                   ARC | dict(answerKey="3", choices=LISTED), dict(answerKey="3", question=inner)):
-        assert read(other).test == [Question(sciq.text, f"#### {letter}", 1)], other
+        assert read(other).test == [Question(sciq.text, f"#### {letter}")], other
 
 
 def test_odd_files(read, tmp_path, capsys):
