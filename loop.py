@@ -256,8 +256,8 @@ def check(s: Settings) -> None:
         raise BadInput("--share must lie below 1, --traps may be 3 at most, --classes 0, 2, 3 ...")
     if bool(s.sft_data) > bool(s.data) or bool(s.data) > bool(s.eval_data and s.model):
         raise BadInput("--data needs --eval-data and --model; --sft-data needs all three.")
-    if s.template and "{question}" not in s.template:
-        raise BadInput("--template has no {question}: say where the question stands.")
+    if s.template and (s.template.count("{question}") != 1 or "{{question}}" in s.template):
+        raise BadInput("--template needs {question} once, in single braces, where a question goes.")
     if s.rollouts and s.model and not s.rollout_model:
         raise BadInput("--rollouts with --model needs --rollout-model: a smaller model's folder.")
 
@@ -1396,12 +1396,25 @@ def read_arc(item: dict) -> tuple:
     return lettered(field(inner, "stem", str), texts, labels.index(item["answerKey"]))
 
 
+OWN_LETTER = re.compile(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])[).:])\s+")         # (a) iron   B. iron
+OF_OPTIONS = re.compile(r"(?i:\b(?:all|both|either|neither|none|some|any|two)\b.*\b(?:above|below|"
+                        r"these|those|them|options|choices|answers)\b)|"      # none of the above
+                        r"\b[A-H]\)?(?: ?[,&] ?| and | or | nor )+\(?[A-H]\b")     # both A and B
+
+
 def lettered(question: str, options: list, right: int, rationale: str = "") -> tuple:
     """Options as lines (A), (B), ... in an order that depends on the texts alone, since in some
-    files the right one always comes first."""
+    files the right one always comes first. If an option speaks of others, the order of the file
+    stays. If all carry letters of their own, in order, these are taken off."""
+    own = [OWN_LETTER.match(option) for option in options]
+    letters = "".join((found[1] or found[2]).upper() if found else "-" for found in own)
+    if letters == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]:
+        options = [option[found.end():] for option, found in zip(options, own)]
     need(2 <= len(set(options)) == len(options) <= 26, "2 to 26 different options are needed")
     digest = lambda i: hashlib.sha256((question + options[i]).encode("utf-8", "replace")).digest()
-    order = sorted(range(len(options)), key=digest)
+    order = [*range(len(options))]
+    if not any(map(OF_OPTIONS.search, options)):
+        order.sort(key=digest)
     shown = [f"\n({chr(65 + place)}) {options[i]}" for place, i in enumerate(order)]
     return question + "".join(shown), f"{rationale}\n#### {chr(65 + order.index(right))}".strip()
 

@@ -495,6 +495,7 @@ FILES = "--model m --data {} --eval-data {}"
     ("--eval-data", "--data good --model m"), ("none.jsonl", FILES.format("none.jsonl", "good")),
     ("damaged, line 1", FILES.format("damaged", "good")), ("empty", FILES.format("good", "empty")),
     ("{question}", FILES.format("good", "good") + " --template Q:"), ("--decode", "--decode 1"),
+    ("single", FILES.format("good", "good") + " --template {{question}}"),
     ("xyz", "--compare rft,xyz"), ("nowhere", "--evaluate nowhere"), ("once", "--compare rft,rft"),
     ("--seeds", "--compare rft --seeds 0"), ("--out", "--questions 2")])
 def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):

@@ -200,6 +200,35 @@ def test_forms(read):
         assert read(other).test == [Question(sciq.text, f"#### {letter}")], other
 
 
+@pytest.mark.parametrize("texts, kept", [
+    (["iron", "salt", "all of the above"], 1), (["iron", "salt", "None of these"], 1),
+    (["iron", "salt", "both A and B", "A, C"], 1), (["iron", "salt", "Neither (A) nor (B)"], 1),
+    (["the layer above", "vitamin A", "type A and a bit", "plan B or none"], 0)])
+def test_options_that_speak_of_options(read, texts, kept):
+    """They stay where the file has them; all others are shuffled, whatever their texts."""
+    orders = set()
+    for i in range(20):
+        choices = dict(text=[*texts, f"x{i}"], label=[*"ABCDE"[:len(texts) + 1]])
+        question, = read(ARC | dict(choices=choices, answerKey="A")).test
+        shown = re.findall(r"\n\(.\) (.*)", question.text)
+        assert sorted(shown) == sorted(choices["text"])
+        assert shown[ord(question.answer[-1]) - 65] == texts[0]
+        orders.add(tuple(shown[i] == text for i, text in enumerate(choices["text"])))
+    assert (orders == {(True,) * (len(texts) + 1)}) == bool(kept)
+
+
+def test_letters_of_the_options_own(read):
+    """`A. iron` as the first option is shown as iron; letters that are no series stay."""
+    for marks, stays in ((["A. ", "B. ", "C. "], 0), (["(a) ", "(b) ", "(c) "], 0),
+                         (["C. ", "A. ", "B. "], 1), (["A. ", "", "C. "], 1)):
+        texts = [mark + word for mark, word in zip(marks, ("iron", "salt", "water"))]
+        choices = dict(text=texts, label=["1", "2", "3"])
+        question, = read(ARC | dict(choices=choices, answerKey="2")).test
+        shown = re.findall(r"\n\(.\) (.*)", question.text)
+        assert {*shown} == ({*texts} if stays else {"iron", "salt", "water"})
+        assert shown[ord(question.answer[-1]) - 65].endswith("salt")
+
+
 def test_odd_files(read, tmp_path, capsys):
     """A JSON array, a byte-order mark, CRLF, blank lines and U+2028 are fine. Questions that fill
     the context are skipped and counted in one line; questions in both files are said."""
