@@ -53,8 +53,8 @@ import time
 import zlib
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from functools import cache, partial
+from html import escape
 from itertools import permutations
 from pathlib import Path
 
@@ -163,7 +163,7 @@ def read_lines(path: Path) -> list:
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
-    """Numbers that are rarely changed stand where they are used, with their reason."""
+    """Rarely changed numbers are constants, below or where they are used, with their reason."""
     # what to run
     recipe: str = "self_explore"  # or sft, rft, outcome_dpo, mcts_dpo, alphallm, combined
     task: str = "homework"      # built-in task: homework or countdown; --data replaces it
@@ -171,7 +171,7 @@ class Settings:
     data: str = ""              # training questions: JSON lines of GSM8K, MATH, SciQ, ARC ...
     eval_data: str = ""         # held-out questions of the same kind
     sft_data: str = ""          # reference solutions that the base is trained on in round 0
-    template: str = ""          # prompt of a chat model, with {question}; write \n for a newline
+    template: str = ""          # chat prompt with {question}; \n is a newline unless a to z follows
     rounds: int = 3             # a finished run goes on when this is raised
     seed: int = 0               # of everything: questions, samples, training
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
@@ -383,8 +383,8 @@ def grow_unsolved(lab, r, questions):
 
 def learn_what_helps(lab, r, trees):
     """3) If luck is rare: imitate right solutions. If it is not, imitation would copy wrong steps
-    that ended right. So in round 1 a quarter of the updates, and later all, are DPO. (Round 1
-    prefers between steps of the base, which now imitates: measured, a quarter does no harm.)"""
+    that ended right. So in round 1 a quarter of the updates, and later all, are DPO. (The pairs of
+    round 1 are steps of the base, not of the model that has just imitated.)"""
     notes = dict(luck=luck(trees))
     if notes["luck"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
@@ -478,15 +478,16 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
 
 def fork(lab, jobs: list, sampled) -> int:
     """Start a copy of this process, which makes these files and ends. Returns its number."""
-    parent, child = os.getpid(), os.fork()
-    if child:
-        return child
+    parent = os.getpid()
 
     def progress(tokens):
         """Count for the parent's bar. A child whose parent was killed ends, too."""
         sampled.add_(tokens)
         if os.getppid() != parent:
             os._exit(1)
+    child = os.fork()
+    if child:
+        return child
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.stdout = sys.stderr = open(os.devnull, "w")         # the parent does the talking

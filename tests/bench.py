@@ -1,9 +1,7 @@
 """How fast is it? Ratios within one run on one thread; seconds differ from machine to machine.
 
-    python tests/bench.py            about two minutes; transformers is compared if it is installed
-    python tests/bench.py FOLDER     and with open weights in this folder; some minutes more
+    python tests/bench.py            about two minutes
 Each line says what is compared, or which share of the machine's limits is reached."""
-import importlib.util
 import itertools
 import random
 import sys
@@ -20,7 +18,7 @@ import dpo  # noqa: E402
 import loop  # noqa: E402
 from critic import grade  # noqa: E402
 from mcts import StepSampler, Tree, grow, search, until  # noqa: E402
-from model import GPT, GPTConfig, Request, Sampler, Tokenizer, mix  # noqa: E402
+from model import GPT, GPTConfig, Sampler, Tokenizer, mix  # noqa: E402
 
 TOKENIZER = Tokenizer.bytes_only()
 # One thread's processor time: what else runs on the machine changes it less than the wall time
@@ -139,28 +137,8 @@ def evaluating(model):
             took.append(seconds(work, 1, time.perf_counter))
     return took
 
-def peer(folder, dtype, count, each, new=32):
-    """Seconds for `each` samples of so many prompts of 64 tokens, `new` tokens long: (here, in
-    transformers.generate)."""
-    from transformers import AutoModelForCausalLM
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    model = GPT.from_pretrained(folder, "cpu", dtype).bind(tokenizer)
-    model.stop_ids = frozenset()                        # no text ends early, here or there
-    prompts = torch.randint(0, 256, (count, 64))
-
-    def ours():
-        """By the sampler."""
-        sampler = Sampler(model, tokenizer, 8192, rows=64)
-        paths = [sampler.prompt(ids) for ids in prompts.tolist()]
-        sampler.extend([Request(path, mix(i, j), new) for i, path in enumerate(paths)
-                        for j in range(each)])
-    return seconds(ours, 1), seconds(lambda: theirs.generate(
-        prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, pad_token_id=0,
-        max_new_tokens=new, min_new_tokens=new, num_return_sequences=each), 1)
-
-def main(folders):
-    """Print all lines. folders: none, or one with open weights."""
+def main():
+    """Print all lines."""
     torch.set_num_threads(1)
     model = GPT(GPTConfig.tiny(TOKENIZER.n_ids)).initialise(0).bind(TOKENIZER)
     most, half = limits(model), limits(GPT(model.config).to(torch.bfloat16))
@@ -184,17 +162,6 @@ def main(folders):
           f"{together / alone:.1f} times as fast as one tree")
     one, two = evaluating(model)
     print(f"evaluation: two processes (--workers 2) are {one / two:.1f} times as fast as one")
-    if not importlib.util.find_spec("transformers"):
-        return
-    with tempfile.TemporaryDirectory() as tiny:
-        model.save_pretrained(tiny)
-        TOKENIZER.save(tiny)
-        faster = torch.bfloat16 if units else torch.float32
-        dtypes = {tiny: torch.float32} | dict.fromkeys(folders, faster)
-        for (folder, dtype), (count, each) in itertools.product(dtypes.items(), [(64, 1), (8, 8)]):
-            here, there = peer(folder, dtype, count, each)
-            print(f"{folder}, {dtype}, {each} samples of {count} prompts: {2048 / here:,.0f} "
-                  f"tokens/s, {there / here:.1f} times as fast as transformers.generate")
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
