@@ -323,9 +323,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothi
 
 
 def preference_loss(model: GPT, rows: list, beta=0.1, nll=1.0, kind="sigmoid") -> tuple:
-    """DPO on all pairs of some trees, plus `nll` times the mean NLL per token of what shall stay
-    likely: the solutions to imitate or, where a row has none, the chosen sides. The mean is over J
-    pairs and S solutions: in a row with 1 pair and 8 solutions, DPO is one ninth.
+    """DPO on all pairs of some trees, plus `nll` times the NLL per token of the chosen sides.
 
     IPO takes log-probs per token: its target for h is one number, whether a side has 5 tokens or
     100. The statistics are sums over pairs; `summary` divides them."""
@@ -341,18 +339,14 @@ def preference_loss(model: GPT, rows: list, beta=0.1, nll=1.0, kind="sigmoid") -
     if kind == "ipo":
         sides = [side / size for side, size in zip(sides, [chosen_tokens, rejected_tokens] * 2)]
     loss, chosen_reward, rejected_reward = dpo_loss(*sides, beta, smoothing, kind)
-    total, weight = loss.sum(), len(loss)
-    for row, logps in each:
-        likely = row.imitate if len(row.imitate) else row.chosen        # (S, T) or (J, T)
-        total = total - nll * (likely @ logps / likely.sum(1)).sum()
-        weight += len(row.imitate)
+    total = (loss - nll * chosen / chosen_tokens).sum()
     of_pairs = dict(
         pairs=torch.ones_like(loss), dpo=loss,
         margin=chosen_reward - rejected_reward, agree=chosen_reward > rejected_reward,
         chosen_shift=(chosen - ref_chosen) / chosen_tokens,             # nats a token
         rejected_shift=(rejected - ref_rejected) / rejected_tokens,
         chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
-    return total, weight, {name: value.sum().item() for name, value in of_pairs.items()}
+    return total, len(loss), {name: value.sum().item() for name, value in of_pairs.items()}
 
 
 def sft_loss(model: GPT, rows: list) -> tuple:
@@ -406,8 +400,9 @@ class Muon(torch.optim.Optimizer):
             x = x.T if tall else x                                      # the small side first
             x = x / (x.norm() + 1e-7)
             for _ in range(5):              # Newton-Schulz: all singular values go to about 1
-                a = x @ x.T
-                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                a = x @ x.T             # x <- 3.4445 x + (-4.7750 a + 2.0315 a a) x, in two calls
+                b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
+                x = torch.addmm(x, b, x, beta=3.4445)
             size = self.param_groups[0]["lr"] * 0.2 * max(p.shape) ** 0.5
             p.sub_(x.T if tall else x, alpha=size)
 

@@ -207,7 +207,7 @@ class Settings:
     dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
-    base_steps: int = 1050      # updates of round 0: the task's corpus or --sft-data; 0: none
+    base_steps: int = 850       # updates of round 0: the task's corpus or --sft-data; 0: none
     traps: int = 0              # homework: least number of lines on which leftmost is wrong; 0 to 3
     classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
@@ -329,9 +329,9 @@ def grow_searched(lab, r, questions):
 
 
 def learn_siblings(lab, r, trees):
-    """3) DPO on siblings of different Q. The NLL term is on the right solutions that were found."""
-    rows = rows_of(trees, sibling_pairs, partial(right_solutions, lab))
-    return prefer(lab, r, rows, preference_updates(lab, r))
+    """3) DPO on siblings of different Q, with NLL on the better ones. Imitating the right solutions
+    in their place would teach the wrong steps of those that are right by luck."""
+    return prefer(lab, r, rows_of(trees, sibling_pairs), preference_updates(lab, r))
 
 
 # alphallm: AlphaLLM (Tian et al. 2024, 2404.12253)
@@ -759,7 +759,7 @@ def train_base(lab) -> dict:
     if not s.base_steps or not lab.task.has_examples:
         return dict(steps=0)
     corpus = lab.task.examples(64, random.Random(s.seed))       # changes when the task's code does
-    lr = 4e-3                                   # from random weights, with Muon
+    lr = 6e-3                                   # from random weights, with Muon
     if s.model:
         lr = s.sft_lr or scaled_lr(lab.model, SFT_LR)
     made_of = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, s.classes,
@@ -1763,15 +1763,19 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
     graded = grow_forest(lab, "samples", lab.task.train_questions(1), s.share * s.budget, sample)
     train_critics(lab, "critic", graded)
     questions = lab.task.eval_questions()[:300]
-    print("| method | tokens | accuracy | 95% interval |\n|---|---|---|---|")
+    print("| method | tokens | accuracy | 95% interval | sound |\n|---|---|---|---|---|")
 
     def show(method, ends, tokens):
         """One row of the table; `ends` are those that a method chose, or None."""
-        right = [end is not None and lab.task.reward(question, lab.text(end), end.end == "length")
-                 for question, end in zip(questions, ends)]
+        right, sound = [], []
+        for question, end in zip(questions, ends):
+            text = lab.text(end) if end else ""
+            right.append(bool(end) and lab.task.reward(question, text, end.end == "length"))
+            sound.append(lab.task.sound(question, text))
         low, high = judging.wilson(sum(right), len(right))
+        share = "-" if None in sound else f"{100 * np.mean(np.logical_and(right, sound)):.1f}"
         print(f"| {method} | {tokens / len(right):,.0f} | {100 * np.mean(right):.1f} "
-              f"| {100 * low:.1f} - {100 * high:.1f} |", flush=True)
+              f"| {100 * low:.1f} - {100 * high:.1f} | {share} |", flush=True)
 
     trees = planted(lab, questions, STREAM["voting"])
     show("greedy", grow(lab.sampler, [(tree.root, 1) for tree in trees], s.max_tokens, 0), 0)

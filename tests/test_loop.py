@@ -467,18 +467,24 @@ def test_compare(home, tmp_path, monkeypatch):
         assert one[cells][2:] == [f"McNemar p = {p:.2g}", f"{each['rft'][0]:.1f}"]
 
 
-def test_evaluate_and_decode(home, run_of):
+def test_evaluate_and_decode(home, run_of, monkeypatch):
     """--evaluate gives the run's own accuracy of that round. --decode prints one row a method: the
-    votes choose among the same samples, and the search spends no more tokens."""
+    votes choose among the same samples, the search spends no more tokens; greedy is the run's."""
     folder = run_of("rft")
     code, out, _ = go(**small(home, evaluate=folder / "round_2"))
     said, row = json.loads(out), loop.read_lines(folder / "log.jsonl")[2]
     keys = ("accuracy", "accuracy_low", "accuracy_high", "questions", "mean_tokens")
     assert code == 0 and all(said[key] == row[key] for key in keys)
     settings = small(home, recipe="rft", out=folder)
+    monkeypatch.setattr(Coins, "sound", lambda self, question, text: int(question.text) % 2 == 1)
     code, out, _ = go(**settings, decode=1)
     assert code == 0 and go(**settings, decode=1)[1] == out and go(**settings, decode=7)[0] == 2
     assert [*table(out)] == ["greedy", "majority", "best of n", "weighted vote", "MCTS"]
+    solved = loop.read_lines(folder / "eval_1.jsonl")[:300]
+    right = [row for row in solved if row["right"]]
+    counts = len(right), sum(int(row["text"]) % 2 for row in right)
+    greedy = [f"{100 * count / len(solved):.1f}" for count in counts]
+    assert table(out)["greedy"][1::2] == greedy and counts[0] > counts[1] > 0
     spent = [float(cells[0].replace(",", "")) for cells in table(out).values()]
     assert spent[0] == 0 and spent[1] == spent[2] == spent[3] and 0 < spent[4] <= 1.1 * spent[1]
 
