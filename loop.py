@@ -350,11 +350,9 @@ def grow_imagined(lab, r, questions):
 
 
 def learn_trusted(lab, r, trees):
-    """4) Imitate the searched solutions that the critics trust, and the right samples. (The latter
-    are not in the paper. Their tokens are paid for, and it would be a waste to leave them out.)"""
-    rows = imitation_rows(lab, forests_so_far(lab, r, "trees"))
-    searched = forests_so_far(lab, r, "imagined")
-    rows += rows_of(searched, solutions=lambda tree: tree.chosen[-1:])
+    """4) Imitate the searched solutions that the critics trust. The right samples are not imitated,
+    too: they would bring back solutions that are right by luck."""
+    rows = rows_of(forests_so_far(lab, r, "imagined"), solutions=lambda tree: tree.chosen[-1:])
     return imitate(lab, rows, lab.settings.steps)
 
 
