@@ -371,7 +371,7 @@ def test_called_again(home, run_of, tmp_path):
 # -- AlphaLLM, votes, distinct solutions -----------------------------------------------------------
 def test_what_the_outcome_head_trusts_is_kept(home, tmp_path, monkeypatch):
     """Searched trees have no grades. A tree's chosen path is kept just if the outcome head, asked
-    again, says at least loop.KEEP."""
+    again, says at least loop.KEEP. Kept paths are imitated, and nothing else."""
     monkeypatch.setattr(judging, "LEAST_AUC", 0.0)          # every head is trusted
     settings = small(home, recipe="alphallm", rounds=1, questions=16, out=str(tmp_path / "run"))
     assert go(**settings)[0] == 0
@@ -387,6 +387,21 @@ def test_what_the_outcome_head_trusts_is_kept(home, tmp_path, monkeypatch):
         assert tree.chosen == (end.path() if said >= loop.KEEP else [])
         kept += bool(tree.chosen)
     assert 0 < kept == loop.read_lines(tmp_path / "run" / "log.jsonl")[1]["kept"] < len(searched)
+    monkeypatch.setattr(loop, "imitate", lambda lab, rows, updates: rows)
+    rows = loop.learn_trusted(lab, 1, [])
+    paths = [[node.index for node in tree.chosen] for tree in searched if tree.chosen]
+    assert [[node.index for node in row.packed.span] for row in rows] == paths
+    assert all(len(row.imitate) == 1 and not row.pairs for row in rows)
+
+
+def test_mcts_dpo_imitates_no_solution(home, tmp_path, monkeypatch):
+    """Each of its rows holds pairs and nothing else."""
+    settings = small(home, recipe="mcts_dpo", rounds=1, budget=300, out=str(tmp_path / "run"))
+    assert go(**settings)[0] == 0
+    lab = loop.Lab(loop.Settings(**settings))
+    monkeypatch.setattr(loop, "prefer", lambda lab, r, rows, updates: rows)
+    rows = loop.learn_siblings(lab, 1, loop.forests_so_far(lab, 1, "trees"))
+    assert rows and all(row.pairs and not len(row.imitate) for row in rows)
 
 
 End = namedtuple("End", "text score visits value_sum end", defaults=(1, 0.5, "eos"))
