@@ -20,7 +20,7 @@ Four choices hold the file together:
 When does which method win? Where a right answer implies right steps (--classes 0), one round of
 imitation removes nearly all wrong steps, and preferences have little left to teach. Where wrong
 steps often end in a right answer (odd or even, multiple choice), imitation copies them and
-preferences unlearn them.
+preferences unlearn them (README, Results).
 
 Chapters: 1 The loop   2 Settings   3 Recipes   4 Growing   5 Learning   6 The lab   7 Tasks
           8 Evaluating, comparing, decoding   9 Pictures   10 Command line
@@ -64,9 +64,9 @@ from tqdm import tqdm
 
 import critic as judging
 from critic import canonical, find_answer, grade
-from dpo import (DPO_LR, SFT_LR, batches, luck, outcome_pairs, pit_pairs, preference_loss,
-                 rate_pairs, scaled_lr, sft_loss, sibling_pairs, store_reference, text_row, train,
-                 tree_row)
+from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, luck, outcome_pairs, pit_pairs,
+                 preference_loss, rate_pairs, scaled_lr, sft_loss, sibling_pairs, store_reference,
+                 text_row, train, tree_row)
 from mcts import (RULES, WHOLE, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
                   from_json, grow, importance_width, page, printable, record_grade, search, to_json,
                   until)
@@ -116,8 +116,8 @@ def cached(path: Path, make, save=None, load=None):
     This is all there is to resuming: what is there is read, what is not there is made. A fresh
     result is read back from the disk as well, so that a run that was never interrupted continues
     from the same numbers as one that was. Two runs in one folder do no harm: each writes under a
-    temporary name that holds its process id, and the first one to finish wins. Inside a training,
-    dpo.train keeps its state every ten minutes."""
+    temporary name that holds its process id, and both make the same. Inside a training, dpo.train
+    keeps its state every ten minutes."""
     if not path.exists():
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -269,8 +269,8 @@ def check(s: Settings) -> None:
 #
 #    mcts.Budget shows what each recipe spends its tokens on
 # --------------------------------------------------------------------------------------------------
-# learn may also read the trees of earlier rounds (forests_so_far). no_letters: refused for multiple
-# choice, where a search hits the right letter by chance
+# Imitation uses the trees of all rounds so far (forests_so_far), DPO those of this round.
+# no_letters: refused for multiple choice, since it cannot make up questions with options
 Recipe = namedtuple("Recipe", "grow learn no_letters", defaults=[False])
 
 
@@ -329,8 +329,8 @@ def grow_searched(lab, r, questions):
 
 
 def learn_siblings(lab, r, trees):
-    """3) DPO on siblings of different Q, with NLL on the better ones. Imitating the right solutions
-    in their place would teach the wrong steps of those that are right by luck."""
+    """3) DPO on siblings of different Q. The NLL term is on the better steps alone, for a right
+    solution may hold wrong steps."""
     return prefer(lab, r, rows_of(trees, sibling_pairs), preference_updates(lab, r))
 
 
@@ -350,8 +350,8 @@ def grow_imagined(lab, r, questions):
 
 
 def learn_trusted(lab, r, trees):
-    """4) Imitate the searched solutions that the critics trust. The right samples are not imitated,
-    too: they would bring back solutions that are right by luck."""
+    """4) Imitate the searched solutions that the critics trust, of all rounds so far. The right
+    samples are left out: some are right by luck."""
     rows = rows_of(forests_so_far(lab, r, "imagined"), solutions=lambda tree: tree.chosen[-1:])
     return imitate(lab, rows, lab.settings.steps)
 
@@ -369,7 +369,7 @@ def grow_unsolved(lab, r, questions):
     2) Spend the rest on a search of the unsolved questions, led by critics, or on more samples."""
     s = lab.settings
     trees = grow_forest(lab, f"trees_{r}", questions, s.share * s.budget, sample)
-    left = s.budget * len(questions) - sum(tree.tokens for tree in trees)
+    left = s.budget * len(questions) - lab.sampled_tokens
     unsolved = [tree.question for tree in trees if not tree.root.rights]
     if len(unsolved) <= SEARCH_ABOVE * len(questions):
         return trees + grow_forest(lab, f"more_{r}", questions, left / len(questions), sample), {}
@@ -381,16 +381,16 @@ def grow_unsolved(lab, r, questions):
 
 def learn_what_helps(lab, r, trees):
     """3) If luck is rare: imitate right solutions. If it is not, imitation would copy wrong steps
-    that ended right. So in round 1 a quarter of the updates, and later all, are DPO. (The pairs of
-    round 1 are steps of the base, not of the model that has just imitated.)"""
-    notes = dict(luck=luck(trees))
+    that ended right: learn from siblings with different rates, and from whole solutions.
+    4) In round 1 imitate first all the same, with three quarters of the updates. The rest is DPO on
+    siblings alone, for the trees are those of the base, not of the model that has just imitated."""
+    notes, updates = dict(luck=luck(trees)), preference_updates(lab, r)
     if notes["luck"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
-    updates, pairs = preference_updates(lab, r), rate_pairs
-    if r == 1:
+    pairs = lambda tree: rate_pairs(tree) + outcome_pairs(tree)
+    if updates < lab.settings.steps:
+        pairs = rate_pairs
         notes |= imitate_right_ones(lab, trees, lab.settings.steps - updates)
-    else:
-        pairs = lambda tree: rate_pairs(tree) + outcome_pairs(tree)
     return prefer(lab, r, rows_of(trees, pairs), updates) | notes
 
 
@@ -402,7 +402,7 @@ RECIPES = dict(
     self_explore=Recipe(grow_pits, learn_pits),
     mcts_dpo=Recipe(grow_searched, learn_siblings),
     alphallm=Recipe(grow_imagined, learn_trusted, no_letters=True),
-    combined=Recipe(grow_unsolved, learn_what_helps, no_letters=True),
+    combined=Recipe(grow_unsolved, learn_what_helps),
 )
 BASE = Recipe(grow_nothing, lambda lab, r, trees: train_base(lab))      # round 0 of every recipe
 
@@ -425,8 +425,10 @@ def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> 
         records = [tree_record(lab, tree) for tree in trees]
         records[0]["rollout_tokens"] = lab.rollouts.tokens - before if lab.rollouts else 0
         return records
-    firsts = range(0, len(questions) if tokens_each > 0 else 0, s.chunk)
-    jobs = {lab.folder / name / f"{first:06d}.jsonl": partial(make, first) for first in firsts}
+    if tokens_each <= 0:
+        return []
+    jobs = {lab.folder / name / f"{first:06d}.jsonl": partial(make, first)
+            for first in range(0, len(questions), s.chunk)}
     forest, tokens = [], tokens_each * len(questions)
     for trees, rollout_tokens in share_out(lab, name, tokens, jobs, read_trees):
         forest += trees
@@ -441,8 +443,8 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
     be sent. What a process did not make, because it failed or was killed, is made here afterwards,
     and if that fails, too, here is where the error is reported.
 
-    With more threads sums round differently. So files are made with one thread each, whoever makes
-    them, or all with --threads, if these are more than two a file.
+    With more threads sums round differently. So one rule holds for all files, whoever makes them:
+    one thread a file, or all threads if there is one file only, or more than two threads for each.
 
     tokens: expected number of sampled tokens, for the progress bar."""
     threads = torch.get_num_threads()
@@ -547,7 +549,8 @@ def grade_ends(lab, ends: list) -> None:
 
 def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
     """Waves of whole solutions until the budget is used up. With `label` (Self-Explore) label_pits
-    follows each wave: it completes prefixes of wrong solutions, and completions are branches, too.
+    follows each wave but the first: it completes prefixes of wrong solutions, and completions are
+    branches, too.
 
     The first wave is one sample of each question. It tells what a sample costs, and later waves are
     made to fit: 1, 7, 8, 8, ... samples while the budget pays for them."""
@@ -591,7 +594,7 @@ KEEP = 0.5              # chance to be right, by the outcome head, from which a 
 
 def search_with_critic(lab, trees: list, tokens: float) -> None:
     """AlphaLLM's eta-MCTS: critics in the place of answers, UCT, adaptive width; lines with the
-    same calculation are one node. A tree is done when 16 simulations in a row found nothing new.
+    same calculation are one node. A tree is done when 16 simulations in a row sampled nothing.
 
     The chosen path is kept if the outcome head says at least KEEP, as in the paper. The weakest
     link cannot be a threshold (critic.leaf_values says why)."""
@@ -630,8 +633,8 @@ def by_answer(lab, ends: list) -> list:
 
 
 def search_for_solution(lab, trees: list, tokens: float) -> None:
-    """The search of `combined`: critics value what is open, grades value ends. A node gets one
-    child, and one more after every eight visits: deep before wide."""
+    """The search of `combined`: the mean of the critics' heads values what is open, grades value
+    ends. A node gets one child, and one more after every eight visits: deep before wide."""
     def values(nodes):
         """Grades of ends, critics' values of all others."""
         grade_ends(lab, [node for node in nodes if node.end])
@@ -700,9 +703,8 @@ def right_solutions(lab, tree: Tree, most: int = 8) -> list:
     """Right ends that differ in their calculations; the same ones in other words teach nothing new.
     (At most 8, as in Self-Explore.) A solution that was cut at the length limit is not imitated."""
     found = {}
-    for end in tree.ends():
-        if end.right and end.end != "length":
-            found.setdefault(calculations(lab.text(end)), end)
+    for path in complete_right_paths(tree):
+        found.setdefault(calculations(lab.text(path[-1])), path[-1])
     return list(found.values())[:most]
 
 
@@ -717,23 +719,22 @@ def imitation_rows(lab, trees: list) -> list:
     return rows_of(trees, solutions=partial(right_solutions, lab))
 
 
-RFT_PART = 3 / 4        # of the updates of round 1: self_explore, mcts_dpo, and combined if lucky
+RFT_PART = 3 / 4        # of the updates of round 1, where imitation comes before DPO
 
 
 def imitate_first(lab, r: int, questions: list) -> tuple:
     """Round 1 of the two step-preference methods: plain samples, whose right ones the model
     imitates (RFT). Returns the tokens per question that are left for the method itself, and notes.
 
-    The trees of the method must be grown by the model that DPO starts from. The RFT model hardly
-    takes the wrong steps of the base any more, and many updates of DPO on them harm it."""
+    So the model that DPO starts from has grown the trees itself. The RFT model hardly takes the
+    wrong steps of the base any more, and many updates of DPO on them harm it."""
     s = lab.settings
     if r > 1 or not s.share:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
     updates = s.steps - preference_updates(lab, r)
     notes = lab.weights("rft", lambda: imitate_right_ones(lab, trees, updates))
-    spent = sum(tree.tokens for tree in trees) / len(questions)
-    return s.budget - spent, notes
+    return s.budget - lab.sampled_tokens / len(questions), notes
 
 
 def imitate_right_ones(lab, trees: list, updates: int) -> dict:
@@ -943,8 +944,8 @@ class Lab:
         refused command leaves no folder behind. BadInput: begun with other settings or files."""
         mine = asdict(self.settings)
         if RECIPES[mine["recipe"]].no_letters and self.task.letters:
-            raise BadInput(f"--recipe {mine['recipe']} is not for answers that are letters, since "
-                           "these are soon guessed: take rft, self_explore or mcts_dpo.")
+            raise BadInput(f"--recipe {mine['recipe']} cannot make up questions with options: take "
+                           "rft, self_explore, mcts_dpo or combined.")
         for name in ("data", "eval_data", "sft_data"):
             mine[name + "_hash"] = file_hash(mine[name])
         with about(f"give another --out, for no folder can be made at {self.folder}"):
@@ -1585,8 +1586,8 @@ def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> 
     low, high = judging.wilson(right, count)
     sound = by_luck = None
     if solved[0]["sound"] is not None:
-        sound = sum(row["right"] and row["sound"] for row in solved) / count
-        by_luck = 1 - sound * count / right if right else None
+        both = sum(row["right"] and row["sound"] for row in solved)
+        sound, by_luck = both / count, 1 - both / right if right else None
     budget = s.budget * s.questions if lab.sampled_tokens else 0
     if lab.sampled_tokens > 1.1 * budget:
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "

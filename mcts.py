@@ -58,7 +58,8 @@ class Node:
     count: int = 0                      # how often this step itself was sampled; not from below it
     drawn: int = 0                      # continuations asked for so far; the next one's number
     right: bool | None = None           # of an end: is the answer right? None: not graded
-    rights: int = 0                     # right ends at or below this step, one for each sample
+    rights: int = 0                     # right samples that end at or below this step; in a search
+                                        # an end counts once
     wrongs: int = 0                     # wrong ends, likewise
     tried: int = 0                      # fresh completions of it by critic.label_pits
     tried_right: int = 0                # how many of these ended right
@@ -202,8 +203,9 @@ class Budget:
         rft, outcome_dpo     | samples                                                 |
         self_explore         | samples for RFT (round 1) | samples | labels | samples  |
         mcts_dpo             | samples for RFT (round 1) | search                      |
-        alphallm             | samples for the critics | search of new questions       |
+        alphallm             | samples for the critics | writing | search              |
         combined             | samples | more samples, or a search with critics        |
+        sft                  | nothing                                                 |
 
     Who asks: loop.sample for samples, critic.label_pits for labels, `until` and `commit_every` for
     a search (one Budget a tree, so that no tree depends on the others). Three things do not ask:
@@ -415,19 +417,18 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
 
 def until(simulations: float, tokens: float = math.inf, patience: float = math.inf):
     """A stop rule: go_on(tree) is False after so many simulations of a tree, after `patience` in a
-    row without a new sample, or when the next one may not fit into the tree's `tokens`. It is
+    row without sampling, or when the next one may not fit into the tree's `tokens`. It is
     expected to cost twice the mean so far. Example: tokens = 30. Three simulations took 24, 8 each.
     The next may cost 16, and only 6 are left: stop."""
-    started = {}                        # tree -> (its budget, its visits) at the first call
+    started = {}                        # tree -> (budget, tokens, visits) at the first call
 
     def go_on(tree):
         """Shall this tree have another simulation?"""
         visits = tree.root.visits
         if tree not in started:
-            started[tree] = Budget([tree], tokens), visits
-        budget, visits_before = started[tree]
-        spent = tokens - budget.left() if tokens < math.inf else 0
-        next_cost = 2 * spent / max(1, visits - visits_before)
+            started[tree] = Budget([tree], tokens), tree.tokens, visits
+        budget, tokens_before, visits_before = started[tree]
+        next_cost = 2 * (tree.tokens - tokens_before) / max(1, visits - visits_before)
         patient = visits - tree.last_growth <= patience
         return visits < simulations and patient and budget.affords(next_cost)
     return go_on

@@ -134,6 +134,10 @@ def test_rate_pairs_by_hand():
     assert luck([tree, Tree(None, 0, [9])]) == (0.5 / 0.8 + 0) / 2
     assert [(pair.chosen[0].parent, pair.rejected[0].ids[0]) for pair in rate_pairs(tree)[2:]] \
         == [(a, 1)]
+    tree = Tree(None, 0, [9])
+    for i, rights in enumerate((4, 7)):                 # .7 - .4 is .29999999999999993
+        add(tree, tree.root, [i], rights=rights, wrongs=10 - rights)
+    assert len(rate_pairs(tree)) == 1
 
 # ---- Rows ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sides", [((), (4,)), ((2,), ()), ((), ()), ((2,), (2,)), ((0,), (0,)),

@@ -215,15 +215,16 @@ def test_switches(settings, home, tmp_path):
 
 
 def test_files_of_questions(home, tmp_path):
-    """Open weights, real questions and reference solutions: a run of each kind of recipe. Recipes
-    of numbers refuse letters, and leave no folder."""
+    """Open weights, real questions and reference solutions: a run of each kind of recipe. AlphaLLM
+    refuses letters, and leaves no folder."""
     numbers, letters = tmp_path / "numbers", tmp_path / "letters"
     loop.write_lines(numbers, [dict(question=f"{i}+1?", answer=f"#### {i + 1}") for i in range(9)])
     choices = dict(text=["yes", "no"], label=["A", "B"])
     loop.write_lines(letters, [dict(question="1?", answerKey="A", choices=choices)])
-    for file, recipe, wanted in ((numbers, "sft", 0), (numbers, "alphallm", 0),
-                                 (letters, "mcts_dpo", 0), (letters, "combined", 2)):
-        out = tmp_path / f"{recipe}_run"
+    for file, recipe, wanted in (
+            (numbers, "sft", 0), (numbers, "alphallm", 0), (letters, "mcts_dpo", 0),
+            (letters, "combined", 0), (letters, "alphallm", 2)):
+        out = tmp_path / f"{file.name}_{recipe}"
         files = dict(data=file, eval_data=file, sft_data=file, template="{question}:", out=out)
         code, _, err = go(**small(home, recipe=recipe, rounds=1, questions=4, **files))
         assert code == wanted and out.exists() == (wanted == 0), err
