@@ -671,7 +671,7 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float
     the rows do not fill all batches, the batches are smaller, and the number of updates stays."""
     s = lab.settings
     if not rows:
-        print("nothing to learn from was found, so the weights stay as they are")
+        print("nothing to learn from was found: this training is left out")
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
     state = lab.folder / "training_state.safetensors"
