@@ -410,12 +410,14 @@ class Muon(torch.optim.Optimizer):
             p.sub_(x.T if tall else x, alpha=size)
 
 
-def make_optimizers(masters: dict, lr: float, muon: bool) -> list:
-    """AdamW; with `muon` the layers' matrices get Muon instead. fused: 3 to 5 times as fast."""
+def make_optimizers(masters: dict, lr: float, muon: bool, shares=1) -> list:
+    """AdamW; with `muon` the layers' matrices get Muon instead, in so many shares.
+    fused: 3 to 5 times as fast."""
     matrices = {n: p for n, p in masters.items() if muon and p.dim() == 2 and ".layers." in n}
     others = [p for name, p in masters.items() if name not in matrices]
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return [adamw, Muon(matrices.values(), dict(lr=lr))] if matrices else [adamw]
+    cut = [list(matrices.values())[i::shares] for i in range(shares)]
+    return [adamw] + [Muon(share, dict(lr=lr)) for share in cut if share]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,11 +426,13 @@ def make_optimizers(masters: dict, lr: float, muon: bool) -> list:
 SAVE_EVERY = 600                        # seconds of training between two writes of the state file
 
 def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=2048, label="train",
-          state=None) -> dict:
+          state=None, shares=1, run=map) -> dict:
     """Train in place, one update a batch (a list of rows), by a loss of chapter 4 or your own.
 
     label   names the progress bar; "" for none
     tokens  a batch is cut into parts of so many padded tokens; that changes memory, not results
+    shares  an update's work is cut into so many, and `run` does them: `map` one after the other,
+            the map of a ThreadPoolExecutor at the same time. The results are the same bytes
     state   a file: every SAVE_EVERY seconds the exact state is written to it. A training that finds
             it goes on from there and ends in the same bytes. It is removed at the end.
 
@@ -436,8 +440,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     steps (updates made), skipped, trained_tokens (of rows, without padding) and, as means over the
     last quarter of the updates, loss, norm (of the gradient) and the statistics of the loss."""
     masters = model.masters()           # fp32: bf16 would round most of an update away
-    optimizers = make_optimizers(masters, lr, muon)
-    plan = json.dumps([len(batches), lr, muon, warmup, tokens])
+    optimizers = make_optimizers(masters, lr, muon, shares)
+    plan = json.dumps([len(batches), lr, muon, warmup, tokens, shares])
     counts, sums = load_state(state, plan, masters, optimizers)
     model.from_masters()
     saved = time.monotonic()
@@ -445,12 +449,12 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
                leave=False, disable=None if label else True)    # None: a bar only in a terminal
     for update in bar:
         rows = batches[update]
-        batch_sums = add_gradients(model, masters, rows, loss_fn, tokens)
+        batch_sums = add_gradients(model, masters, rows, loss_fn, tokens, shares, run)
         norm = torch.nn.utils.clip_grad_norm_([*masters.values()], 1.0).item()
         if math.isfinite(batch_sums["loss"] + norm):
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr * schedule(update, len(batches), warmup)
-                optimizer.step()
+            list(run(lambda optimizer: optimizer.step(), optimizers))
             model.from_masters()
             if update <= len(batches) * 3 // 4:         # the report is on the last quarter
                 sums.clear()
@@ -471,22 +475,28 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     return summary(counts, sums)
 
 
-def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens: int) -> Counter:
+def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens: int, shares=1,
+                  run=map) -> Counter:
     """The gradient of a batch's mean loss, left in the masters' .grad; returns the batch's sums."""
-    model.zero_grad()
+    def gradient(share: list) -> tuple:
+        """The gradient of the loss summed over some of the rows, in fp32, and their sums."""
+        found, sums = [torch.zeros_like(p) for p in masters.values()], Counter()
+        for part in by_length(share, tokens):
+            loss, weight, statistics = loss_fn(model, part)
+            for total, g in zip(found, torch.autograd.grad(loss, list(model.parameters()))):
+                total += g
+            sums.update(statistics, loss=loss.item(), weight=weight)
+        return found, sums
     for p in masters.values():
-        p.grad = torch.zeros_like(p)
+        p.grad = None                           # frees that of the last update
+    gradients, of_shares = zip(*run(gradient, [rows[i::shares] for i in range(shares)]))
     sums = Counter()
-    for part in by_length(rows, tokens):
-        loss, weight, statistics = loss_fn(model, part)
-        loss.backward()
-        sums.update(statistics, loss=loss.item(), weight=weight)
-        for name, p in model.named_parameters():
-            if p is not masters[name] and p.grad is not None:   # half precision: add up in fp32
-                masters[name].grad += p.grad
-                p.grad = None
-    for p in masters.values():
-        p.grad /= sums["weight"]
+    for own in of_shares:
+        sums.update(own)
+    for p, first, *others in zip(masters.values(), *gradients):
+        for other in others:
+            first += other
+        p.grad = first.div_(sums["weight"])
     return sums
 
 

@@ -52,6 +52,7 @@ import tempfile
 import time
 import zlib
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from html import escape
@@ -177,7 +178,7 @@ class Settings:
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
     preset: str = "default"     # or smoke: everything tiny, to see that all stages work
     device: str = ""            # cpu or cuda; empty: cuda where there is one
-    threads: int = 0            # CPU threads; 0: all cores; on a busy machine 1 can be 10 x faster
+    threads: int = 0            # CPU threads; 0: all cores; with --model 1 is best on a busy machine
     workers: int = 0            # processes that sample on a CPU; 0: all cores, at most one a chunk
     # growing trees
     questions: int = 320        # training questions drawn for each round
@@ -517,9 +518,8 @@ def tree_record(lab, tree: Tree) -> dict:
 
 
 def pits_of(tree: Tree) -> set:
-    """The first pits of a tree in which somebody looked for them."""
-    looked = any(node.tried for node in tree.nodes)
-    return {judging.pit(end) for end in tree.ends()} - {None} if looked else set()
+    """The first pits that are known: also a wrong last line beside a right one, in any tree."""
+    return {judging.pit(end) for end in tree.ends()} - {None}
 
 
 def from_record(record: dict) -> Tree:
@@ -674,8 +674,7 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float
         print("nothing to learn from was found: this training is left out")
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
-    state = lab.folder / "training_state.safetensors"
-    return train(lab.model, plan, loss_fn, lr, tokens=lab.part_tokens, state=state)
+    return lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
 
 
 def imitate(lab, rows: list, updates: int) -> dict:
@@ -771,9 +770,8 @@ def train_base(lab) -> dict:
         """Train it."""
         print(f"training the base, {s.base_steps} updates", flush=True)
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
-        return train(lab.model, by_like_length(rows, BASE_BATCH, s.seed), sft_loss, lr,
-                     muon=not s.model, warmup=50, tokens=lab.part_tokens, label="base",
-                     state=folder.with_suffix(".state"))
+        return lab.train(by_like_length(rows, BASE_BATCH, s.seed), sft_loss, lr, label="base",
+                         muon=not s.model, warmup=50, state=folder.with_suffix(".state"))
     return lab.weights(folder, make)
 
 
@@ -913,7 +911,10 @@ class Lab:
         check(s)
         device = pick_device(s.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(s.threads or cores)
+        self.threads = s.threads or cores
+        # products of the tiny GPT are too small to be cut: two shares of a batch at once are faster
+        self.shares = 2 if device.type == "cpu" and not s.model else 1
+        torch.set_num_threads(1 if self.shares > 1 else self.threads)
         # a forked process cannot go on with a GPU
         self.workers = s.workers or cores
         self.forks = device.type == "cpu" and hasattr(os, "fork")
@@ -963,7 +964,8 @@ class Lab:
         """Two lines: what the model, its training and a sampled token take; the first prompt."""
         c, width = self.model.config, self.model.dtype.itemsize
         count = sum(p.numel() for p in self.model.parameters())
-        training = count * (12 + 4 * (width < 4))       # gradient, two moments, fp32 masters
+        # the gradient of a part and the sum of them, two moments, fp32 masters
+        training = count * (width + 12 + 4 * (width < 4))
         token = width * (2 * c.layers * c.kv_heads * c.head_dim + c.hidden_size)
         size = (f"{count:,} parameters on {self.model.device}: {count * width >> 20:,} MiB, "
                 f"training {training >> 20:,} MiB more, a sampled token {token / 1024:.1f} KiB")
@@ -981,6 +983,13 @@ class Lab:
         if log:
             self.load(self.folder / f"round_{len(log) - 1}")
         return log
+
+    def train(self, plan: list, loss_fn, lr: float, **options) -> dict:
+        """dpo.train, where each thread computes a share of an update if there is more than one."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            run = pool.map if self.shares > 1 else map
+            return train(self.model, plan, loss_fn, lr, tokens=self.part_tokens,
+                         shares=self.shares, run=run, **options)
 
     def weights(self, name, make) -> dict:
         """The model after a training, as a folder that other tools open. make() trains it in place
@@ -1867,9 +1876,10 @@ def fault(task, record: dict) -> tuple:
         if place is None or place == len(lines):
             continue
         pit, false = judging.pit(end), f"{lines[place]} is the first false line"
+        looked = any(step.tried for step in end.path())
         if end.right or end in tree.chosen:
             found.append((2, f"{false} of a solution that was taken to be right"))
-        if pit in pits_of(tree) and text(pit.parent).count("\n") != place:
+        if pit and looked and text(pit.parent).count("\n") != place:
             found.append((3, f"{false}, but another one was called the first pit"))
     return max(found)
 

@@ -125,16 +125,22 @@ def searching(model, tokenizer, seeds, repeat=1, **options):
     search(trees, StepSampler(sampler, 64), lambda ends: list(map(win, ends)), until(12))
     return sum(tree.tokens for tree in trees) / (CLOCK() - start)
 
-def evaluating(model):
-    """Seconds of an evaluation of two parts: (by one process, by two)."""
+def on_two_cores(model):
+    """Seconds with one core and with two: of an evaluation of two parts (by processes), and of
+    eight updates of the base (by threads)."""
     with tempfile.TemporaryDirectory() as folder:
         count = 2 * loop.EVALUATED_AT_ONCE
         lab = loop.Lab(loop.Settings(out=folder, device="cpu", threads=1, eval_questions=count))
         lab.model.load_state_dict(model.state_dict())
-        fresh, questions, took = itertools.count(), lab.task.eval_questions(), []
-        for lab.workers in (1, 2):
-            work = lambda: loop.solve(lab, questions, next(fresh))
-            took.append(seconds(work, 1, time.perf_counter))
+        fresh, questions = itertools.count(), lab.task.eval_questions()
+        rows = lab.example_rows(8 * loop.BASE_BATCH, random.Random(0))
+        plan, took = loop.parts(rows, loop.BASE_BATCH), ([], [])
+        works = (lambda: loop.solve(lab, questions, next(fresh)),
+                 lambda: lab.train(plan, dpo.sft_loss, 0.0, muon=True, label=""))
+        for cores in (1, 2):
+            lab.workers = lab.threads = cores
+            for work, times in zip(works, took):
+                times.append(seconds(work, 1, time.perf_counter))
     return took
 
 def main():
@@ -160,8 +166,9 @@ def main():
     together, alone = (searching(model, TOKENIZER, range(n)) for n in (64, 1))
     print(f"search: {together:,.0f} tokens/s with 64 trees in one batch; "
           f"{together / alone:.1f} times as fast as one tree")
-    one, two = evaluating(model)
-    print(f"evaluation: two processes (--workers 2) are {one / two:.1f} times as fast as one")
+    (one, two), (alone, both) = on_two_cores(model)
+    print(f"two cores against one: {one / two:.1f} times as fast in evaluation (two processes), "
+          f"{alone / both:.1f} in training (two threads)")
 
 if __name__ == "__main__":
     main()

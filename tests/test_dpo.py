@@ -2,6 +2,7 @@
 differences, formulas written a second time, and the same training done in another way. Models are
 fp32 or float64 unless a test is about bf16, so that no tolerance depends on the machine."""
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -349,6 +350,22 @@ def test_one_part_of_eight_is_eight_parts_of_one(muon, capfd):
         assert reports[-1] == pytest.approx(reports[0], abs=1e-4)
     assert reports[0]["trained_tokens"] == sum(len(row.learn) for rows in data for row in rows)
     assert capfd.readouterr().err == ""
+
+@pytest.mark.parametrize("muon", (False, True))
+def test_shares_at_once_are_shares_one_after_the_other(muon):
+    """Threads change no byte of weights and report; shares change rounding only."""
+    data, results = some_batches(6, size=5), []
+    with ThreadPoolExecutor(3) as pool:
+        for shares, run in ((1, map), (3, map), (3, pool.map), (3, pool.map)):
+            model = tiny()
+            report = train(model, data, LOSS, 1e-4, muon, shares=shares, run=run)
+            results.append((weights(model), report))
+    (whole, report), (one, one_report), *others = results
+    assert_near(one, whole, 1e-5)
+    assert one_report == pytest.approx(report, abs=1e-4)
+    for other, other_report in others:
+        assert other_report == one_report
+        assert all(torch.equal(other[name], one[name]) for name in one)
 
 def test_report_is_of_the_last_quarter():
     """Without learning (lr 0) the means are those of the last quarter's pairs."""

@@ -335,6 +335,15 @@ def test_workers_make_the_same_files(recipe, dies, home, run_of, tmp_path, monke
     assert contents(tmp_path / "run") == contents(tmp_path / "one")
 
 
+def test_threads_train_the_same_base(tmp_path):
+    """Two threads share an update of the tiny GPT and write the bytes of one."""
+    for threads in (1, 2):
+        sizes = dict(preset="smoke", base_steps=3, rounds=0, eval_questions=2, threads=threads)
+        assert go(**sizes, out=tmp_path / str(threads) / "run")[0] == 0
+    one, two = (contents(base) for base in sorted(tmp_path.glob("*/base_*")))
+    assert one == two and "model.safetensors" in one
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked processes")
 def test_no_worker_outlives_the_run(home, tmp_path, monkeypatch):
     """Ctrl-C while two processes sample: one line, and both have ended."""
