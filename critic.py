@@ -4,8 +4,8 @@ that ruined it, complete each of its prefixes k times: the first step from which
 out right is the first pit. It becomes the rejected side of a preference pair (dpo.py).
 What is different from the published codes:
 1. Completions are branches of the tree, so a right end found for one solution serves all others.
-2. AlphaLLM's critics are small heads on states that the sampler has anyway, not language models.
-3. One function grades everywhere, by value: two comparisons in two scripts make false pits.
+2. AlphaLLM's critics are small heads on the policy's hidden states, not language models.
+3. One function grades everywhere, by value. If two differ, a right end is called a false pit.
 Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Formulas  7 Statistics
 Try:  python critic.py      labels the first pit of one wrong solution; two seconds
 """
@@ -38,14 +38,14 @@ def known_successes(path: list) -> list:
     means unknown. A 0 needs evidence: either the step ends the solution, or fresh completions of it
     were tried and failed; the wrong solution itself was picked because it failed.
     Right ends below A, nothing known of B and C, D the wrong end: [1, None, None, 0]."""
-    return [node.rights if node.rights or node.tried or node.end else None for node in path]
+    return [node.rights if node.rights or node.tried or node.ended else None for node in path]
 
 
 def first_pit(successes: list) -> int | None:
-    """The first step with no success (Self-Explore, 3.2): [4, 2, 0, 0] -> 2; [4, 0, 3] -> 1;
-    [4, 4, 4] -> None; [4, None, 0] -> None, because step 1 is unknown.
+    """The first step with no success (Self-Explore, 3.2): [4, 2, 0, 0] -> 2; [4, 4, 4] ->
+    None; [4, None, 0] -> None, because step 1 is unknown.
     When it is wrong: a good step whose completions end right with chance p is called a pit with
-    probability (1 - p)^k. At p = .3 that is 24% for k = 4 and .3% for k = 16."""
+    probability (1 - p)^k, which is 24% at p = .3 and k = 4. A bad step with a lucky end is none."""
     for step, count in enumerate(successes):
         if count is None:
             return None
@@ -76,7 +76,7 @@ def label_pits(ends: list, complete, k: int, budget=None) -> None:
         for end in ends:
             path = end.path()[1:]
             successes = known_successes(path)
-            if end.right is False and pit(end) is None and None in successes:
+            if end.right is False and pit(end) is None:
                 step = successes.index(None)
                 wave[path[step]] = k * sum(len(node.ids) for node in path[step + 1:])
         before, cost = {}, 0                            # node -> right ends below it so far
@@ -117,7 +117,7 @@ def self_evaluation(nodes: list, sampler, question: str = JUDGE, shown="") -> li
     p = np.full((len(nodes), 2), 0.5)                   # (nodes, orders)
     paths, places = [], []
     for i, node in enumerate(nodes):
-        above = slots_of(node)[:-1 if node.end == "eos" else None]      # judge before end-of-text
+        above = slots_of(node)[:-1 if node.ended == "eos" else None]      # judge before end-of-text
         text = shown(node) if callable(shown) else shown
         text = text and REFERENCE.format(text)
         for order, options in enumerate((("incorrect", "correct"), ("correct", "incorrect"))):
@@ -146,7 +146,7 @@ class Critic(torch.nn.Module):
         value     how likely is a right end from here?    share of right ends below the node
         process   is this step good?                      can the solution still end right?
         outcome   is this finished solution right?        its grade
-    Inputs: `features`, which the sampler has already. fit_critic trains the heads anew every round,
+    Inputs: `features`. fit_critic trains the heads anew every round,
     on four questions of five. The fifth gives the report, and trusted (3,): 1 for a head whose AUC
     there is at least LEAST_AUC."""
 
@@ -156,8 +156,9 @@ class Critic(torch.nn.Module):
             torch.manual_seed(seed)
             self.inner = torch.nn.Linear(hidden_size + 4, 128)
             self.heads = torch.nn.Linear(128, 3)
-        for name, width in dict(mean=hidden_size + 4, std=hidden_size + 4, trusted=3).items():
-            self.register_buffer(name, torch.full((width,), float(name == "std")))
+        self.register_buffer("mean", torch.zeros(hidden_size + 4))      # of the inputs
+        self.register_buffer("std", torch.ones(hidden_size + 4))
+        self.register_buffer("trusted", torch.zeros(3))
 
     def forward(self, x):
         """(M, C + 4) features -> (M, 3) logits."""
@@ -180,8 +181,9 @@ class Judge:
 
 
 def features(nodes: list, sampler) -> torch.Tensor:
-    """(M, C + 4): the hidden state from which the step's last token was drawn, and four log-probs:
-    lowest and mean of the step, lowest and mean of the whole path.
+    """(M, C + 4): the hidden state from which the step's last token was drawn (the last token's own
+    is never computed for a leaf), and four log-probs: lowest and mean of the step, lowest and mean
+    of the whole path.
     Log-probs (-1, -4) of the first step and (-2) of the second give the second -2, -2, -4, -7/3.
     The AUC of the outcome head is .63 on homework without these four numbers and .90 with them."""
     slots, numbers = [], np.zeros((len(nodes), 4), np.float32)
@@ -204,14 +206,15 @@ def critic_labels(tree: Tree, k: int) -> list:
                |- d 0:4 --- e 0:4 end      f  (0, nan, nan)       e  (nan, nan, 0)
                `- f 0:1 --- g 0:1 end
 
-    A step is bad (process 0) if its parent can be saved and k samples below it are all wrong; f has
-    too few. Steps after the pit d get no process label. A row weighs its samples, at most 8."""
+    A step is bad (process 0) if its parent can be saved and it is a wrong end, as c, or k samples
+    below it are all wrong; f has too few. Below the pit d there is no process label. A row weighs
+    its samples, at most 8."""
     rows = []
     for node in tree.nodes[1:]:
         samples, good = node.rights + node.wrongs, float(node.rights > 0)
-        judged = node.parent.rights > 0 and (good or samples >= k or node.end)
-        value = math.nan if node.end else node.rights / max(1, samples)
-        labels = (value, good if judged else math.nan, good if node.end else math.nan)
+        judged = node.parent.rights > 0 and (good or samples >= k or node.ended)
+        value = math.nan if node.ended else node.rights / max(1, samples)
+        labels = (value, good if judged else math.nan, good if node.ended else math.nan)
         if samples:
             rows.append((node, labels, min(samples, 8)))
     return rows
@@ -280,10 +283,10 @@ def leaf_values(nodes, critic, sampler, rule="weakest", rollouts=None, known=Non
         of every step, outcome of the end. Among many samples one will fool a single head. (Best of
         64 on homework: 72% by the outcome head, 89% by the weakest link.) Set no threshold on it:
         the value of a prefix is low wherever the policy seldom succeeds.
-    else: the mean of what the heads (AlphaLLM's sum), or a judge, say of the node alone.
+    mean (the paper's sum) and judge: the mean of what is said of the node alone.
         heads say (value, process, outcome): a (.7, .9, -), its end b (-, .8, .95)
         weakest   a: min(.7, .9) = .7        b: min(.7, .9, .8, .95) = .7
-        sum       a: (.7 + .9) / 2 = .8      b: (.8 + .95) / 2 = .875
+        mean      a: (.7 + .9) / 2 = .8      b: (.8 + .95) / 2 = .875
     rollouts say one number more of a node that is no end. If nothing is said, a node is worth .5.
     known: {node: (3,)}, what the heads said; the caller keeps it through a search."""
     known = {} if known is None else known
@@ -292,14 +295,14 @@ def leaf_values(nodes, critic, sampler, rule="weakest", rollouts=None, known=Non
     new = {step: None for path in paths.values() for step in path if step not in known}
     if new:
         known.update(zip(new, critic.read(list(new), sampler)))
-    rolled = rollouts.score([node for node in nodes if not node.end]) if rollouts else {}
+    rolled = rollouts.score([node for node in nodes if not node.ended]) if rollouts else {}
     value, process, outcome = critic.trusted.bool().tolist()
     worth = []
     for node in nodes:
         said = [rolled[node]] if node in rolled else []
-        said += [known[step][0] for step in paths[node] if value and not step.end]
+        said += [known[step][0] for step in paths[node] if value and not step.ended]
         said += [known[step][1] for step in paths[node] if process and step.parent]
-        said += [known[node][2]] if outcome and node.end else []
+        said += [known[node][2]] if outcome and node.ended else []
         combine = min if weakest else np.mean
         worth.append(float(combine(said)) if said else 0.5)
     return worth
@@ -394,7 +397,8 @@ TOKEN = re.compile(rf"{NUMBER}|\\[A-Za-z]+|or so\b|[-/]?[A-Za-z]+(?:'s\b|[0-9]+)
 KNOWN = set("""a I an as at be by do he in is it my of on so to up us we In It So We
                cm ft kg km lb mg mi ml mm oz . , : ; ? ' " ( ) [ ] * _ ` % =""".split())
 CHANGES = ("and|cubed|doubled?|dozen|factorial|fifths|half|halve[ds]|hundreds?|maybe|minus|nor|not|"
-           "negative|over|plus|point|squared|tenths|than|thirds?|thousands?|twice|[a-z]+illions?")
+           "negative|nearly|almost|never|over|plus|point|squared|tenths|than|thirds?|thousands?|"
+           "twice|[a-z]+illions?")
 WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")      # or any other longer word
 REASON = re.compile(r"(?<!well )\b(?:because|since|as|not|given)\b(?! well)")     # 18, not 20
 WORKING = re.compile(r"(?: *[A-Za-z]\w* *=)?"                           # x = 9 + 9 = 18
@@ -656,7 +660,7 @@ def demo() -> None:
     def complete(wants) -> None:
         """k completions below each node, graded."""
         for node in [node for node, k in wants for _ in range(k)]:
-            while not node.end:
+            while not node.ended:
                 node = write(node, after[text(node)])
             record_grade(node, grade(text(node), "3"))
     complete([(write(write(tree.root, "2*3=6 : 8-6+1"), "6+1=7 : 8-7"), 1)])

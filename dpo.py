@@ -92,7 +92,7 @@ def pit_pairs(tree: Tree, most: int = 8) -> list:
 def complete_right_paths(tree: Tree) -> list:
     """Paths of right ends. One that was cut at the length limit is left out: the NLL term would
     make the model imitate a text without an end."""
-    return [end.path() for end in tree.ends() if end.right and end.end != "length"]
+    return [end.path() for end in tree.ends() if end.right and end.ended != "length"]
 
 
 def outcome_pairs(tree: Tree, most: int = 8) -> list:
@@ -116,7 +116,7 @@ def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
     """MCTS-DPO (2405.00451): at every node the child of highest Q against that of lowest, if they
     differ by more than `gap`. Smoothing is N(loser) / N(both) (eq. 6): the more often the search
     went to the loser, the less sure is the label. With .5 or more the gradient is 0 or points the
-    wrong way, and the pair is dropped.
+    wrong way, and the pair is dropped. (So is a winner that was cut at the length limit.)
 
         n --+- A  N 12  Q +.4       Pair([A], [C], smoothing = 3 / (12 + 3) = .2)
             |- B  N  5  Q +.1
@@ -131,7 +131,7 @@ def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
             loser = min(visited, key=lambda child: child.q)
             smoothing = loser.visits / (winner.visits + loser.visits)
             sure = winner.q - loser.q > gap and smoothing < 0.5
-            if sure and apart([winner], [loser]):
+            if sure and winner.ended != "length" and apart([winner], [loser]):
                 pairs.append(Pair([winner], [loser], smoothing))
     return pairs
 
@@ -151,7 +151,7 @@ def rate_pairs(tree: Tree, gap: float = 0.3) -> list:
         for rate, child in ranked[1:]:
             best_rate, best = ranked[0]
             worse = best_rate - rate > gap - 1e-9       # as a float .7 - .4 is below .3
-            if worse and apart([best], [child]):
+            if worse and best.ended != "length" and apart([best], [child]):
                 pairs.append(Pair([best], [child]))
     return pairs
 
@@ -163,10 +163,11 @@ def by_rate(node) -> list:
     return sorted(rates, key=lambda pair: pair[0], reverse=True)
 
 
-def luck(trees: list) -> float:
-    """Does a worse step often end right, too? Mean of worst rate / best rate over all nodes with
-    two children or more in `by_rate` (and a best rate above 0): .5 / .8 for the node above. About
-    .1 if right answers imply right steps, .7 if the answer is odd or even."""
+def evenness(trees: list) -> float:
+    """Do siblings end right about equally often? Mean of worst rate / best rate over all nodes with
+    two children or more in `by_rate` (and a best rate above 0): .5 / .8 for the node above. On
+    homework .1 if a number is graded, .7 if odd or even. It is 1 for two steps that are both right:
+    where most steps can be written in many right ways, it is high without any luck."""
     forks = [by_rate(node) for tree in trees for node in tree.nodes]
     shares = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
     return sum(shares) / max(1, len(shares))
@@ -264,11 +265,11 @@ def log_probs(model: GPT, rows: list) -> list:
     sees |= s == t                      # padding sees itself: no softmax is NaN
     hidden = model(ids, position, sees)                                 # (B, T, C)
     learn = learn > 0
-    b, t = learn.nonzero(as_tuple=True)                                 # (M,)
-    # index_select, not hidden[b, before]: branches share a parent, and on a CPU the gradient of
+    row, column = learn.nonzero(as_tuple=True)                          # (M,)
+    # index_select, not hidden[row, before]: branches share a parent, and on a CPU the gradient of
     # indexing adds shared entries in an undefined order, so that two runs would differ
-    parents = hidden.flatten(0, 1).index_select(0, b * T + before[b, t])    # (M, C)
-    logps = token_log_probs(model, parents, ids[b, t])                  # (M,)
+    parents = hidden.flatten(0, 1).index_select(0, row * T + before[row, column])   # (M, C)
+    logps = token_log_probs(model, parents, ids[row, column])           # (M,)
     whole = torch.zeros_like(learn, dtype=logps.dtype).masked_scatter(learn, logps).cpu()   # (B, T)
     return [whole[b, :len(row.learn)] for b, row in enumerate(rows)]
 
@@ -363,7 +364,7 @@ def sft_loss(model: GPT, rows: list) -> tuple:
 DPO_LR, SFT_LR = 1e-6, 1e-5             # the papers' learning rates, at 7B parameters
 
 def scaled_lr(model: GPT, lr_at_7b: float) -> float:
-    """A learning rate for 7B parameters -> one for this model: it grows with parameters^(-1/3).
+    """A learning rate for 7B parameters -> one for this model: 1/8 the size has twice the rate.
     SFT of the tiny GPT (.56M) gets 2.3e-4, SFT of a model with .5B 2.4e-5."""
     return lr_at_7b * (7e9 / sum(p.numel() for p in model.parameters())) ** (1 / 3)
 
@@ -432,7 +433,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     label   names the progress bar; "" for none
     tokens  a batch is cut into parts of so many padded tokens; that changes memory, not results
     shares  an update's work is cut into so many, and `run` does them: `map` one after the other,
-            the map of a ThreadPoolExecutor at the same time. The results are the same bytes
+            the map of a ThreadPoolExecutor at the same time. Both give the same bytes
     state   a file: every SAVE_EVERY seconds the exact state is written to it. A training that finds
             it goes on from there and ends in the same bytes. It is removed at the end.
 
@@ -485,7 +486,7 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens: int, s
             loss, weight, statistics = loss_fn(model, part)
             for total, g in zip(found, torch.autograd.grad(loss, list(model.parameters()))):
                 total += g
-            sums.update(statistics, loss=loss.item(), weight=weight)
+            sums.update(statistics, loss=loss.item(), weight=weight)    # a Counter adds
         return found, sums
     for p in masters.values():
         p.grad = None                           # frees that of the last update

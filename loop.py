@@ -63,9 +63,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import critic as judging
+import critic
 from critic import canonical, find_answer, grade
-from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, luck, outcome_pairs, pit_pairs,
+from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, evenness, outcome_pairs, pit_pairs,
                  preference_loss, rate_pairs, scaled_lr, sft_loss, sibling_pairs, store_reference,
                  text_row, train, tree_row)
 from mcts import (RULES, WHOLE, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
@@ -90,13 +90,13 @@ def run(s: "Settings") -> list:
         clock = [time.time()]
         lab.sampled_tokens = lab.rollout_tokens = 0
 
-        # 1) grow: trees of this round's questions, by the weights of the last round
+        # 1) grow: trees of this round's questions (round 1 of some recipes imitates first)
         questions = lab.task.train_questions(r)
         trees, notes = recipe.grow(lab, r, questions)
         clock.append(time.time())
 
         # 2) learn: train the model in place on what the method reads off the trees
-        notes |= lab.weights(f"round_{r}", lambda: recipe.learn(lab, r, trees))
+        notes |= lab.trained(f"round_{r}", lambda: recipe.learn(lab, r, trees))
         clock.append(time.time())
 
         # 3) evaluate: one greedy solution of every held-out question
@@ -178,7 +178,7 @@ class Settings:
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
     preset: str = "default"     # or smoke: everything tiny, to see that all stages work
     device: str = ""            # cpu or cuda; empty: cuda where there is one
-    threads: int = 0            # CPU threads; 0: all cores; with --model 1 is best on a busy machine
+    threads: int = 0            # CPU threads; 0: all cores; with --model, a busy machine wants 1
     workers: int = 0            # processes that sample on a CPU; 0: all cores, at most one a chunk
     # growing trees
     questions: int = 320        # training questions drawn for each round
@@ -196,7 +196,7 @@ class Settings:
     commit: int = 0             # go on below the best child after so many simulations; 0: never
     judge: str = "off"          # add the policy's own verdict to the return: off, plain or gold
     # AlphaLLM
-    critic: str = "weakest"     # leaf value: weakest link of the heads, their sum, or judge
+    critic: str = "weakest"     # leaf value: weakest link of the heads, their mean, or judge
     rollouts: int = 0           # fast rollouts of each leaf by a smaller policy (paper: 4)
     rollout_model: str = ""     # folder of that policy; empty: a base with one layer
     # learning
@@ -246,7 +246,7 @@ def check(s: Settings) -> None:
     """BadInput for settings that make no sense."""
     choices = dict(recipe=RECIPES, task=TASKS, preset=TINY, rule=("", *RULES),
                    split=("test", "dev"), judge=("off", "plain", "gold"),
-                   critic=("weakest", "sum", "judge"))
+                   critic=("weakest", "mean", "judge"))
     for name, value in asdict(s).items():
         flag, least = f"--{name.replace('_', '-')} {value}", int(name in POSITIVE)
         if value not in choices.get(name, [value]):
@@ -255,7 +255,7 @@ def check(s: Settings) -> None:
             raise BadInput(f"{flag}: give a number from {least} on.")
     if s.share >= 1 or s.traps > 3 or s.classes == 1:
         raise BadInput("--share must lie below 1, --traps may be 3 at most, --classes 0, 2, 3 ...")
-    if bool(s.sft_data) > bool(s.data) or bool(s.data) > bool(s.eval_data and s.model):
+    if s.sft_data and not s.data or s.data and not (s.eval_data and s.model):
         raise BadInput("--data needs --eval-data and --model; --sft-data needs all three.")
     if s.template and (s.template.count("{question}") != 1 or "{{question}}" in s.template):
         raise BadInput("--template needs {question} once, in single braces, where a question goes.")
@@ -324,7 +324,7 @@ def learn_pits(lab, r, trees):
 # mcts_dpo: MCTS-DPO (Xie et al. 2024, 2405.00451)
 def grow_searched(lab, r, questions):
     """1) Round 1: imitate first, as above. It stands for the SFT that the paper begins with.
-    2) Search every question with the known answers, by the weights of this round."""
+    2) Search every question with the known answers, by the weights that the model has now."""
     budget, notes = imitate_first(lab, r, questions)
     return grow_forest(lab, f"trees_{r}", questions, budget, search_with_answers), notes
 
@@ -359,8 +359,9 @@ def learn_trusted(lab, r, trees):
 
 # combined: ours. It asks the trees of the round two questions:
 # - Are more than two thirds of the questions unsolved after the first samples? Then each of these
-#   is searched for one right end. Otherwise all are sampled again.
-# - Do wrong steps often end right (`dpo.luck`)? Then it learns from preferences, else as rft does
+#   is searched for one right end. Otherwise all get a second tree of samples.
+# - Do siblings end right about equally often (`dpo.evenness`)? Then wrong steps often end right,
+#   and it learns from preferences; else as rft does
 SEARCH_ABOVE = 2 / 3
 PREFER_ABOVE = 1 / 2
 
@@ -381,18 +382,21 @@ def grow_unsolved(lab, r, questions):
 
 
 def learn_what_helps(lab, r, trees):
-    """3) If luck is rare: imitate right solutions. If it is not, imitation would copy wrong steps
-    that ended right: learn from siblings with different rates, and from whole solutions.
+    """3) If siblings are uneven: imitate right solutions. If they are even, imitation would copy
+    wrong steps that ended right: learn from siblings with different rates, and whole solutions.
     4) In round 1 imitate first all the same, with three quarters of the updates. The rest is DPO on
     siblings alone, for the trees are those of the base, not of the model that has just imitated."""
-    notes, updates = dict(luck=luck(trees)), preference_updates(lab, r)
-    if notes["luck"] <= PREFER_ABOVE:
+    notes = dict(evenness=evenness(trees))
+    if notes["evenness"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
-    pairs = lambda tree: rate_pairs(tree) + outcome_pairs(tree)
-    if updates < lab.settings.steps:
-        pairs = rate_pairs
-        notes |= imitate_right_ones(lab, trees, lab.settings.steps - updates)
-    return prefer(lab, r, rows_of(trees, pairs), updates) | notes
+    preferring = preference_updates(lab, r)
+    imitating = lab.settings.steps - preferring
+    if imitating:
+        notes |= imitate_right_ones(lab, trees, imitating)
+        rows = rows_of(trees, rate_pairs)
+    else:
+        rows = rows_of(trees, lambda tree: rate_pairs(tree) + outcome_pairs(tree))
+    return prefer(lab, r, rows, preferring) | notes
 
 
 # HACK HERE: a recipe of your own is one more line, and its two functions. Also change: nothing
@@ -518,8 +522,8 @@ def tree_record(lab, tree: Tree) -> dict:
 
 
 def pits_of(tree: Tree) -> set:
-    """The first pits that are known: also a wrong last line beside a right one, in any tree."""
-    return {judging.pit(end) for end in tree.ends()} - {None}
+    """All first pits of a tree. (A wrong last line beside a right one needs no completions.)"""
+    return {critic.pit(end) for end in tree.ends()} - {None}
 
 
 def from_record(record: dict) -> Tree:
@@ -543,7 +547,7 @@ def forests_so_far(lab, r: int, *kinds) -> list:
 def grade_ends(lab, ends: list) -> None:
     """Record of each sampled end whether it is right, by the task's own rule."""
     for end in ends:
-        cut = end.end == "length"
+        cut = end.ended == "length"
         record_grade(end, lab.task.reward(end.tree.question, lab.text(end), cut))
 
 
@@ -559,15 +563,15 @@ def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
     def grow_graded(wants):
         """Sample below the wanted nodes, and grade the ends."""
         grade_ends(lab, grow(lab.sampler, wants, s.max_tokens, s.temperature, lab.progress))
-    wave, drawn = 1, 0
+    wave, taken = 1, 0
     while wave > 0:
         grow_graded([(tree.root, wave) for tree in trees])
-        drawn += wave
-        if label and drawn > 1:
+        taken += wave
+        if label and taken > 1:
             ends = [end for tree in trees for end in tree.ends()]
-            judging.label_pits(ends, grow_graded, s.completions, budget)
-        cost = sum(tree.tokens for tree in trees) / drawn       # of one sample of each question
-        wave = min(s.samples - drawn % s.samples, int(budget.left() / cost))
+            critic.label_pits(ends, grow_graded, s.completions, budget)
+        cost = sum(tree.tokens for tree in trees) / taken       # of one sample of each question
+        wave = min(s.samples - taken % s.samples, int(budget.left() / cost))
 
 
 def search_with_answers(lab, trees: list, tokens: float) -> None:
@@ -582,7 +586,7 @@ def search_with_answers(lab, trees: list, tokens: float) -> None:
         if s.judge != "off":
             # "gold" shows the judge the answer, a leak: AUC 74.7 with it, 62.0 without (paper)
             shown = (lambda end: end.tree.question.answer) if s.judge == "gold" else ""
-            verdicts = judging.self_evaluation(ends, lab.sampler, shown=shown)
+            verdicts = critic.self_evaluation(ends, lab.sampler, shown=shown)
         return [verdict + (1.0 if end.right else -1.0) for end, verdict in zip(ends, verdicts)]
     go_on = commit_every(s.commit, each) if s.commit else until(SIMULATIONS, each)
     search(trees, lab.step_sampler(), returns, go_on, RULES[s.rule or "puct"], fixed_width(5, 3))
@@ -598,7 +602,7 @@ def search_with_critic(lab, trees: list, tokens: float) -> None:
 
     The chosen path is kept if the outcome head says at least KEEP, as in the paper. The weakest
     link cannot be a threshold (critic.leaf_values says why)."""
-    s, known, outcome = lab.settings, {}, judging.HEADS.index("outcome")
+    s, known, outcome = lab.settings, {}, critic.HEADS.index("outcome")
     values = partial(lab.leaf_values, rule=s.critic, known=known)   # known[node]: what heads said
     steps = lab.step_sampler(key=lambda ids: calculations(lab.decode(ids)))
     go_on = until(SIMULATIONS, tokens / len(trees), patience=16)
@@ -626,40 +630,46 @@ def by_answer(lab, ends: list) -> list:
     states none, or that was cut at the length limit, is in no group."""
     groups = {}
     for end in ends:
-        answer = lab.task.answer(lab.text(end)) if end.end != "length" else None
+        answer = lab.task.answer(lab.text(end)) if end.ended != "length" else None
         if answer is not None:
             groups.setdefault(answer, []).append(end)
     return list(groups.values())
 
 
 def search_for_solution(lab, trees: list, tokens: float) -> None:
-    """The search of `combined`: the mean of the critics' heads values what is open, grades value
-    ends. A node gets one child, and one more after every eight visits: deep before wide."""
+    """The search of `combined`: an end is worth its grade, 1 or 0, any other leaf the mean of the
+    critics' heads. A node gets one child, and one more after every 8 visits: deep before wide."""
     def values(nodes):
         """Grades of ends, critics' values of all others."""
-        grade_ends(lab, [node for node in nodes if node.end])
-        others = [node for node in nodes if not node.end]
-        guess = dict(zip(others, lab.leaf_values(others, "sum")))
-        return [float(node.right) if node.end else guess[node] for node in nodes]
+        grade_ends(lab, [node for node in nodes if node.ended])
+        others = [node for node in nodes if not node.ended]
+        guess = dict(zip(others, lab.leaf_values(others, "mean")))
+        return [float(node.right) if node.ended else guess[node] for node in nodes]
     more = until(SIMULATIONS, tokens / len(trees), patience=64)
     search(trees, lab.step_sampler(), values, lambda tree: not tree.root.rights and more(tree),
            RULES[lab.settings.rule or "uct"], fixed_width(1, 1), to_end=False)
 
 
 EXPRESSION = re.compile(r"[(\d.][\d.()%]*(?:[-+*/=]+[\d.()%]*[\d)%])+")
+VARIABLE = re.compile(r"\\|\b(?![aAI]\b)[A-Za-z]\b")          # x + 3 = 7, or LaTeX
 
 
 def calculations(text: str) -> str:
-    """What makes two lines or solutions distinct: their calculations, not their words. All operands
-    and results count; a line without words counts whole.
+    """What makes two lines or solutions distinct: their calculations, not their words. Of a line of
+    words with a calculation all numbers and signs count, of other lines of words nothing, and of a
+    line without words, or with variables, all.
 
-        "So 2 + 3 + 4 = $9 in all" -> "2+3+4=9"        "12-9=3 : 10 3" -> "12-9=3:10 3" """
+        "So 2 + 3 + 4 = $9 in all" -> "2+3+4=9"        "12-9=3 : 10 3" -> "12-9=3:10 3"
+        "5% of 40 = 2 so" -> "5% 40=2"                 "Then x + 3 = 7" -> "Then x+3=7" """
     found = []
-    for line in text.replace("\u00d7", "*").replace("\u00f7", "/").split("\n"):
-        line = re.sub(r"(?<=\d),(?=\d{3})|\$", "", line)
+    for line in critic.tidy(re.sub(r"\\times|\\cdot", "*", text)).split("\n"):
+        line = re.sub(r"(?<=\d),(?=\d{3})", "", line)
         line = re.sub(r"(?<=[\d)]) *x *(?=[\d(])", "*", line)
         line = re.sub(r" *([-+*/=():]) *", r"\1", line).strip()
-        found += EXPRESSION.findall(line) if re.search("[A-Za-z]", line) else [line]
+        if re.search("[A-Za-z]", line) and not VARIABLE.search(line):
+            pieces = re.split(r"[^-+*/=()^<>%.\d]+", line) if EXPRESSION.search(line) else []
+            line = " ".join(piece.strip(".") for piece in pieces if re.search(r"\d", piece))
+        found.append(line)
     return " ".join(filter(None, found)) or " ".join(text.split())
 
 
@@ -725,14 +735,14 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
     """Round 1 of the two step-preference methods: plain samples, whose right ones the model
     imitates (RFT). Returns the tokens per question that are left for the method itself, and notes.
 
-    So the model that DPO starts from has grown the trees itself. The RFT model hardly takes the
-    wrong steps of the base any more, and many updates of DPO on them harm it."""
+    So DPO starts from the model that grew the trees. On trees of the base it would unlearn steps
+    that the RFT model hardly takes any more, and many such updates do harm."""
     s = lab.settings
     if r > 1 or not s.share:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
     updates = s.steps - preference_updates(lab, r)
-    notes = lab.weights("rft", lambda: imitate_right_ones(lab, trees, updates))
+    notes = lab.trained("rft", lambda: imitate_right_ones(lab, trees, updates))
     return s.budget - lab.sampled_tokens / len(questions), notes
 
 
@@ -772,7 +782,7 @@ def train_base(lab) -> dict:
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
         return lab.train(by_like_length(rows, BASE_BATCH, s.seed), sft_loss, lr, label="base",
                          muon=not s.model, warmup=50, state=folder.with_suffix(".state"))
-    return lab.weights(folder, make)
+    return lab.trained(folder, make)
 
 
 def by_like_length(rows: list, size: int, seed: int) -> list:
@@ -793,7 +803,7 @@ def train_critics(lab, name: str, trees: list) -> dict:
     """Set the lab's critic and fast rollouts; returns notes. They are trained anew in every round:
     a static critic falls behind the policy, a limit that AlphaLLM's authors name."""
     s = lab.settings
-    lab.critic, lab.rollouts = judging.Judge(), None
+    lab.critic, lab.rollouts = critic.Judge(), None
     if s.critic == "judge":
         return {}
     lab.critic, found = train_critic(lab, name, trees)
@@ -803,14 +813,16 @@ def train_critics(lab, name: str, trees: list) -> dict:
     if not s.rollouts:
         return dict(critic=found)
     # the smaller policy has a lab of its own; its critic learns from its own samples
+    threads = torch.get_num_threads()
     small = Lab(replace(s, model=s.rollout_model, out=str(lab.folder / "small")), layers=1)
+    torch.set_num_threads(threads)              # those that suit the larger model
     small.bases = lab.bases
-    small.weights("round_0", lambda: train_base(small))
+    small.trained("round_0", lambda: train_base(small))
     questions = [tree.question for tree in trees]
     own = grow_forest(small, f"trees_{name}", questions, s.share * s.budget, sample)
     small.critic, small_found = train_critic(small, name, own)
     text = lambda node: lab.decode(node.ids) if node.parent else lab.task.prompt(node.tree.question)
-    lab.rollouts = judging.Rollouts(small.sampler, small.critic, s.rollouts, s.max_tokens, text)
+    lab.rollouts = critic.Rollouts(small.sampler, small.critic, s.rollouts, s.max_tokens, text)
     lab.rollout_tokens += small.sampled_tokens
     return dict(critic=found, rollout_critic=small_found)
 
@@ -824,16 +836,16 @@ def train_critic(lab, name: str, trees: list) -> tuple:
         x, rows = [torch.zeros(0, size + 4, device=device)], []
         for group in parts(trees, s.chunk):
             encode_again(group, lab.sampler)
-            found = [row for tree in group for row in judging.critic_labels(tree, s.completions)]
-            x.append(judging.features([node for node, _, _ in found], lab.sampler))
+            found = [row for tree in group for row in critic.critic_labels(tree, s.completions)]
+            x.append(critic.features([node for node, _, _ in found], lab.sampler))
             rows += found
         tensor = partial(torch.tensor, dtype=torch.float32, device=device)
-        labels = tensor([label for _, label, _ in rows]).reshape(-1, len(judging.HEADS))
+        labels = tensor([label for _, label, _ in rows]).reshape(-1, len(critic.HEADS))
         weights = tensor([weight for _, _, weight in rows])
         texts = [node.tree.question.text.encode("utf-8", "replace") for node, _, _ in rows]
         held_out = tensor([zlib.crc32(text) % 5 == 0 for text in texts]).bool()
         updates = 40 if s.preset == "smoke" else 600
-        return judging.fit_critic(torch.cat(x), labels, weights, held_out, updates, s.seed)
+        return critic.fit_critic(torch.cat(x), labels, weights, held_out, updates, s.seed)
 
     def save(path, made):
         """The weights, with the report in the header of the file."""
@@ -842,9 +854,9 @@ def train_critic(lab, name: str, trees: list) -> tuple:
     def load(path):
         """The inverse of save."""
         tensors, header = read_safetensors(path)
-        critic = judging.Critic(size).to(device)
-        critic.load_state_dict(tensors)
-        return critic, json.loads(header["report"])
+        heads = critic.Critic(size).to(device)
+        heads.load_state_dict(tensors)
+        return heads, json.loads(header["report"])
     return cached(lab.folder / f"{name}.safetensors", make, save, load)
 
 
@@ -862,7 +874,8 @@ def encode_again(trees: list, sampler) -> None:
 def imagined_questions(lab, r: int, old: list) -> list:
     """AlphaLLM's made-up questions of a round. The tokens in which the policy wrote them count."""
     s, counts = lab.settings, lab.sampler.counts
-    write = partial(continuations, lab, temperature=s.temperature, to_end=False)
+    one_line = lambda line: True
+    write = partial(continuations, lab, temperature=s.temperature, over=one_line, stage=r)
 
     def make():
         """The questions, and the tokens in a last line."""
@@ -874,13 +887,17 @@ def imagined_questions(lab, r: int, old: list) -> list:
     return [Question(row["text"], row["answer"]) for row in rows]
 
 
-def continuations(lab, prompts: list, temperature: float = 0, to_end=True) -> list:
-    """(text, continuation) for each list of ids."""
+def continuations(lab, prompts: list, temperature: float = 0, over=None, stage=0) -> list:
+    """(text, continuation) for each list of ids. over(line): does this line end the text? Without
+    it the task says when a solution is over. Another stage draws other random numbers."""
     s = lab.settings
     lab.sampler.reset()
-    requests = [Request(lab.sampler.prompt(ids), mix(s.seed, i, STREAM["writing"]), s.max_tokens)
-                for i, ids in enumerate(prompts)]
-    found = lab.sampler.extend(requests, temperature, to_end, lab.progress)
+    seeds = [mix(s.seed, stage, i, STREAM["writing"]) for i in range(len(prompts))]
+    requests = [Request(lab.sampler.prompt(ids), seed, s.max_tokens)
+                for ids, seed in zip(prompts, seeds)]
+    lab.sampler.finished = over or lab.task.over
+    found = lab.sampler.extend(requests, temperature, progress=lab.progress)
+    lab.sampler.finished = lab.task.over
     return [(lab.decode(one.ids), one) for one in found]
 
 
@@ -901,7 +918,7 @@ class Lab:
     decode_1/          --decode 1       the same command
     training_state...  dpo.train        the same training, after a kill
     ../base_.../       train_base       all runs with the same base
-    round_1/, rft/     weights          the next stage; any tool that opens HF folders
+    round_1/, rft/     trained          the next stage; any tool that opens HF folders
     pairs_1.jsonl      prefer           you, and other DPO trainers
     eval_1.jsonl       solve            report
     log.jsonl          run              you: one row for each round
@@ -912,11 +929,11 @@ class Lab:
         device = pick_device(s.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.threads = s.threads or cores
-        # products of the tiny GPT are too small to be cut: two shares of a batch at once are faster
+        # matrices of the tiny GPT are small: two threads get half a batch each, not half a product
         self.shares = 2 if device.type == "cpu" and not s.model else 1
         torch.set_num_threads(1 if self.shares > 1 else self.threads)
-        # a forked process cannot go on with a GPU
         self.workers = s.workers or cores
+        # a forked process cannot go on with a GPU
         self.forks = device.type == "cpu" and hasattr(os, "fork")
         self.settings, self.folder = s, Path(s.out or default_folder(s))
         self.bases = self.folder.absolute().parent
@@ -964,8 +981,8 @@ class Lab:
         """Two lines: what the model, its training and a sampled token take; the first prompt."""
         c, width = self.model.config, self.model.dtype.itemsize
         count = sum(p.numel() for p in self.model.parameters())
-        # the gradient of a part and the sum of them, two moments, fp32 masters
-        training = count * (width + 12 + 4 * (width < 4))
+        # of each share the gradient of a part and their sum; two moments; fp32 masters
+        training = count * (self.shares * (width + 4) + 8 + 4 * (width < 4))
         token = width * (2 * c.layers * c.kv_heads * c.head_dim + c.hidden_size)
         size = (f"{count:,} parameters on {self.model.device}: {count * width >> 20:,} MiB, "
                 f"training {training >> 20:,} MiB more, a sampled token {token / 1024:.1f} KiB")
@@ -991,7 +1008,7 @@ class Lab:
             return train(self.model, plan, loss_fn, lr, tokens=self.part_tokens,
                          shares=self.shares, run=run, **options)
 
-    def weights(self, name, make) -> dict:
+    def trained(self, name, make) -> dict:
         """The model after a training, as a folder that other tools open. make() trains it in place
         and returns statistics. Saved in fp32: an update of 1e-6 is below the rounding of bf16, and
         would be lost between two rounds."""
@@ -1018,7 +1035,7 @@ class Lab:
 
     def leaf_values(self, nodes: list, rule: str, known=None) -> list:
         """What nodes are worth by the critic of this round, and by fast rollouts if there are."""
-        return judging.leaf_values(nodes, self.critic, self.sampler, rule, self.rollouts, known)
+        return critic.leaf_values(nodes, self.critic, self.sampler, rule, self.rollouts, known)
 
     def example_rows(self, count: int, rng) -> list:
         """Rows for SFT, each with the end-of-text at which sampling stops."""
@@ -1081,10 +1098,10 @@ class Question:
 # HACK HERE: a built-in task of your own is a class with draw, vary and solve, and a line in TASKS.
 # Also change: `reward` if a right number is not enough, `key` if two texts can be one question.
 class BuiltIn:
-    """An endless stream of questions, split in two by a hash, and a corpus for the base."""
+    """An endless stream of questions, split in three by a hash, and a corpus for the base."""
     letters = False                     # are questions answered by the letter of an option?
     has_examples = True                 # is there a corpus for the base?
-    reader = staticmethod(judging.read_number)
+    reader = staticmethod(critic.read_number)
 
     def __init__(self, s: Settings, tokenizer, context: int = 512):
         self.settings, self.tokenizer, self.context = s, tokenizer, context
@@ -1117,7 +1134,7 @@ class BuiltIn:
     def sound(self, question, text: str) -> bool | None:
         """Is every line of the solution true? None: nobody can say."""
         place = self.first_false(question, text)
-        return None if place is None else place > text.count("\n")
+        return None if place is None else place > text.rstrip("\n").count("\n")
 
     def key(self, text: str) -> str:
         """Two questions with one key are the same question."""
@@ -1191,7 +1208,7 @@ class Homework(BuiltIn):
     def __init__(self, *given):
         super().__init__(*given)
         if self.settings.classes == 2:          # odd or even, and only behind ####
-            words = lambda piece, rule: judging.read_words(piece, rule) if rule == "####" else None
+            words = lambda piece, rule: critic.read_words(piece, rule) if rule == "####" else None
             self.reader = words
 
     def claim(self, number: int) -> str:
@@ -1234,10 +1251,14 @@ class Homework(BuiltIn):
                 break
         return "\n".join([*lines, f"#### {self.claim(x[0])}"])
 
+    def reward(self, question, text: str, cut: bool = False) -> bool:
+        """Only what stands behind #### is an answer: a text that is just "odd" is none."""
+        return "####" in text and super().reward(question, text, cut)
+
     def first_false(self, question, text: str) -> int:
         """A line is true if it works off one operation and keeps the value by precedence."""
         x = parse(question.text)
-        number, lines = value(x), text.split("\n")
+        number, lines = value(x), text.rstrip("\n").split("\n")
         for place, line in enumerate(lines[:-1]):
             ways = {line_of(x, i): work_off(x, i) for i in range(1, len(x), 2)}
             x = ways.get(line, [])
@@ -1332,7 +1353,7 @@ class Countdown(BuiltIn):
 
     def key(self, text: str) -> str:
         """The numbers in any order are the same question."""
-        return " ".join(map(str, sorted(self.numbers(text)))) + text.partition(" -> ")[2]
+        return f"{sorted(self.numbers(text))} -> {text.partition(' -> ')[2]}"
 
     def vary(self, text: str, rng) -> str:
         """One number is another one. The new question may have no solution."""
@@ -1352,7 +1373,7 @@ class Countdown(BuiltIn):
     def reward(self, question, text: str, cut: bool = False) -> bool:
         """Every line a legal move, the last number the target."""
         numbers = self.numbers(question.text)
-        *lines, last = text.split("\n")
+        *lines, last = text.rstrip("\n").split("\n")
         for line in lines:
             numbers = dict(self.moves(numbers)).get(line + "\n")
             if numbers is None:
@@ -1381,7 +1402,7 @@ def read_math(item: dict) -> tuple:
     solution = field(item, "solution", str)
     if not solution.strip() and item.get("answer"):
         solution = rf"\boxed{{{field(item, 'answer', str)}}}"
-    need(judging.last_box(solution), r"the solution has no answer in a \boxed{...}")
+    need(critic.last_box(solution), r"the solution has no answer in a \boxed{...}")
     return field(item, "problem", str), solution
 
 
@@ -1431,10 +1452,10 @@ def lettered(question: str, options: list, right: int, rationale: str = "") -> t
 
 # the fields by which an item is recognised, its reader, the reader of answers
 KINDS = [
-    (("question", "correct_answer"), read_sciq, judging.read_letter),
-    (("question", "answerKey"), read_arc, judging.read_letter),
-    (("problem", "solution"), read_math, judging.read_formula),
-    (("question", "answer"), read_gsm8k, judging.read_number),
+    (("question", "correct_answer"), read_sciq, critic.read_letter),
+    (("question", "answerKey"), read_arc, critic.read_letter),
+    (("problem", "solution"), read_math, critic.read_formula),
+    (("question", "answer"), read_gsm8k, critic.read_number),
 ]
 
 
@@ -1450,7 +1471,7 @@ class FileTask(BuiltIn):
         self.test = self.read(s.eval_data)
         self.train = self.read(s.data)
         self.references = self.read(s.sft_data)
-        self.has_examples, self.letters = bool(self.references), self.reader is judging.read_letter
+        self.has_examples, self.letters = bool(self.references), self.reader is critic.read_letter
         held_out = {question.text for question in self.test}
         both = sum(question.text in held_out for question in self.train)
         if both:
@@ -1516,7 +1537,7 @@ class FileTask(BuiltIn):
 
     def over(self, line: str) -> bool:
         """Does this line end a solution? A base model goes on with the next question after it."""
-        rules = ("####",) if self.reader is judging.read_number else ("####", "boxed", "phrase")
+        rules = ("####",) if self.reader is critic.read_number else ("####", "boxed", "phrase")
         return line.startswith("Question:") or find_answer(line, self.reader)[1] in rules
 
     def train_questions(self, r: int) -> list:
@@ -1532,13 +1553,21 @@ class FileTask(BuiltIn):
         return self.test[:self.settings.eval_questions]
 
     def examples(self, count: int, rng) -> list:
-        """Questions with their reference solutions."""
+        """Questions with their reference solutions. One that does not fit the context is replaced:
+        cut, it would teach to stop halfway."""
         found = []
         for question in rng.choices(self.references or self.train, k=count):
+            prompt = self.prompt_ids(question)
             solution = self.tokenizer.encode_more(" " + question.answer)
-            room = self.context - len(self.prompt_ids(question)) - 1
-            found.append((self.prompt_ids(question), solution[:room]))
-        return found
+            if len(prompt) + len(solution) < self.context:
+                found.append((prompt, solution))
+        if not found:
+            raise BadInput(f"None of {count} reference solutions fits the model's context of "
+                           f"{self.context} tokens; give shorter ones.")
+        if len(found) < count:
+            print(f"{count - len(found)} of {count} reference solutions exceed the model's context "
+                  f"of {self.context} tokens; others take their places")
+        return found + rng.choices(found, k=count - len(found))
 
     def imagine(self, old: list, rng, write) -> list:
         """Shown three questions, the policy writes one more. Kept is what ends in a question mark,
@@ -1592,7 +1621,7 @@ def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> 
     learning and evaluating, and at the end."""
     s, count = lab.settings, len(solved)
     right = sum(row["right"] for row in solved)
-    low, high = judging.wilson(right, count)
+    low, high = critic.wilson(right, count)
     sound = by_luck = None
     if solved[0]["sound"] is not None:
         both = sum(row["right"] and row["sound"] for row in solved)
@@ -1666,7 +1695,7 @@ def show_example(lab, log: list) -> None:
         print("   " + solutions[number][place].replace("\n", "\n   "))
     show("A question of round 1. The base writes", 0)
     print("\nWhat was tried in round 1:\n")
-    print(drawn(records[place]))
+    print(picture(records[place]))
     show(f"The model of round {r} writes", r)
     print(f"\nAll files are in {lab.folder}; report.html shows the run. Ask the model yourself:\n"
           f"python model.py --model {shlex.quote(str(lab.folder / f'round_{r}'))} "
@@ -1694,7 +1723,7 @@ def first_trees(folder: Path) -> list:
     return sorted(records, key=lambda one: (plain(one), abs(len(one["nodes"]) - 10)))
 
 
-def drawn(record: dict, width: int = 56) -> str:
+def picture(record: dict, width: int = 56) -> str:
     """A saved tree as text, its steps cut at `width` columns."""
     tree = from_record(record)
     pits = [tree.nodes[i] for i in record["pits"]]
@@ -1713,7 +1742,7 @@ def compare(s: Settings, names: list, seeds: int) -> None:
         check(replace(s, recipe=name))
     rows = []
     hits = {}                   # (recipe, measure): for each seed whether each question counts
-    for seed in range(seeds):
+    for seed in range(s.seed, s.seed + seeds):
         for name in names:
             one = replace(s, recipe=name, seed=seed)
             one.out = str(Path(s.out, f"{name}_seed{seed}")) if s.out else default_folder(one)
@@ -1741,9 +1770,9 @@ def compared(ours: list, theirs: list) -> list:
     each = 100 * np.mean(ours, axis=1)                                          # (seeds,)
     gain, interval = each - 100 * np.mean(theirs, axis=1), "-"                  # (seeds,)
     if ours is not theirs and len(ours) > 1:
-        interval = "{1:+.1f} to {2:+.1f}".format(*judging.t_interval(gain))
+        interval = "{1:+.1f} to {2:+.1f}".format(*critic.t_interval(gain))
     elif ours is not theirs:
-        interval = f"McNemar p = {judging.mcnemar(ours[0], theirs[0]):.2g}"
+        interval = f"McNemar p = {critic.mcnemar(ours[0], theirs[0]):.2g}"
     seeds = " ".join(f"{rate:.1f}" for rate in each)
     return [f"{each.mean():.1f}", f"{gain.mean():+.1f}", interval, seeds]
 
@@ -1774,30 +1803,30 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
     questions = lab.task.eval_questions()[:300]
     print("| method | tokens | accuracy | 95% interval | sound |\n|---|---|---|---|---|")
 
-    def show(method, ends, tokens):
-        """One row of the table; `ends` are those that a method chose, or None."""
-        right, sound = [], []
+    def show(method, ends):
+        """One row of the table; `ends` are those that a method chose for `trees`, or None."""
+        right, sound, tokens = [], [], sum(tree.tokens for tree in trees)
         for question, end in zip(questions, ends):
             text = lab.text(end) if end else ""
-            right.append(bool(end) and lab.task.reward(question, text, end.end == "length"))
+            right.append(bool(end) and lab.task.reward(question, text, end.ended == "length"))
             sound.append(lab.task.sound(question, text))
-        low, high = judging.wilson(sum(right), len(right))
+        low, high = critic.wilson(sum(right), len(right))
         share = "-" if None in sound else f"{100 * np.mean(np.logical_and(right, sound)):.1f}"
         print(f"| {method} | {tokens / len(right):,.0f} | {100 * np.mean(right):.1f} "
               f"| {100 * low:.1f} - {100 * high:.1f} | {share} |", flush=True)
 
     trees = planted(lab, questions, STREAM["voting"])
-    show("greedy", grow(lab.sampler, [(tree.root, 1) for tree in trees], s.max_tokens, 0), 0)
+    show("greedy", grow(lab.sampler, [(tree.root, 1) for tree in trees], s.max_tokens, 0))
     trees = planted(lab, questions, STREAM["voting"])
     ends = grow(lab.sampler, [(tree.root, n) for tree in trees], s.max_tokens, s.temperature)
-    tokens = sum(tree.tokens for tree in trees)
     score_of = dict(zip(ends, lab.leaf_values(ends, s.critic)))
     groups = [by_answer(lab, samples) for samples in parts(ends, n)]
     for method in ("majority", "best of n", "weighted vote"):
-        show(method, [vote(group, score_of, method) for group in groups], tokens)
+        show(method, [vote(group, score_of, method) for group in groups])
+    tokens = sum(tree.tokens for tree in trees)
     trees = planted(lab, questions, STREAM["searching"])
     search_with_critic(lab, trees, tokens)
-    show("MCTS", [trusted_end(lab, tree) for tree in trees], sum(tree.tokens for tree in trees))
+    show("MCTS", [trusted_end(lab, tree) for tree in trees])
 
 
 def vote(groups: list, score_of: dict, method: str):
@@ -1815,15 +1844,15 @@ def vote(groups: list, score_of: dict, method: str):
 def report_page(folder: Path, task) -> str:
     """A run as a page: its log, what its last critics said of themselves, three trees of round 1.
     Round 0 trains the base; its tokens and seconds would dwarf those of the others."""
-    log, critic = read_lines(folder / "log.jsonl"), {}
+    log, heads = read_lines(folder / "log.jsonl"), {}
     scores = ("auc", "brier", "constant")
     for row in log:
-        critic = row.get("critic") or critic
+        heads = row.get("critic") or heads
         for head, found in row.get("critic", {}).items():
             row |= {f"critic.{head}.{score}": found[score] for score in scores}
         if row.get("sound") is not None:
             hits = row["sound"] * row["questions"]
-            row["sound_low"], row["sound_high"] = judging.wilson(hits, row["questions"])
+            row["sound_low"], row["sound_high"] = critic.wilson(hits, row["questions"])
     work = log[1:] or log
     parts = [
         "<p>The gap between the curves is luck: right answers after a false line. Thick lines are "
@@ -1833,10 +1862,10 @@ def report_page(folder: Path, task) -> str:
                     "eval_tokens"]),
         "<h2>Seconds</h2><p>The highest curve is the phase that is worth making faster.</p>",
         plot(work, ["grow_seconds", "learn_seconds", "eval_seconds"])]
-    for head, found in critic.items():
+    for head, found in heads.items():
         key, cells = f"critic.{head}.calibration", []
         for said, true, count in found["calibration"]:
-            low, high = judging.wilson(true * count, count)
+            low, high = critic.wilson(true * count, count)
             cells.append({"said": said, key: true, f"{key}_low": low, f"{key}_high": high})
         parts += [
             f"<h2>The {head} head of the critic</h2><p>Where the curves meet, what it said came "
@@ -1857,7 +1886,7 @@ def unfolding_trees(folder: Path, task) -> list:
     parts = ["<h2>Three trees of round 1</h2>"]
     for title, record in shown.items():
         summary = f"<summary>{escape(printable(title))}</summary>"
-        parts.append(f"<details>{summary}<pre>{escape(drawn(record, WHOLE))}</pre></details>")
+        parts.append(f"<details>{summary}<pre>{escape(picture(record, WHOLE))}</pre></details>")
     return parts
 
 
@@ -1871,11 +1900,11 @@ def fault(task, record: dict) -> tuple:
     texts = record["step_texts"]
     text = lambda node: "".join(texts[step.index] for step in node.path()[1:])
     for end in tree.ends():
-        lines = text(end).split("\n")
+        lines = text(end).rstrip("\n").split("\n")
         place = task.first_false(tree.question, text(end))
         if place is None or place == len(lines):
             continue
-        pit, false = judging.pit(end), f"{lines[place]} is the first false line"
+        pit, false = critic.pit(end), f"{lines[place]} is the first false line"
         looked = any(step.tried for step in end.path())
         if end.right or end in tree.chosen:
             found.append((2, f"{false} of a solution that was taken to be right"))
@@ -1891,7 +1920,7 @@ def compare_page(rows: list) -> str:
 
     def spread(name, values):
         """{name: mean}, and the ends of its interval from two seeds on, cut at -1 and 1."""
-        mean, low, high = judging.t_interval(values)
+        mean, low, high = critic.t_interval(values)
         ends = {f"{name}_low": max(-1, low), f"{name}_high": min(1, high)}
         return {name: mean} | (ends if len(values) > 1 else {})
     parts = ["<p>Thick lines are 95% intervals over seeds. A bar whose line spans zero shows "

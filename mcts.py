@@ -52,7 +52,7 @@ class Node:
     ids: np.ndarray                     # (tokens,) of this step
     logps: np.ndarray                   # (tokens,) their log-probs when they were sampled
     slots: np.ndarray                   # (tokens,) where the sampler keeps their keys and values
-    end: str = ""                       # why the solution ends here: eos, answer, length; "" = open
+    ended: str = ""                     # why the solution ends here: eos, answer, length; "" = open
     index: int = 0                      # order of birth in the tree; parents come before children
     children: list = field(default_factory=list, repr=False)
     count: int = 0                      # how often this step itself was sampled; not from below it
@@ -78,8 +78,8 @@ class Node:
 
     @property
     def prior(self) -> float:
-        """P = exp(sum of log-probs / tokens ** 1.25). For 20 tokens of log-prob -0.5 the product is
-        exp(-10) = 0.00005, and P is exp(-10 / 42.3) = 0.79. The paper's p / length^lambda is 0."""
+        """P = exp(sum of log-probs / tokens ** 1.25); siblings need not add up to 1. 20 tokens of
+        log-prob -0.5 have P = exp(-10 / 42.3) = 0.79; the paper's p / length^lambda is 0.000001."""
         return math.exp(float(self.logps.sum()) / len(self.ids) ** LENGTH_POWER)
 
     def path(self) -> list:
@@ -106,7 +106,7 @@ class Tree:
         self.search_from = self.root    # where simulations begin (`commit_every` moves it down)
         self.last_growth = 0            # root visits when the search last sampled something
         self.last_commit = 0            # root visits when `commit_every` last moved search_from
-        self.chosen = []                # the path that a search without answers stands for, if any
+        self.chosen = []                # the path of the solution a search is for, if there is one
 
     def add(self, parent, ids, logps, slots, end: str = "", key=None) -> Node:
         """The child with these ids. It is made if it is missing, and its count grows by one.
@@ -126,7 +126,7 @@ class Tree:
 
     def ends(self) -> list:
         """The ends of all solutions, in order of birth."""
-        return [node for node in self.nodes if node.end]
+        return [node for node in self.nodes if node.ended]
 
 
 def record_grade(end: Node, right: bool) -> None:
@@ -151,7 +151,7 @@ def to_json(tree: Tree) -> dict:
     for node in tree.nodes:
         logps = [round(float(logp), 6) for logp in node.logps]
         parent = node.parent and node.parent.index
-        row = dict(parent=parent, ids=node.ids.tolist(), logps=logps, end=node.end)
+        row = dict(parent=parent, ids=node.ids.tolist(), logps=logps, end=node.ended)
         rows.append(row | {name: getattr(node, name) for name in FACTS})
     chosen = [node.index for node in tree.chosen]
     return dict(seed=tree.seed, tokens=tree.tokens, chosen=chosen, nodes=rows)
@@ -234,7 +234,8 @@ def requests(node: Node, k: int, max_tokens: int, sampler) -> list:
     path, written = node.path(), node.solution().tolist()
     need(all(len(step.slots) for step in path), "a tree from a file needs slots: Sampler.follow")
     left = max_tokens - len(written)
-    need(left > 0 and not node.end, f"node {node.index} is an end or uses all {max_tokens} tokens")
+    need(left > 0 and not node.ended,
+         f"node {node.index} is an end or uses all {max_tokens} tokens")
     slots = np.concatenate([step.slots for step in path])
     line = sampler.unfinished_line(written)             # an answer is looked for in whole lines
     first, node.drawn = node.drawn, node.drawn + k
@@ -273,7 +274,8 @@ class StepSampler:
     def __init__(self, sampler, max_tokens: int, temperature: float = 1.0, key=None, progress=None):
         self.sampler, self.max_tokens, self.temperature = sampler, max_tokens, temperature
         self.key, self.progress = key, progress         # key: merges steps, see Tree.add
-        self.open, self.owner = {}, {}  # node -> its samples, None: missing; ticket -> (node, i)
+        self.open = {}                  # node that waits -> its samples, None: not there yet
+        self.owner = {}                 # ticket of a sample -> (node, its number there)
 
     def ask(self, node: Node, k: int) -> None:
         """Ask for k more steps below this node. Raises ValueError if k < 1 or the node waits."""
@@ -332,8 +334,8 @@ def fixed_width(root: int = 5, below: int = 3, every: int = 8):
 def importance_width(most: int = 10, alpha: float = 10.0, least_at_root: int = 5, every: int = 8):
     """AlphaLLM's adaptive width (eq. 3, 4): one new child a simulation, up to n(s) = floor(alpha
     I(s)) + 1, I(s) = max |v(child) - v(s)|: a parent of .5 with children .9 and .4 has I .4, n 5.
-    (With the paper's alpha = 1, n hardly changes.) n is held between a low and a high bound, wide
-    at the root, and multiplied by 1 + visits // 8: often visited nodes go on widening."""
+    (With the paper's alpha = 1, n hardly changes.) n is held in 1..10, at the root in 5..40, and
+    then multiplied by 1 + visits // 8: often visited nodes go on widening."""
 
     def width(node):
         """Steps that this node should have drawn by now."""
@@ -357,15 +359,15 @@ def descend(node: Node, choose, width) -> Node:
 
 def backup(node: Node, value: float) -> None:
     """Add the return of a simulation to every node of its path, the root included. AlphaLLM backs
-    up the critics' number of a leaf, MCTS-DPO +1 or -1 of an end; only `evaluate` and `to_end` of
-    `search` differ.
+    up the critics' number of a leaf, MCTS-DPO +1 or -1 of an end.
 
     Why a plain mean is MCTS-DPO's Q = r + V(s'): its rewards r = R(s') - R(s) are differences of
     state scores, and along a path they cancel. Say R(root) = 0, a .6, below it t1 1.7 and t2 -.7:
 
         to t1        Q(root, a) = (.6 - 0) + (1.7 - .6) = 1.7                    the return
         then to t2   Q(root, a) = (.6 - 0) + ((1.7 - .6) + (-.7 - .6)) / 2 = .5  the mean of both
-        in general   Q(s, a) + R(s) = the mean of the returns through a"""
+        in general   Q(s, a) + R(s) = the mean of the returns through a. All actions of s share
+                     R(s), so the mean ranks them as Q does"""
     while node is not None:
         node.visits += 1
         node.value_sum += value
@@ -387,23 +389,23 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0   N(root) 2   b: N 1 Q 0
         3  a 1.42, b .28: a has no children yet: one child, d, is sampled; it returns 0
         4  a .85, b .35: a again, then d, its only child: children of d are sampled, ..."""
-    # Each tree with work left is in one of two places: the node that its simulation has reached is
-    # in `standing`, or a node of it waits for new children in `proposer.open`.
+    # A tree has one simulation at a time. It goes on from a node in `standing`, or it waits for
+    # new children of a node in `proposer.open`.
     standing = [tree.search_from for tree in trees if go_on(tree)]
     while standing or proposer.open:
         arrived = []
         for node in standing:
             # 1) Select: go down by `choose` to where the simulation ends ...
             node = descend(node, choose, width)
-            unseen = node.visits == 0 and node.parent is not None
-            if node.end or (unseen and not to_end):
+            new = node.visits == 0 and node.parent is not None
+            if node.ended or (new and not to_end):
                 arrived.append(node)
             else:
                 # 2) Expand: ... or to a node that needs more steps. It asks for them and waits.
                 proposer.ask(node, width(node) - node.drawn)
         # 3) Evaluate the nodes at which a simulation ended: one call for all trees.
-        new = [node for node in arrived if node.score is None]
-        for node, score in zip(new, evaluate(new) if new else []):
+        unscored = [node for node in arrived if node.score is None]
+        for node, score in zip(unscored, evaluate(unscored) if unscored else []):
             node.score = float(score)
         # 4) Back up, and begin the next simulation.
         for node in arrived:
@@ -443,7 +445,7 @@ def commit_every(simulations: int, tokens: float = math.inf):
         if tree.root.visits - tree.last_commit >= simulations:
             tree.search_from = best_child(tree.search_from)
             tree.last_commit = tree.root.visits
-        return not tree.search_from.end and affordable(tree)
+        return not tree.search_from.ended and affordable(tree)
     return go_on
 
 
@@ -476,10 +478,10 @@ class Packed:
                                                                                b1   x  x        x
 
     A token sees its ancestors and itself, so its log-prob is that of a row of its own, and what
-    branches share is computed once: 2 to 6 times less work. All that is below a1 stands in the
-    columns from a1 to before unseen[a1] = 4. So the token in column t sees column s if
-    s <= t < unseen[s]. `before` is needed because a token's predecessor in its branch need not be
-    its left neighbour: b1 is predicted from q2, not a2."""
+    branches share is computed once: 2 to 6 times less work. The tokens below a1 end just before
+    column unseen[a1] = 4. So the token in column t sees column s if s <= t < unseen[s]. `before` is
+    needed because a token's predecessor in its branch need not be its left neighbour: b1 is
+    predicted from q2, not a2."""
     ids: np.ndarray                     # (T,)
     position: np.ndarray                # (T,) how many tokens come before it in its own solution
     before: np.ndarray                  # (T,) the column of the token it is predicted from
@@ -541,7 +543,7 @@ def _notes(node: Node, chosen, pits, prior: bool) -> str:
     said += f"  N {node.visits} Q {node.q:+.2f}" * (node.visits > 0)
     said += f"  P {node.prior:.2f}" if prior and node.parent else ""
     said += {True: "  RIGHT", False: "  wrong", None: ""}[node.right]
-    said += "  (cut at the length limit)" * (node.end == "length")
+    said += "  (cut at the length limit)" * (node.ended == "length")
     return said + "  <- chosen" * (node in chosen) + "  <== FIRST PIT" * (node in pits)
 
 

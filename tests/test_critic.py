@@ -57,7 +57,7 @@ class Game:
             prefix = tuple(node.solution().tolist())
             rights = sorted(self.right[node.tree])
             rest = [e[len(prefix):] for e in rights if e[:len(prefix)] == prefix]
-            assert not node.end and node.parent is not None
+            assert not node.ended and node.parent is not None
             for i in range(k):
                 letters = [self.rng.randrange(3) for _ in range(self.depth - len(prefix))]
                 self.finish(node, self.rng.choice(rest) if rest and i == 0 else letters)
@@ -148,7 +148,8 @@ def test_rate_of_false_pits(k):
 def test_another_pit_rule(monkeypatch):
     """Another pit rule, "the success rate drops by half", changes two functions alone."""
     monkeypatch.setattr(critic, "known_successes", lambda path: [
-        node.tried_right / node.tried if node.tried else 0 if node.end else None for node in path])
+        node.tried_right / node.tried if node.tried else 0 if node.ended else None
+        for node in path])
 
     def halved(rates):
         """The first rate below half of the one before; 1 before the first."""
@@ -201,7 +202,7 @@ def test_self_evaluation_is_a_plain_forward(shown):
     nodes = [node for tree in grown(sampler, 3) for node in tree.nodes]
     for node, p in zip(nodes, self_evaluation(nodes, sampler, shown=shown)):
         ids = np.concatenate([step.ids for step in node.path()]).tolist()
-        ids, both = ids[:-1] if node.end == "eos" else ids, []
+        ids, both = ids[:-1] if node.ended == "eos" else ids, []
         text = shown(node) if callable(shown) else shown
         for options in (("incorrect", "correct"), ("correct", "incorrect")):
             asked = (REFERENCE.format(text) if text else "") + JUDGE.format(*options)
@@ -321,12 +322,12 @@ def test_leaf_values_by_hand():
         """leaf_values of a critic that says what it is told."""
         return leaf_values(nodes, Told(said, trusted), None, **more)
     assert values([a, b, root]) == [.7, .7, .4]
-    assert values([a, b], rule="sum") == pytest.approx([.8, .875])
+    assert values([a, b], rule="mean") == pytest.approx([.8, .875])
     assert values([a, b], (0, 1, 0)) == [.9, .8] and values([a, b, root], (0, 0, 0)) == [.5] * 3
-    assert values([a, b], (0, 0, 1), rule="sum") == [.5, .95]
+    assert values([a, b], (0, 0, 1), rule="mean") == [.5, .95]
     fast = type("Fast", (), {"score": lambda self, nodes: {node: .3 for node in nodes}})()
     assert values([a, b], rollouts=fast) == [.3, .7]
-    assert values([a, b], (0, 0, 0), rollouts=fast, rule="sum") == [.3, .5]
+    assert values([a, b], (0, 0, 0), rollouts=fast, rule="mean") == [.3, .5]
     told, known = Told(said), {a: said[a]}
     assert leaf_values([b], told, None, known=known) == [.7]
     assert told.asked == [b] and set(known) == {a, b}
@@ -345,7 +346,7 @@ class Length(Told):
 def test_rollouts(text):
     """Ends, log-probs, scores, counts, an untrusted head, a full store, no room; ids and text."""
     big = language_model()
-    nodes = [node for tree in grown(big) for node in tree.nodes[1:] if not node.end]
+    nodes = [node for tree in grown(big) for node in tree.nodes[1:] if not node.ended]
     decode = big.tokenizer.decode_more
     small = language_model(5, 16, Tokenizer.bytes_only(("<a>", "<b>")) if text else None)
     retell = (lambda node: decode(node.ids.tolist())) if text else None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dpo
-from dpo import (Muon, Pair, batches, dpo_loss, log_probs, luck, outcome_pairs, pit_pairs,
+from dpo import (Muon, Pair, batches, dpo_loss, log_probs, evenness, outcome_pairs, pit_pairs,
                  preference_loss, rate_pairs, scaled_lr, schedule, sft_loss, sibling_pairs,
                  store_reference, text_row, token_log_probs, train, tree_row)
 from mcts import NOTHING, Tree, record_grade
@@ -122,17 +122,25 @@ def test_sibling_pairs_by_hand():
         assert [(pair.chosen[0].ids[0], pair.rejected[0].ids[0], pair.smoothing)
                 for pair in sibling_pairs(tree, **settings)] == want
 
+def test_cut_winners_make_no_pair():
+    """NLL would make the model imitate a text without an end; as a loser it may serve."""
+    for end in ("length", "eos"):
+        tree = Tree(None, 0, [9])
+        add(tree, tree.root, [1], end, visits=6, value_sum=6, rights=6)
+        add(tree, tree.root, [2], "length", visits=3, value_sum=-3, wrongs=3)
+        assert len(sibling_pairs(tree)) == len(rate_pairs(tree)) == (end == "eos")
+
 def test_rate_pairs_by_hand():
-    """The picture of rate_pairs; luck is the mean over nodes of worst rate / best rate."""
+    """The picture of rate_pairs; evenness is the mean over nodes of worst rate / best rate."""
     tree = Tree(None, 0, [9])
     children = [add(tree, tree.root, [i], rights=rights, wrongs=wrongs)
                 for i, (rights, wrongs) in enumerate(((1, 1), (4, 1), (2, 2), (0, 1)))]
     b, a, c, _ = children
     pairs = [(pair.chosen, pair.rejected, pair.smoothing) for pair in rate_pairs(tree)]
     assert pairs == [([a], [b], 0), ([a], [c], 0)] and rate_pairs(tree, gap=0.4) == []
-    assert luck([tree]) == 0.5 / 0.8 and luck([]) == 0
+    assert evenness([tree]) == 0.5 / 0.8 and evenness([]) == 0
     add(tree, a, [0], rights=4), add(tree, a, [1], wrongs=2)
-    assert luck([tree, Tree(None, 0, [9])]) == (0.5 / 0.8 + 0) / 2
+    assert evenness([tree, Tree(None, 0, [9])]) == (0.5 / 0.8 + 0) / 2
     assert [(pair.chosen[0].parent, pair.rejected[0].ids[0]) for pair in rate_pairs(tree)[2:]] \
         == [(a, 1)]
     tree = Tree(None, 0, [9])

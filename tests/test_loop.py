@@ -25,7 +25,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import critic as judging
+import critic
 import loop
 from mcts import NOTHING, Tree
 from model import GPT, GPTConfig, Tokenizer
@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CHAIN = {"?": "++-*", "+": "\n", "-": "\n", "*": "\n", "\n": "+-*===", "=": "0001", "0": "$",
          "1": "$", ":": "+-*="}
 SMALL = dict(recipe="alphallm", preset="smoke", threads=1, workers=1, task="coins", rounds=2,
-             questions=8, samples=4, budget=60, steps=4, batch=4, eval_questions=8, base_steps=2, max_tokens=16)
+             questions=8, samples=4, budget=60, steps=4, batch=4, eval_questions=8, base_steps=2,
+             max_tokens=16)
 
 
 class Coins(loop.BuiltIn):
@@ -203,7 +204,7 @@ def test_the_explorer_is_the_rft_model(home, tmp_path):
     dict(recipe="mcts_dpo", judge="gold", commit=5), dict(recipe="combined", share=0.9),
     dict(recipe="mcts_dpo", judge="plain", rule="uct"), dict(critic="judge", rule="puct"),
     dict(recipe="outcome_dpo", unit="3"), dict(chunk=3, unit="paragraph"),
-    dict(critic="sum", rollouts=1), dict(recipe="self_explore", share=0), dict(questions=1)])
+    dict(critic="mean", rollouts=1), dict(recipe="self_explore", share=0), dict(questions=1)])
 def test_switches(settings, home, tmp_path):
     """Each part of a method that a flag chooses runs through, and the budget holds."""
     rollout_model = home / "m" if "rollouts" in settings else ""
@@ -212,6 +213,16 @@ def test_switches(settings, home, tmp_path):
     row = loop.read_lines(tmp_path / "run" / "log.jsonl")[1]
     assert code == 0 and 0 < row["sampled_tokens"] <= 1.1 * row["budget_tokens"], err
     assert (row["rollout_tokens"] > 0) == ("rollouts" in settings)
+
+
+def test_questions_are_written_as_lines(home, tmp_path):
+    """Whatever a step is, a made-up question is one line; another stage writes other ones."""
+    lab = loop.Lab(loop.Settings(**small(home, unit="3", out=str(tmp_path / "run"))))
+    write = lambda stage: [text for text, _ in loop.continuations(
+        lab, [lab.tokenizer.encode("3")] * 40, 1.0, lambda line: True, stage)]
+    texts = write(0)
+    assert all("\n" not in text[:-1] for text in texts) and max(map(len, texts)) > 3
+    assert texts == write(0) != write(1) and lab.sampler.finished == lab.task.over
 
 
 def test_files_of_questions(home, tmp_path):
@@ -382,7 +393,7 @@ def test_called_again(home, run_of, tmp_path):
 def test_what_the_outcome_head_trusts_is_kept(home, tmp_path, monkeypatch):
     """Searched trees have no grades. A tree's chosen path is kept just if the outcome head, asked
     again, says at least loop.KEEP. Kept paths are imitated, and nothing else."""
-    monkeypatch.setattr(judging, "LEAST_AUC", 0.0)          # every head is trusted
+    monkeypatch.setattr(critic, "LEAST_AUC", 0.0)          # every head is trusted
     settings = small(home, recipe="alphallm", rounds=1, questions=16, out=str(tmp_path / "run"))
     assert go(**settings)[0] == 0
     lab = loop.Lab(loop.Settings(**settings))
@@ -393,7 +404,7 @@ def test_what_the_outcome_head_trusts_is_kept(home, tmp_path, monkeypatch):
     loop.encode_again(searched, lab.sampler)
     for tree in searched:
         end = loop.trusted_end(lab, tree)
-        said = lab.critic.read([end], lab.sampler)[0, judging.HEADS.index("outcome")] if end else 0
+        said = lab.critic.read([end], lab.sampler)[0, critic.HEADS.index("outcome")] if end else 0
         assert tree.chosen == (end.path() if said >= loop.KEEP else [])
         kept += bool(tree.chosen)
     assert 0 < kept == loop.read_lines(tmp_path / "run" / "log.jsonl")[1]["kept"] < len(searched)
@@ -414,7 +425,7 @@ def test_mcts_dpo_imitates_no_solution(home, tmp_path, monkeypatch):
     assert rows and all(row.pairs and not len(row.imitate) for row in rows)
 
 
-End = namedtuple("End", "text score visits value_sum end", defaults=(1, 0.5, "eos"))
+End = namedtuple("End", "text score visits value_sum ended", defaults=(1, 0.5, "eos"))
 
 
 def test_votes_count_values():
@@ -442,9 +453,13 @@ def test_right_solutions_differ_in_calculations():
     """All operands and results count; words, $, commas and spelling do not. None is cut."""
     groups = [["So 2 + 3 + 4 = $9 in all", "2+3+4=9"], ["3 x 4 = 12", "3 \u00d7 4 = 12", "3*4=12"],
               ["That is $1,200 / 4 = $300.", "1200/4=300"], ["So (2+3)*4=20.", "(2 + 3) * 4 = 20"],
-              ["2+3+5=10"], ["2+3+4=10"], ["3+2=5"], ["12-9=3 : 10 3"], ["12-9=3 : 3 10"]]
+              ["2+3+5=10"], ["2+3+4=10"], ["3+2=5"], ["12-9=3 : 10 3"], ["12-9=3 : 3 10"],
+              ["5% of 40 = 2 so"], ["10% of 40 = 2 so"], ["Then x + 3 = 7"], ["Then x - 3 = 7"],
+              [r"So $3 \times 5 = 15$", "So 3 \u00b7 5 = 15"], [r"So $1 \times 5 = 15$"],
+              ["so 10\u22123=7 are left", "10-3=7"], ["so 12\u22123=7 are left"],
+              ["3 and 1/2 * 2 = 7"], ["4 and 1/2 * 2 = 7"]]
     keys = [{loop.calculations(text) for text in group} for group in groups]
-    assert [len(group) for group in keys] == [1] * 9 and len(set.union(*keys)) == 9
+    assert [len(group) for group in keys] == [1] * 19 and len(set.union(*keys)) == 19
     tree = Tree(None, 0, [1])
     for i, text in enumerate(["So 2+3=5", "We get 2 + 3 = $5", "3+2=5", "2+2=4", "1+4=5"]):
         end = tree.add(tree.root, [i], [-1.0], NOTHING, "length" if i == 4 else "eos")
@@ -488,8 +503,10 @@ def test_compare(home, tmp_path, monkeypatch):
             assert found[name][cells][::3] == [f"{statistics.mean(each[name]):.1f}", values]
         interval = f"{gain - half:+.1f} to {gain + half:+.1f}"
         assert found["rft"][cells][1:3] == [f"{gain:+.1f}", interval]
-        p = judging.mcnemar(hits["rft"][0], hits["sft"][0])
+        p = critic.mcnemar(hits["rft"][0], hits["sft"][0])
         assert one[cells][2:] == [f"McNemar p = {p:.2g}", f"{each['rft'][0]:.1f}"]
+        last = table(go(**settings, compare="sft,rft", seed=2, seeds=1)[1])["rft"]
+        assert last[cells][3] == f"{each['rft'][2]:.1f}"
 
 
 def test_evaluate_and_decode(home, run_of, monkeypatch):
@@ -511,7 +528,7 @@ def test_evaluate_and_decode(home, run_of, monkeypatch):
     greedy = [f"{100 * count / len(solved):.1f}" for count in counts]
     assert table(out)["greedy"][1::2] == greedy and counts[0] > counts[1] > 0
     spent = [float(cells[0].replace(",", "")) for cells in table(out).values()]
-    assert spent[0] == 0 and spent[1] == spent[2] == spent[3] and 0 < spent[4] <= 1.1 * spent[1]
+    assert 0 < spent[0] < spent[1] == spent[2] == spent[3] and 0 < spent[4] <= 1.1 * spent[1]
 
 
 # -- the command line, files, source ---------------------------------------------------------------

@@ -52,7 +52,7 @@ def random_tree(seed, adds=60):
     rng = np.random.default_rng(seed)
     tree = Tree(f"question {seed}", seed, rng.integers(0, V, rng.integers(1, 6)))
     for _ in range(rng.integers(2, adds)):
-        parent = rng.choice([node for node in tree.nodes if not node.end])
+        parent = rng.choice([node for node in tree.nodes if not node.ended])
         step = rng.integers(0, rng.choice((2, V)), rng.integers(1, 4))
         end = str(rng.choice(["", "eos", "answer", "length"], p=(0.7, 0.1, 0.1, 0.1)))
         node = tree.add(parent, step, -rng.random(len(step)), NOTHING, end)
@@ -72,8 +72,8 @@ def assert_sound(tree):
         assert node.index == index and node.tree is tree and (node.parent is None) == (index == 0)
         assert index == 0 or node.parent.index < index
         assert node.children == [other for other in tree.nodes if other.parent is node]
-        assert node.end in ("", "eos", "answer", "length")
-        steps = [(tuple(child.ids), child.end) for child in node.children]
+        assert node.ended in ("", "eos", "answer", "length")
+        steps = [(tuple(child.ids), child.ended) for child in node.children]
         assert len(steps) == len(set(steps))
 
 def skeleton(tree):
@@ -118,7 +118,8 @@ def test_json_round_trip(seed):
         ends = [end for end in tree.ends() if node in ancestors(end)]
         assert node.rights + node.wrongs == sum(end.rights + end.wrongs for end in ends)
     for node in tree.nodes[1:]:                             # equal steps are found again
-        again.add(again.nodes[node.parent.index], node.ids, node.logps, NOTHING, node.end, key="k")
+        parent = again.nodes[node.parent.index]
+        again.add(parent, node.ids, node.logps, NOTHING, node.ended, key="k")
     assert len(again.nodes) == len(tree.nodes)
     for row in saved["nodes"]:
         del row["tried"], row["value_squares"], row["score"]
@@ -156,7 +157,7 @@ def grown(kind, chosen, rows=16, searched=False):
         mcts.search(trees, StepSampler(sampler, 16), parity, rule, width=width)
         return trees, sampler, []
     ends = grow(sampler, [(tree.root, 4) for tree in trees], 16)
-    inner = [[node for node in tree.root.children if not node.end][:2] for tree in trees]
+    inner = [[node for node in tree.root.children if not node.ended][:2] for tree in trees]
     grow(sampler, [(node, 2) for nodes in inner for node in nodes], 16)
     return trees, sampler, ends
 
@@ -174,15 +175,15 @@ def test_grown_alone_as_in_a_batch(kind, searched):
         root = end.tree.root
         request = Request(plain.prompt(root.ids), mix(root.tree.seed, 0, number % 4), 16)
         sample, = plain.extend([request])
-        assert end.solution().tolist() == sample.ids.tolist() and end.end == sample.why
+        assert end.solution().tolist() == sample.ids.tolist() and end.ended == sample.why
     for tree in trees:
         assert_sound(tree)
-        assert tree.search_from.end if searched else tree.search_from is tree.root
+        assert tree.search_from.ended if searched else tree.search_from is tree.root
         for node in tree.nodes[1:]:
             below = sum(child.count for child in node.children)
-            passed = 0 if node.end or searched else node.count          # samples that went on
+            passed = 0 if node.ended or searched else node.count          # samples that went on
             assert below == passed + node.drawn                         # counts add up
-            assert node.end or node.ids[-1] in sampler.newline
+            assert node.ended or node.ids[-1] in sampler.newline
             assert not sampler.newline & {*node.ids[:-1].tolist()}
             ids = [*tree.root.ids, *node.solution()]
             assert abs(node.logps - plain_log_probs(sampler.model, ids, len(node.ids))).max() < 1e-4
@@ -231,8 +232,8 @@ def test_a_search_obeys_max_tokens():
     mcts.search(trees, StepSampler(sampler, 5), lambda nodes: [0.0] * len(nodes), mcts.until(6))
     nodes = [node for tree in trees for node in tree.nodes[1:]]
     full = [node for node in nodes if len(node.solution()) >= 5]
-    assert all(len(node.solution()) == 5 and node.end for node in full)
-    assert any(node.end == "length" and node.ids[-1] in sampler.newline for node in full)
+    assert all(len(node.solution()) == 5 and node.ended for node in full)
+    assert any(node.ended == "length" and node.ids[-1] in sampler.newline for node in full)
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pack_equals_brute_force(seed):

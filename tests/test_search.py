@@ -38,7 +38,7 @@ class Scrambled:
 
     def ask(self, node, k):
         """The next k moves."""
-        assert k > 0 and node not in self.open and not node.end
+        assert k > 0 and node not in self.open and not node.ended
         first, node.drawn = node.drawn, node.drawn + k
         self.open[node] = node.tree.question.moves(moves_to(node), node.drawn)[first:]
 
@@ -71,8 +71,8 @@ def assert_backed_up(tree, to_end):
     sums, scores = {}, [node.score for node in tree.nodes if node.score is not None]
     for node in reversed(tree.nodes):
         own = node.visits - sum(child.visits for child in node.children)
-        assert not (node.end and node.children)
-        if not node.end:                # evaluated at birth: one visit of its own
+        assert not (node.ended and node.children)
+        if not node.ended:                # evaluated at birth: one visit of its own
             assert own == (0 if to_end or node is tree.root or not node.visits else 1)
         below, score = [sums[child] for child in node.children], node.score or 0.0
         sums[node] = (own * score + sum(s for s, _ in below),
@@ -136,7 +136,7 @@ def test_equals_the_recursive_reference(name, to_end, commit):
             same = {(x["path"], x["end"]): x for x in nodes}
             assert len(tree.nodes) == len(nodes) == len(same)
             for node in tree.nodes:
-                x = same[moves_to(node), node.end]
+                x = same[moves_to(node), node.ended]
                 assert node.visits == x["N"] and node.value_sum == x["W"]
                 assert node is tree.root or node.count == x["count"]
                 assert node is tree.root or abs(node.prior - x["P"]) < 1e-6
@@ -184,7 +184,7 @@ def test_docstring_examples():
         trace.append([(node.visits, node.value_sum) for node in tree.nodes])
     assert trace[:2] == [[(1, 1), (1, 1), (0, 0)], [(2, 1), (1, 1), (1, 0)]]
     assert trace[2:] == [[(3, 1), (2, 1), (1, 0), (1, 0)], [(4, 2), (3, 2), (1, 0), (2, 1), (1, 1)]]
-    state = lambda node: node.score if node.end else math.sin(node.index)
+    state = lambda node: node.score if node.ended else math.sin(node.index)
 
     def value(node):
         """MCTS-DPO's V(s): the visit-weighted mean of Q(s, a) = R(s') - R(s) + V(s')."""

@@ -63,7 +63,8 @@ RIGHT_LINES = "1*4=4 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n"
     ("7+1=8 : 8*4-2\n8*4=32 : 32-2\n32-2=30 : 30\n#### 30", False, False),
     ("1*4=5 : 7+4-2\n7+4=11 : 11-2\n11-2=9 : 9\n#### 9", True, False),   # arithmetic
     ("1*4=4 : 7+4-3\n7+4=11 : 11-3\n11-3=8 : 8\n#### 9", True, False),   # copying
-    (RIGHT_LINES + "#### 8", False, False), (RIGHT_LINES + "9", True, False),
+    (RIGHT_LINES + "#### 8", False, False), (RIGHT_LINES + "9", False, False),
+    (RIGHT_LINES + "#### 9\n", True, True),
     ("#### 9", True, False), ("1*4=4 : 7+4-2\n#### 9", True, False), ("", False, False)])
 def test_sound_by_hand(text, right, sound):
     """A solution of 7+1*4-2 is sound if every line is right; the answer may be right by luck."""
@@ -73,7 +74,9 @@ def test_sound_by_hand(text, right, sound):
     # 30, 8 and 9 as odd or even: the first false line of 7+1=8 is no longer seen in the answer
     last = re.sub("#### ([0-9]+)", lambda found: "#### " + ("odd", "even")[int(found[1]) < 9 or
                   int(found[1]) == 30], text)
-    assert task(Homework, classes=2).sound(Question("7+1*4-2", "odd"), last) == sound
+    odd = Question("7+1*4-2", "odd")
+    assert task(Homework, classes=2).sound(odd, last) == sound
+    assert not task(Homework, classes=2).reward(odd, "odd")             # #### is missing
 
 
 @pytest.mark.parametrize("classes, claims", [(0, "9 10 41"), (2, "odd even odd"), (3, "0 1 2")])
@@ -131,7 +134,7 @@ def test_countdown_rewards():
     question = Question("10 12 9 -> 7", "7")
     assert countdown.reward(question, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7")
     assert not countdown.reward(question, "12-9=4 : 10 4\n10-4=7 : 7\n#### 7")
-    assert countdown.sound(question, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7")
+    assert countdown.sound(question, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7\n")
 
 
 @pytest.mark.parametrize("kind, count", [(Homework, 2000), (Countdown, 250)])
@@ -293,17 +296,22 @@ def test_where_a_solution_ends(read):
         assert all(map(one.over, over)) and not any(map(one.over, going)), item
 
 
-def test_training_questions_and_references(read, tmp_path):
-    """Every question comes once before any comes again. References are cut to the context."""
+def test_training_questions_and_references(read, tmp_path, capsys):
+    """Every question comes once before any comes again. References beyond the context are left
+    out, and counted."""
     items = [GSM8K | dict(question=f"{i} + 1?") for i in range(10)]
     long = GSM8K | dict(question="long", answer="4 + 5 = 9 " * 100 + "#### 9")
     one = read(GSM8K, questions=4, context=200, data=write(tmp_path / "t", *items),
-               sft_data=write(tmp_path / "s", long))
+               sft_data=write(tmp_path / "s", long, GSM8K))
     drawn = [question.text for r in range(1, 6) for question in one.train_questions(r)]
     assert len({*drawn[:10]}) == len({*drawn[10:]}) == 10 and drawn[:10] != drawn[10:]
-    (prompt, solution), = one.examples(1, random.Random(0))
-    assert bytes(prompt + solution).startswith(b"Question: long\nAnswer: 4 + 5 = 9 4 + 5")
-    assert len(prompt) + len(solution) <= 200
+    whole = b"Question: How much is 4 + 5?\nAnswer: 4 + 5 = 9\n#### 9"
+    assert {bytes(prompt + solution) for prompt, solution in one.examples(40, random.Random(0))} \
+        == {whole}
+    assert "of 40 reference solutions exceed the model's context" in capsys.readouterr().out
+    one.references = one.references[:1]
+    with pytest.raises(BadInput, match="None of 3 reference"):
+        one.examples(3, random.Random(0))
 
 
 def test_imagined_real_questions(read, tmp_path):
