@@ -449,7 +449,8 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
     and if that fails, too, here is where the error is reported.
 
     With more threads sums round differently. So one rule holds for all files, whoever makes them:
-    one thread a file, or all threads if there is one file only, or more than two threads for each.
+    one thread a file, or all threads (the tiny GPT has one, see Lab) if there is one file only, or
+    more than two threads for each.
 
     tokens: expected number of sampled tokens, for the progress bar."""
     threads = torch.get_num_threads()

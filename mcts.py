@@ -1,8 +1,9 @@
 """Trees of solutions, and the search that grows them.
 
-A language model writes a solution step by step; a step is one line. Sample one question many times
-and the samples form a tree: the question is the root, equal first lines are one child, and every
-path from the root to an end is one solution. The three methods grow such trees in different ways.
+A language model, the policy, writes a solution step by step; a step is one line. Sample one
+question many times and the samples form a tree: the question is the root, equal first lines are one
+child, and every path from the root to an end is one solution. The three methods grow such trees in
+different ways.
     7+1*4-2?  --+-- 1*4=4 : 7+4-2 -- 7+4=11 : 11-2 -- 11-2=9 : 9 -- #### 9    right
                 `-- 7+1=8 : 8*4-2 -- 8*4=32 : 32-2 -- ...        -- #### 30   wrong
 The numbers of a search, and where they are computed:
