@@ -1636,6 +1636,7 @@ def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> 
         recipe=s.recipe, round=r, seed=s.seed,
         accuracy=right / count, accuracy_low=low, accuracy_high=high, questions=count,
         sound=sound, by_luck=by_luck,
+        no_answer=sum(lab.task.answer(row["solution"]) is None for row in solved) / count,
         never_ends=sum(row["why"] == "length" for row in solved) / count,
         mean_tokens=sum(row["tokens"] for row in solved) / count,
         eval_tokens=sum(row["tokens"] for row in solved),

@@ -475,12 +475,28 @@ def table(out):
     return {line[0]: line[1:] for line in lines[1:]}
 
 
+def test_report_by_hand():
+    """The shares of a round's held-out solutions."""
+    settings = loop.Settings(classes=0)
+    lab = SimpleNamespace(settings=settings, task=loop.Homework(settings, None), sampled_tokens=0,
+                          rollout_tokens=0)
+    rows = [("1*4=4 : 7+4-2\n#### 9", True, True, "eos"), ("#### 9", True, False, "eos"),
+            ("#### 8", False, False, "eos"), ("no end", False, False, "length")]
+    solved = [dict(solution=solution, right=right, sound=sound, why=why, tokens=len(solution))
+              for solution, right, sound, why in rows]
+    row = loop.report(lab, 1, solved, [], {}, [0, 1, 3, 6])
+    assert (row["accuracy"], row["sound"], row["by_luck"]) == (0.5, 0.25, 0.5)
+    assert (row["no_answer"], row["never_ends"], row["mean_tokens"]) == (0.25, 0.25, 9.5)
+    assert [row[f"{stage}_seconds"] for stage in ("grow", "learn", "eval")] == [1, 2, 3]
+
+
 def test_compare(home, tmp_path, monkeypatch):
     """Means, differences, t interval over seeds and each seed, worked out by hand from the files of
     the runs. One seed: an exact McNemar test on its questions."""
     def random_grades(lab, questions, r):
         rng = random.Random(f"{lab.settings.recipe} {lab.settings.seed}")
-        row = lambda: dict(right=rng.random() < 0.6, sound=rng.random() < 0.5, why="eos", tokens=1)
+        row = lambda: dict(right=rng.random() < 0.6, sound=rng.random() < 0.5, why="eos", tokens=1,
+                           solution="")
         make = lambda: [row() for _ in questions]
         return loop.cached(lab.folder / f"eval_{r}.jsonl", make)
     monkeypatch.setattr(loop, "solve", random_grades)
