@@ -5,7 +5,7 @@ out right is the first pit. It becomes the rejected side of a preference pair (d
 What is different from the published codes:
 1. Completions are branches of the tree, so a right end found for one solution serves all others.
 2. AlphaLLM's critics are small heads on the policy's hidden states, not language models.
-3. One function grades everywhere, by value. If two differ, a right end is called a false pit.
+3. One function grades everywhere, by value. Where two differ, right ends make false pits.
 Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Formulas  7 Statistics
 Try:  python critic.py      labels the first pit of one wrong solution; two seconds
 """
@@ -117,7 +117,7 @@ def self_evaluation(nodes: list, sampler, question: str = JUDGE, shown="") -> li
     p = np.full((len(nodes), 2), 0.5)                   # (nodes, orders)
     paths, places = [], []
     for i, node in enumerate(nodes):
-        above = slots_of(node)[:-1 if node.ended == "eos" else None]      # judge before end-of-text
+        above = slots_of(node)[:-1 if node.ended == "eos" else None]    # judge before end-of-text
         text = shown(node) if callable(shown) else shown
         text = text and REFERENCE.format(text)
         for order, options in enumerate((("incorrect", "correct"), ("correct", "incorrect"))):
@@ -146,9 +146,8 @@ class Critic(torch.nn.Module):
         value     how likely is a right end from here?    share of right ends below the node
         process   is this step good?                      can the solution still end right?
         outcome   is this finished solution right?        its grade
-    Inputs: `features`. fit_critic trains the heads anew every round,
-    on four questions of five. The fifth gives the report, and trusted (3,): 1 for a head whose AUC
-    there is at least LEAST_AUC."""
+    Inputs: `features`. fit_critic trains the heads anew every round, on four questions of five. The
+    fifth gives the report, and trusted (3,): 1 for a head whose AUC there is at least LEAST_AUC."""
 
     def __init__(self, hidden_size: int, seed: int = 0):
         super().__init__()

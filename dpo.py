@@ -484,7 +484,9 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens: int, s
         found, sums = [torch.zeros_like(p) for p in masters.values()], Counter()
         for part in by_length(share, tokens):
             loss, weight, statistics = loss_fn(model, part)
-            for total, g in zip(found, torch.autograd.grad(loss, list(model.parameters()))):
+            # materialize_grads: 0 for what a loss of your own does not use
+            own = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+            for total, g in zip(found, own):
                 total += g
             sums.update(statistics, loss=loss.item(), weight=weight)    # a Counter adds
         return found, sums

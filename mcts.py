@@ -107,7 +107,7 @@ class Tree:
         self.search_from = self.root    # where simulations begin (`commit_every` moves it down)
         self.last_growth = 0            # root visits when the search last sampled something
         self.last_commit = 0            # root visits when `commit_every` last moved search_from
-        self.chosen = []                # the path of the solution a search is for, if there is one
+        self.chosen = []                # AlphaLLM: path of the solution to imitate, if there is one
 
     def add(self, parent, ids, logps, slots, end: str = "", key=None) -> Node:
         """The child with these ids. It is made if it is missing, and its count grows by one.
