@@ -188,7 +188,7 @@ class Settings:
     max_tokens: int = 128       # of one solution
     unit: str = "line"          # what a step of a solution is: line, paragraph, or so many tokens
     chunk: int = 160            # questions whose trees grow together; a finished chunk is a file
-    rows: int = 0               # solutions decoded at once; 0: 256, or 1024 for the tiny GPT
+    rows: int = 0               # solutions decoded at once; 0: 256, CUDA 512, the tiny GPT 1024
     share: float = 0.4          # part of the budget for first samples: RFT or critics learn there
     # Self-Explore and MCTS-DPO
     completions: int = 4        # k per prefix; all k fail with (1 - p)^k if each succeeds with p
@@ -227,7 +227,7 @@ TINY = dict(default=dict(hidden_size=128, layers=3), smoke=dict(hidden_size=32, 
 BASE_BATCH = 32                         # solutions in one update of the base
 TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
-TRAINED_AT_ONCE = 2048                  # padded tokens of one training pass; more is not faster
+TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens of a pass; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
 FREE = ("rounds", "out", "device", "threads", "workers", "rows")    # may differ in the next call
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
@@ -938,8 +938,8 @@ class Lab:
         self.forks = device.type == "cpu" and hasattr(os, "fork")
         self.settings, self.folder = s, Path(s.out or default_folder(s))
         self.bases = self.folder.absolute().parent
-        rows = s.rows or (256 if s.model else 1024)
-        self.part_tokens = min(8 * rows, TRAINED_AT_ONCE)
+        rows = s.rows or (1024 if not s.model else 512 if device.type == "cuda" else 256)
+        self.part_tokens = min(16 * rows, TRAINED_AT_ONCE[device.type])
         self.critic = self.rollouts = None      # of these weights, by train_critics
         self.progress = None                    # called with the number of tokens just sampled
         self.sampled_tokens = 0                 # in this round, by the policy

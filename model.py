@@ -670,10 +670,11 @@ def rope_frequencies(config: GPTConfig):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, 2104.09864): x (B, T, heads, D); cos, sin (B, T, 1, D/2).
-    Dimension i is paired with i + D/2, as in HF files; the paper's i, i + 1 gives gibberish."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    """Rotary positions (RoFormer, 2104.09864): x (B, T, heads, D); cos, sin (B, T, 1, D).
+    Dimension i is paired with i + D/2, as in HF files; the paper's i, i + 1 gives gibberish. With
+    the halves a b of x this is (a cos - b sin, b cos + a sin); the minus is in the first half of
+    `sin`. (Three kernels instead of seven.)"""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend(q, k, v, bias):
@@ -800,9 +801,11 @@ class GPT(nn.Module):
         if self.config.gpt2:
             x, turn = x + self.model.embed_positions(positions), None
         else:
+            self.inverse = self.inverse.to(ids.device)  # a copy, the first time
             # (B, T, 1, D/2), in fp32: bf16 has no whole numbers above 256
-            angle = positions[..., None, None].float() * self.inverse.to(ids.device)
-            turn = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            angle = positions[..., None, None].float() * self.inverse
+            cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            turn = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)        # (B, T, 1, D)
         bias = {}
         for window in set(self.config.windows):         # one bias for all layers with this window
             seen = mask
@@ -825,7 +828,7 @@ class GPT(nn.Module):
         logits = self.logits(hidden).float()
         if self.no_ids is None:
             return logits
-        return logits.masked_fill(self.no_ids.to(logits.device), -math.inf)
+        return logits.masked_fill_(self.no_ids.to(logits.device), -math.inf)
 
     def bind(self, tokenizer):
         """Learn from the tokenizer which ids exist, and at which ids text ends: all that config,
@@ -968,6 +971,7 @@ class GPT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Shapes: P tokens in the store, R rows that are being decoded, S columns of the widest row
 PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
+RECORDED_COLUMNS = 64             # a recorded step serves so many widths of the working cache
 
 
 @dataclass
@@ -1045,6 +1049,16 @@ def step_rule(kind: str, tokenizer):
     return rules[kind]
 
 
+def record(work, beside=None):
+    """Do `work` and record its CUDA kernels -> a graph: replay() launches them again, on what then
+    stands in the same memory. Two graphs may use one scratch memory: give the other as `beside`."""
+    work()                              # the first run also makes what cannot be recorded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=beside and beside.pool()):
+        work()
+    return graph
+
+
 class Sampler:
     """Continues prefixes for one model, and keeps keys and values of every encoded token.
 
@@ -1067,6 +1081,7 @@ class Sampler:
         self.newline = set(tokenizer.newline_ids)
         self.step_over = step_rule(step, tokenizer)
         self.counts = dict(prompt=0, sampled=0, processed=0)            # tokens
+        self.records = model.device.type == "cuda"      # see `_decode`
         self.reset(slots)
 
     def reset(self, slots=None):
@@ -1080,8 +1095,10 @@ class Sampler:
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot} of prompts
         self.waiting, self.live = deque(), []           # rows
-        # the same work gives the same bytes whatever came before: the width begins at 0 again
-        self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
+        if slots is not None or not self.records:
+            # the same work gives the same bytes whatever came before: the width begins at 0 again
+            self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
+            self.recorded = {}                          # (rows, columns): (numbers, graph)
 
     def _zeros(self, *shape):
         """Zeros: a masked column has weight 0, and 0 * NaN of raw memory would be NaN."""
@@ -1121,7 +1138,8 @@ class Sampler:
         """Append tokens to the store -> their slots. They are encoded later."""
         slots = np.arange(self.used, self.used + len(ids))
         self.used += len(ids)
-        if self.used > len(self.ids):                   # full: half as much again
+        if self.used >= len(self.ids):                  # full: half as much again
+            self.recorded = {}
             more = len(ids) + len(self.ids) // 2
             self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
             self.hidden = F.pad(self.hidden, (0, 0, 0, more))
@@ -1140,12 +1158,43 @@ class Sampler:
 
     def _forward(self, work, slots, cols):
         """Encode tokens `slots` (R, T) at columns `cols` (R, T) of the first R rows of `work`."""
-        width = int(cols.max()) + 1                     # S
-        ids, at, positions = map(self._there, (self.ids[slots], slots, cols))
-        rows = self._there(np.arange(len(slots))[:, None])
-        self.at = work, rows, positions, at, width
-        mask = self._there(np.arange(width)) <= positions[..., None]    # (R, T, S)
-        self.hidden[at] = self.model(ids, positions, mask, cache=self)
+        numbers = self._there(np.stack((self.ids[slots], slots, cols)))
+        self._compute(work, numbers, int(cols.max()) + 1)
+        self.encoded[slots] = True
+
+    def _compute(self, work, numbers, width):
+        """The same from numbers on the device: ids, slots, columns (3, R, T), all below `width`."""
+        ids, slots, cols = numbers
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        self.at = work, rows, cols, slots, width
+        mask = torch.arange(width, device=ids.device) <= cols[..., None]        # (R, T, S)
+        self.hidden[slots] = self.model(ids, cols, mask, cache=self)
+
+    def _decode(self):
+        """Encode the last token of each live row. A step of a 0.5B model is a thousand small
+        kernels, and a GPU waits for their launches. So on CUDA they are recorded once for a number
+        of rows and of columns, both rounded up, and a replay is one launch. The rows too many
+        compute something finite and write it to the next free slot, which has no token yet."""
+        slots = np.array([[row.slots[-1]] for row in self.live])        # (R, 1)
+        cols = np.array([[row.columns - 1] for row in self.live])
+        width = int(cols.max()) + 1
+        if not self.records:
+            self._widen(width)
+            return self._forward(self.work, slots, cols)
+        rows = min(self.rows, 1 << (len(slots) - 1).bit_length())       # a power of two
+        width += -width % RECORDED_COLUMNS
+        self._widen(width)
+        numbers = np.zeros((3, rows, 1), np.int64)
+        numbers[1] = self.used
+        numbers[:, :len(slots)] = self.ids[slots], slots, cols
+        if (rows, width) not in self.recorded:
+            there = self._there(numbers)
+            compute = partial(self._compute, self.work, there, width)
+            _, beside = next(iter(self.recorded.values()), (None, None))
+            self.recorded[rows, width] = there, record(compute, beside)
+        there, graph = self.recorded[rows, width]
+        there.copy_(torch.from_numpy(numbers))
+        graph.replay()
         self.encoded[slots] = True
 
     def _there(self, numbers):
@@ -1247,12 +1296,11 @@ class Sampler:
         self.counts["sampled"] += len(slots)
         if progress is not None:
             progress(len(slots))
-        self._close()
+        if stopped:
+            self._close()
         if self.live:
-            last = np.array([[row.slots[-1], row.columns - 1] for row in self.live])    # (R, 2)
-            self._widen(int(last[:, 1].max()) + 1)
-            self._forward(self.work, last[:, :1], last[:, 1:])
-            self.counts["processed"] += len(last)
+            self._decode()
+            self.counts["processed"] += len(self.live)
         return stopped
 
     def _admit(self):
@@ -1273,6 +1321,7 @@ class Sampler:
         width = self.work.shape[4]
         if columns > width:
             self.work = F.pad(self.work, (0, 0, 0, max(columns - width, width // 4)))
+            self.recorded = {}
 
     def _draw(self) -> tuple:
         """Ids and log-probs of the live rows' next tokens, (R,) each. A token is found where the
@@ -1281,8 +1330,9 @@ class Sampler:
         last = [(row.slots or row.request.path)[-1] for row in self.live]
         logits = self.model.token_logits(self.hidden[last])             # (R, V)
         tokens = logits.argmax(-1)
-        heat = torch.tensor([row.temperature for row in self.live], device=logits.device)
-        if heat.any():
+        heat = [row.temperature for row in self.live]
+        if any(heat):
+            heat = torch.tensor(heat, device=logits.device)
             warm = logits / heat.clamp(min=1e-3)[:, None]               # no division by 0
             sums = torch.softmax(warm, -1).cumsum(-1)                   # (R, V)
             seeds = np.array([row.request.seed for row in self.live], np.uint64)

@@ -33,7 +33,7 @@ QWEN = dict(model_type="qwen2", vocab_size=151_936, hidden_size=896, num_hidden_
 # rows of a product, bytes of a copy, new tokens of a sample, updates, rows of an update
 REAL = SimpleNamespace(device="cuda", dtype=torch.bfloat16,
                        rows=8192, copied=1 << 30, new=128, updates=5, batch=64,
-                       flags="--questions 512 --budget 1200 --max-tokens 256 --rows 512 "
+                       flags="--questions 512 --budget 1200 --max-tokens 256 "
                              "--base-steps 234 --steps 64")
 TOY = SimpleNamespace(device="cpu", dtype=torch.float32,
                       rows=256, copied=1 << 24, new=4, updates=1, batch=2,
@@ -68,7 +68,8 @@ def training(model, tokenizer, size, most):
     """Tokens a second of SFT updates, optimiser included."""
     texts = [tokenizer.encode(question(seed)[0] * 16) for seed in range(size.batch)]
     rows, tokens = [dpo.text_row(ids[:1], ids[1:]) for ids in texts], sum(map(len, texts))
-    train = partial(dpo.train, model, loss_fn=dpo.sft_loss, lr=0.0, tokens=4096, label="")
+    train = partial(dpo.train, model, loss_fn=dpo.sft_loss, lr=0.0, label="",
+                    tokens=loop.TRAINED_AT_ONCE[model.device.type])
     more, one = (seconds(lambda: train([rows] * n), 1) for n in (1 + size.updates, 1))
     speed = size.updates * tokens / (more - one)        # without what is done once a training
     return dict(per_second=speed, share=speed / training_roof(model, most, tokens / size.batch))

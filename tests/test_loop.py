@@ -564,8 +564,6 @@ FILES = "--model m --data {} --eval-data {}"
     ("--seeds", "--compare rft --seeds 0"), ("--out", "--questions 2")])
 def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):
     """Exit code 2, one line that names what is wrong, and no run folder."""
-    if words == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").symlink_to(home / "m")
     for name, text in dict(good=GOOD, damaged=GOOD[:-2] + "\n", empty="").items():

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -329,6 +330,32 @@ def test_in_a_batch_as_alone(kind):
         assert off(net, prompt, f) < 1e-4
 
 
+def test_recorded_steps(monkeypatch):
+    """On a GPU a step is recorded for more rows and columns than it may need, and replayed for
+    other numbers in the same memory. A stand-in that computes again: the samples are the same."""
+    net, prompts, made = language_model(seed=4), prompts_of(4), []
+
+    def record(work, beside):
+        """Like `model.record`, without CUDA."""
+        made.append(work())
+        return SimpleNamespace(replay=work)
+    monkeypatch.setattr(program, "record", record)
+    monkeypatch.setattr(program, "RECORDED_COLUMNS", 16)
+    plain, recorded = (Sampler(net, Letters(), 8, rows=7) for _ in range(2))
+    recorded.records = True
+    for start in (0, 5):
+        both = [sampler.extend([Request(sampler.prompt(prompt), start + i, 4 + 3 * i)
+                                for i, prompt in enumerate(prompts)])
+                for sampler in (plain, recorded)]
+        for one, other in zip(*both):
+            assert one.ids.tolist() == other.ids.tolist()
+            assert abs(one.logps - other.logps).max() < 1e-5
+        plain.reset()
+        recorded.reset()                        # keeps what is recorded
+    assert 2 < len(made) < recorded.counts["sampled"] / 8
+    assert recorded.recorded and all(rows in (1, 2, 4, 7) for rows, _ in recorded.recorded)
+
+
 def test_draws():
     """A token is the place of the row's own random number in the summed-up softmax of a plain
     forward, so that first tokens have its frequencies; the numbers are those of splitmix64."""
@@ -424,8 +451,7 @@ def test_program(tmp_path, capsys):
     ask = ["--model", str(tmp_path), "--max-tokens", "3", "--device", "cpu", "--prompt"]
     assert program.main([*ask, r"$\neq$\n2", "--samples", "2"]) == 0
     assert capsys.readouterr().out.count("$\\neq$\n2") == 2
-    missing = ["tpu", "cuda:99"] + ["cuda"] * (not torch.cuda.is_available())
-    wrong = [["--device", name] for name in missing]
+    wrong = [["--device", name] for name in ("tpu", "cuda", "cuda:99")]
     wrong += [["--temperature", "nan"], ["--samples", "0"], ["--prompt", "x" * 64]]
     wrong += [["--model", "nowhere"]]
     for flags in (*([*ask, "x", *flags] for flags in wrong), ["--prompt", "x"]):
