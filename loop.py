@@ -202,7 +202,7 @@ class Settings:
     # learning
     steps: int = 64             # optimiser updates a round, for every recipe
     batch: int = 32             # trees in one update
-    epochs: int = 3             # DPO passes over the same trees, at most
+    epochs: int = 3             # passes over the same trees, at most (tiny GPT: of DPO only)
     beta: float = 0.1           # DPO: how close the policy stays to the reference
     nll: float = 1.0            # weight of the NLL term on chosen sides
     dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
@@ -689,8 +689,12 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float
 
 
 def imitate(lab, rows: list, updates: int) -> dict:
-    """SFT on the solutions of these rows."""
-    return fit(lab, rows, sft_loss, lab.settings.sft_lr or scaled_lr(lab.model, SFT_LR), updates)
+    """SFT on the solutions of these rows. Real weights know them by heart soon: after six passes
+    Qwen2.5-Coder-0.5B had .06 nats a token on its own solutions (.49 on references) and 6 points
+    less on GSM8K. For the tiny GPT three passes and seven are level."""
+    s = lab.settings
+    epochs = s.epochs if s.model else float("inf")
+    return fit(lab, rows, sft_loss, s.sft_lr or scaled_lr(lab.model, SFT_LR), updates, epochs)
 
 
 def prefer(lab, r: int, rows: list, updates: int) -> dict:

@@ -972,7 +972,7 @@ class GPT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Shapes: P tokens in the store, R rows that are being decoded, S columns of the widest row
 PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
-RECORDED_COLUMNS = 64             # a recorded step serves so many widths of the working cache
+GRAPH_COLUMNS = 64                # a recorded step serves so many widths of the working cache
 
 
 @dataclass
@@ -1082,7 +1082,7 @@ class Sampler:
         self.newline = set(tokenizer.newline_ids)
         self.step_over = step_rule(step, tokenizer)
         self.counts = dict(prompt=0, sampled=0, processed=0)            # tokens
-        self.records = model.device.type == "cuda"      # see `_decode`
+        self.use_graphs = model.device.type == "cuda"   # see `_decode`
         self.reset(slots)
 
     def reset(self, slots=None):
@@ -1096,10 +1096,10 @@ class Sampler:
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot} of prompts
         self.waiting, self.live = deque(), []           # rows
-        if slots is not None or not self.records:
+        if slots is not None or not self.use_graphs:
             # the same work gives the same bytes whatever came before: the width begins at 0 again
             self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
-            self.recorded = {}                          # (rows, columns): (numbers, graph)
+            self.graphs = {}                            # (rows, columns): (numbers, graph)
 
     def _zeros(self, *shape):
         """Zeros: a masked column has weight 0, and 0 * NaN of raw memory would be NaN."""
@@ -1140,7 +1140,7 @@ class Sampler:
         slots = np.arange(self.used, self.used + len(ids))
         self.used += len(ids)
         if self.used >= len(self.ids):                  # full: half as much again
-            self.recorded = {}
+            self.graphs = {}
             more = len(ids) + len(self.ids) // 2
             self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
             self.hidden = F.pad(self.hidden, (0, 0, 0, more))
@@ -1172,28 +1172,31 @@ class Sampler:
         self.hidden[slots] = self.model(ids, cols, mask, cache=self)
 
     def _decode(self):
-        """Encode the last token of each live row. A step of a 0.5B model is a thousand small
-        kernels, and a GPU waits for their launches. So on CUDA they are recorded once for a number
-        of rows and of columns, both rounded up, and a replay is one launch. The rows too many
-        compute something finite and write it to the next free slot, which has no token yet."""
+        """Encode the last token of each live row.
+
+        On CUDA by a graph: a step of a 0.5B model is a thousand small kernels, and to launch them
+        takes longer than to run them. So a step is recorded for a number of rows and a number of
+        columns, both rounded up, and one launch replays it for any step that fits. Rows that nobody
+        asked for compute something finite; it is written to the next free slot, which holds no
+        token yet."""
         slots = np.array([[row.slots[-1]] for row in self.live])        # (R, 1)
         cols = np.array([[row.columns - 1] for row in self.live])
         width = int(cols.max()) + 1
-        if not self.records:
+        if not self.use_graphs:
             self._widen(width)
             return self._forward(self.work, slots, cols)
         rows = min(self.rows, 1 << (len(slots) - 1).bit_length())       # a power of two
-        width += -width % RECORDED_COLUMNS
+        width += -width % GRAPH_COLUMNS
         self._widen(width)
         numbers = np.zeros((3, rows, 1), np.int64)
         numbers[1] = self.used
         numbers[:, :len(slots)] = self.ids[slots], slots, cols
-        if (rows, width) not in self.recorded:
+        if (rows, width) not in self.graphs:
             there = self._there(numbers)
             compute = partial(self._compute, self.work, there, width)
-            _, beside = next(iter(self.recorded.values()), (None, None))
-            self.recorded[rows, width] = there, record(compute, beside)
-        there, graph = self.recorded[rows, width]
+            _, beside = next(iter(self.graphs.values()), (None, None))
+            self.graphs[rows, width] = there, record(compute, beside)
+        there, graph = self.graphs[rows, width]
         there.copy_(torch.from_numpy(numbers))
         graph.replay()
         self.encoded[slots] = True
@@ -1322,7 +1325,7 @@ class Sampler:
         width = self.work.shape[4]
         if columns > width:
             self.work = F.pad(self.work, (0, 0, 0, max(columns - width, width // 4)))
-            self.recorded = {}
+            self.graphs = {}
 
     def _draw(self) -> tuple:
         """Ids and log-probs of the live rows' next tokens, (R,) each. A token is found where the

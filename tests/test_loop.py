@@ -15,9 +15,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import fields
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -426,6 +427,15 @@ def test_mcts_dpo_imitates_no_solution(home, tmp_path, monkeypatch):
 
 
 End = namedtuple("End", "text score visits value_sum ended", defaults=(1, 0.5, "eos"))
+
+
+@pytest.mark.parametrize("model, passes", [("folder", 2), ("", 4)])
+def test_real_weights_imitate_at_most_so_often(model, passes):
+    """3 rows, 2 epochs, 6 updates of 2 rows: real weights see a row twice, the tiny GPT 4 times."""
+    lab = SimpleNamespace(settings=loop.Settings(model=model, epochs=2, batch=2, sft_lr=1.0),
+                          train=lambda plan, *_, **__: plan, folder=Path(), model=None)
+    plan = loop.imitate(lab, ["a", "b", "c"], 6)
+    assert len(plan) == 6 and Counter(chain(*plan)) == dict.fromkeys("abc", passes)
 
 
 def test_votes_count_values():

@@ -340,9 +340,9 @@ def test_recorded_steps(monkeypatch):
         made.append(work())
         return SimpleNamespace(replay=work)
     monkeypatch.setattr(program, "record", record)
-    monkeypatch.setattr(program, "RECORDED_COLUMNS", 16)
+    monkeypatch.setattr(program, "GRAPH_COLUMNS", 16)
     plain, recorded = (Sampler(net, Letters(), 8, rows=7) for _ in range(2))
-    recorded.records = True
+    recorded.use_graphs = True
     for start in (0, 5):
         both = [sampler.extend([Request(sampler.prompt(prompt), start + i, 4 + 3 * i)
                                 for i, prompt in enumerate(prompts)])
@@ -353,7 +353,7 @@ def test_recorded_steps(monkeypatch):
         plain.reset()
         recorded.reset()                        # keeps what is recorded
     assert 2 < len(made) < recorded.counts["sampled"] / 8
-    assert recorded.recorded and all(rows in (1, 2, 4, 7) for rows, _ in recorded.recorded)
+    assert recorded.graphs and all(rows in (1, 2, 4, 7) for rows, _ in recorded.graphs)
 
 
 def test_draws():
