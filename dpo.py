@@ -167,10 +167,13 @@ def evenness(trees: list) -> float:
     """Do siblings end right about equally often? Mean of worst rate / best rate over all nodes with
     two children or more in `by_rate` (and a best rate above 0): .5 / .8 for the node above. On
     homework .1 if a number is graded, .7 if odd or even. It is 1 for two steps that are both right:
-    where most steps can be written in many right ways, it is high without any luck."""
+    where most steps can be written in many right ways, it is high without any luck.
+
+    0 if there are fewer such nodes than one for 20 trees, for these few say nothing. (Homework has
+    one for 2 to 11 trees. On GSM8K 512 trees had one: few steps were drawn twice.)"""
     forks = [by_rate(node) for tree in trees for node in tree.nodes]
     shares = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
-    return sum(shares) / max(1, len(shares))
+    return sum(shares) / len(shares) if shares and 20 * len(shares) >= len(trees) else 0.0
 
 
 def parted(one: list, other: list) -> Pair | None:

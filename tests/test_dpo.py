@@ -131,7 +131,8 @@ def test_cut_winners_make_no_pair():
         assert len(sibling_pairs(tree)) == len(rate_pairs(tree)) == (end == "eos")
 
 def test_rate_pairs_by_hand():
-    """The picture of rate_pairs; evenness is the mean over nodes of worst rate / best rate."""
+    """The picture of rate_pairs; evenness is the mean over nodes of worst rate / best rate, of one
+    node in 20 trees or more."""
     tree = Tree(None, 0, [9])
     children = [add(tree, tree.root, [i], rights=rights, wrongs=wrongs)
                 for i, (rights, wrongs) in enumerate(((1, 1), (4, 1), (2, 2), (0, 1)))]
@@ -140,7 +141,9 @@ def test_rate_pairs_by_hand():
     assert pairs == [([a], [b], 0), ([a], [c], 0)] and rate_pairs(tree, gap=0.4) == []
     assert evenness([tree]) == 0.5 / 0.8 and evenness([]) == 0
     add(tree, a, [0], rights=4), add(tree, a, [1], wrongs=2)
-    assert evenness([tree, Tree(None, 0, [9])]) == (0.5 / 0.8 + 0) / 2
+    others = [Tree(None, 0, [9])] * 39
+    assert evenness([tree, *others]) == (0.5 / 0.8 + 0) / 2
+    assert evenness([tree, *others, others[0]]) == 0
     assert [(pair.chosen[0].parent, pair.rejected[0].ids[0]) for pair in rate_pairs(tree)[2:]] \
         == [(a, 1)]
     tree = Tree(None, 0, [9])
