@@ -360,8 +360,8 @@ def learn_trusted(lab, r, trees):
 # combined: ours. It asks the trees of the round two questions:
 # - Are more than two thirds of the questions unsolved after the first samples? Then each of these
 #   is searched for one right end. Otherwise all get a second tree of samples.
-# - Do siblings end right about equally often (`dpo.evenness`)? Then wrong steps often end right,
-#   and it learns from preferences; else as rft does
+# - Do siblings of the first round end right about equally often (`dpo.evenness`)? Then wrong steps
+#   often end right, and it learns from preferences; else as rft does
 SEARCH_ABOVE = 2 / 3
 PREFER_ABOVE = 1 / 2
 
@@ -384,9 +384,11 @@ def grow_unsolved(lab, r, questions):
 def learn_what_helps(lab, r, trees):
     """3) If siblings are uneven: imitate right solutions. If they are even, imitation would copy
     wrong steps that ended right: learn from siblings with different rates, and whole solutions.
+    The first round's trees decide for all. Later ones look even on any task: where imitation has
+    removed the wrong choices, what goes wrong is chance, the same below all siblings.
     4) In round 1 imitate first all the same, with three quarters of the updates. The rest is DPO on
     siblings alone, for the trees are those of the base, not of the model that has just imitated."""
-    notes = dict(evenness=evenness(trees))
+    notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
     if notes["evenness"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
     preferring = preference_updates(lab, r)

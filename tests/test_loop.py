@@ -438,6 +438,17 @@ def test_real_weights_imitate_at_most_so_often(model, passes):
     assert len(plan) == 6 and Counter(chain(*plan)) == dict.fromkeys("abc", passes)
 
 
+@pytest.mark.parametrize("even, called", [(0.5, "imitates"), (0.6, "prefers")])
+def test_combined_asks_the_first_round(even, called, monkeypatch):
+    """In every round the evenness of the first round's trees decides."""
+    monkeypatch.setattr(loop, "forests_so_far", lambda lab, r, *kinds: [f"trees of {r}"])
+    monkeypatch.setattr(loop, "evenness", lambda trees: even * (trees == ["trees of 1"]))
+    monkeypatch.setattr(loop, "learn_right_solutions", lambda *_: dict(it="imitates"))
+    monkeypatch.setattr(loop, "prefer", lambda *_: dict(it="prefers"))
+    lab = SimpleNamespace(settings=loop.Settings())
+    assert loop.learn_what_helps(lab, 3, []) == dict(evenness=even, it=called)
+
+
 def test_votes_count_values():
     """18, 18.0 and $18.00 are one answer. Ends without an answer and cut ends are in no group. A
     search stands for an answer with half of the visits, and for its end of highest score."""
