@@ -169,8 +169,8 @@ def evenness(trees: list) -> float:
     homework .1 if a number is graded, .7 if odd or even. It is 1 for two steps that are both right:
     where most steps can be written in many right ways, it is high without any luck.
 
-    0 if there are fewer such nodes than one for 20 trees, for these few say nothing. (Homework has
-    one for 2 to 11 trees. On GSM8K 512 trees had one: few steps were drawn twice.)"""
+    0 if there is less than one such node for every 20 trees: too few to judge by. (Homework has one
+    for every 2 to 11 trees. GSM8K had one in 512 trees, because few steps were drawn twice.)"""
     forks = [by_rate(node) for tree in trees for node in tree.nodes]
     shares = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
     return sum(shares) / len(shares) if shares and 20 * len(shares) >= len(trees) else 0.0

@@ -188,7 +188,7 @@ class Settings:
     max_tokens: int = 128       # of one solution
     unit: str = "line"          # what a step of a solution is: line, paragraph, or so many tokens
     chunk: int = 160            # questions whose trees grow together; a finished chunk is a file
-    rows: int = 0               # solutions decoded at once; 0: 256, CUDA 512, the tiny GPT 1024
+    rows: int = 0               # solutions decoded at once; 0: tiny GPT 1024, CUDA 512, else 256
     share: float = 0.4          # part of the budget for first samples: RFT or critics learn there
     # Self-Explore and MCTS-DPO
     completions: int = 4        # k per prefix; all k fail with (1 - p)^k if each succeeds with p
@@ -202,7 +202,7 @@ class Settings:
     # learning
     steps: int = 64             # optimiser updates a round, for every recipe
     batch: int = 32             # trees in one update
-    epochs: int = 3             # passes over the same trees, at most (tiny GPT: of DPO only)
+    epochs: int = 3             # most passes of a training over its trees (tiny GPT: DPO only)
     beta: float = 0.1           # DPO: how close the policy stays to the reference
     nll: float = 1.0            # weight of the NLL term on chosen sides
     dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
@@ -227,7 +227,7 @@ TINY = dict(default=dict(hidden_size=128, layers=3), smoke=dict(hidden_size=32, 
 BASE_BATCH = 32                         # solutions in one update of the base
 TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
-TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens of a pass; more is not faster
+TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens in a forward; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
 FREE = ("rounds", "out", "device", "threads", "workers", "rows")    # may differ in the next call
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
@@ -357,7 +357,7 @@ def learn_trusted(lab, r, trees):
     return imitate(lab, rows, lab.settings.steps)
 
 
-# combined: ours. It asks the trees of the round two questions:
+# combined: ours. It asks two questions:
 # - Are more than two thirds of the questions unsolved after the first samples? Then each of these
 #   is searched for one right end. Otherwise all get a second tree of samples.
 # - Do siblings of the first round end right about equally often (`dpo.evenness`)? Then wrong steps
@@ -384,8 +384,8 @@ def grow_unsolved(lab, r, questions):
 def learn_what_helps(lab, r, trees):
     """3) If siblings are uneven: imitate right solutions. If they are even, imitation would copy
     wrong steps that ended right: learn from siblings with different rates, and whole solutions.
-    The first round's trees decide for all. Later ones look even on any task: where imitation has
-    removed the wrong choices, what goes wrong is chance, the same below all siblings.
+    The trees of round 1 decide for all rounds. Later trees look even on any task: imitation has
+    removed the steps that are usually wrong; what still fails is chance, equal below all siblings.
     4) In round 1 imitate first all the same, with three quarters of the updates. The rest is DPO on
     siblings alone, for the trees are those of the base, not of the model that has just imitated."""
     notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
@@ -691,9 +691,9 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float
 
 
 def imitate(lab, rows: list, updates: int) -> dict:
-    """SFT on the solutions of these rows. Real weights know them by heart soon: after six passes
-    Qwen2.5-Coder-0.5B had .06 nats a token on its own solutions (.49 on references) and 6 points
-    less on GSM8K. For the tiny GPT three passes and seven are level."""
+    """SFT on the solutions of these rows. Real weights soon memorise them: after six passes the
+    loss of Qwen2.5-Coder-0.5B on its own solutions was .06 nats a token (.49 on references), and
+    GSM8K fell by 6 points. For the tiny GPT three passes are as good as seven."""
     s = lab.settings
     epochs = s.epochs if s.model else float("inf")
     return fit(lab, rows, sft_loss, s.sft_lr or scaled_lr(lab.model, SFT_LR), updates, epochs)

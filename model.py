@@ -650,7 +650,10 @@ def pick_device(name=None) -> torch.device:
     if name not in here:
         raise BadInput(f"--device {name}: this PyTorch sees only {', '.join(here)}; leave the flag "
                        "out, or name one of these.")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index:
+        torch.cuda.set_device(device)           # CUDA graphs are recorded on the current device
+    return device
 
 
 def rope_frequencies(config: GPTConfig):
@@ -671,9 +674,9 @@ def rope_frequencies(config: GPTConfig):
 
 def rotate(x, cos, sin):
     """Rotary positions (RoFormer, 2104.09864): x (B, T, heads, D); cos, sin (B, T, 1, D).
-    Dimension i is paired with i + D/2, as in HF files; the paper's i, i + 1 gives gibberish. With
-    the halves a b of x this is (a cos - b sin, b cos + a sin); the minus is in the first half of
-    `sin`. (Three kernels instead of seven.)"""
+    Dimension i is paired with i + D/2, as in HF files; the paper's i, i + 1 gives gibberish. For
+    the halves a, b of x the result is (a cos - b sin, b cos + a sin). The first half of `sin` comes
+    with its sign changed."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -682,9 +685,9 @@ def attend(q, k, v, bias):
     S) of 0 and -inf -> (B, H, T, D). Two batched products over the G heads: the H/G query heads of
     a group are more rows of one product, so k and v are never repeated.
 
-    Not torch's scaled_dot_product_attention: on a CPU it takes 2-3 times as long; on an H200 it
-    saves 5%, but its cuDNN kernel (torch 2.11) has gradients of NaN for Qwen2.5 where T % 128 is 64
-    (pytorch issue 196678)."""
+    Not torch's scaled_dot_product_attention: on a CPU it takes 2-3 times as long. On an H200
+    sampling takes 5 to 16% less time with it, but the gradients of its cuDNN kernel (torch 2.11)
+    can be NaN where T % 128 is 64 (pytorch issue 196678; seen with Qwen2.5)."""
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     grouped = q.reshape(B, G, H // G * T, D) * D ** -0.5
     scores = (grouped @ k.transpose(-1, -2)).view(B, H, T, S) + bias
@@ -802,8 +805,8 @@ class GPT(nn.Module):
         if self.config.gpt2:
             x, turn = x + self.model.embed_positions(positions), None
         else:
-            self.inverse = self.inverse.to(ids.device)  # a copy, the first time
-            # (B, T, 1, D/2), in fp32: bf16 has no whole numbers above 256
+            self.inverse = self.inverse.to(ids.device)  # once: a graph could not record the copy
+            # (B, T, 1, D/2), in fp32: bf16 does not hold every whole number above 256
             angle = positions[..., None, None].float() * self.inverse
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
             turn = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)        # (B, T, 1, D)
@@ -972,7 +975,7 @@ class GPT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Shapes: P tokens in the store, R rows that are being decoded, S columns of the widest row
 PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
-GRAPH_COLUMNS = 64                # a recorded step serves so many widths of the working cache
+GRAPH_COLUMNS = 64                # widths are rounded up to a multiple, so that a graph fits many
 
 
 @dataclass
@@ -1050,10 +1053,11 @@ def step_rule(kind: str, tokenizer):
     return rules[kind]
 
 
-def record(work, beside=None):
-    """Do `work` and record its CUDA kernels -> a graph: replay() launches them again, on what then
-    stands in the same memory. Two graphs may use one scratch memory: give the other as `beside`."""
-    work()                              # the first run also makes what cannot be recorded
+def record(work, beside):
+    """Run `work`, then record its CUDA kernels as a graph. graph.replay() runs them again on the
+    same addresses, with what is stored there by then. beside: a graph whose scratch memory this one
+    may share, or None."""
+    work()                              # makes what cannot be made while a graph is recorded
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=beside and beside.pool()):
         work()
@@ -1097,7 +1101,7 @@ class Sampler:
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot} of prompts
         self.waiting, self.live = deque(), []           # rows
         if slots is not None or not self.use_graphs:
-            # the same work gives the same bytes whatever came before: the width begins at 0 again
+            # on a CPU always: from width 0 on the same work gives the same bytes. CUDA keeps graphs
             self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
             self.graphs = {}                            # (rows, columns): (numbers, graph)
 
@@ -1164,21 +1168,22 @@ class Sampler:
         self.encoded[slots] = True
 
     def _compute(self, work, numbers, width):
-        """The same from numbers on the device: ids, slots, columns (3, R, T), all below `width`."""
+        """The same from numbers on the device: ids, slots, columns (3, R, T); columns < width."""
         ids, slots, cols = numbers
         rows = torch.arange(len(ids), device=ids.device)[:, None]
         self.at = work, rows, cols, slots, width
         mask = torch.arange(width, device=ids.device) <= cols[..., None]        # (R, T, S)
         self.hidden[slots] = self.model(ids, cols, mask, cache=self)
+        self.at = None                                  # or `work` would outlive its use
 
     def _decode(self):
         """Encode the last token of each live row.
 
         On CUDA by a graph: a step of a 0.5B model is a thousand small kernels, and to launch them
         takes longer than to run them. So a step is recorded for a number of rows and a number of
-        columns, both rounded up, and one launch replays it for any step that fits. Rows that nobody
-        asked for compute something finite; it is written to the next free slot, which holds no
-        token yet."""
+        columns, both rounded up, and one launch replays it for any step that fits. The rows beyond
+        the live ones are padding: each sees itself alone, and what it computes goes to the next
+        free slot, where the next token overwrites it."""
         slots = np.array([[row.slots[-1]] for row in self.live])        # (R, 1)
         cols = np.array([[row.columns - 1] for row in self.live])
         width = int(cols.max()) + 1

@@ -131,8 +131,7 @@ def test_cut_winners_make_no_pair():
         assert len(sibling_pairs(tree)) == len(rate_pairs(tree)) == (end == "eos")
 
 def test_rate_pairs_by_hand():
-    """The picture of rate_pairs; evenness is the mean over nodes of worst rate / best rate, of one
-    node in 20 trees or more."""
+    """The picture of rate_pairs; evenness is the mean over nodes of worst rate / best rate."""
     tree = Tree(None, 0, [9])
     children = [add(tree, tree.root, [i], rights=rights, wrongs=wrongs)
                 for i, (rights, wrongs) in enumerate(((1, 1), (4, 1), (2, 2), (0, 1)))]

@@ -330,18 +330,32 @@ def test_in_a_batch_as_alone(kind):
         assert off(net, prompt, f) < 1e-4
 
 
-def test_recorded_steps(monkeypatch):
+@pytest.mark.parametrize("free", (0, 7))
+def test_recorded_steps(free, monkeypatch):
     """On a GPU a step is recorded for more rows and columns than it may need, and replayed for
-    other numbers in the same memory. A stand-in that computes again: the samples are the same."""
+    other numbers in the same memory. Here a stand-in computes each step again, and refuses if the
+    memory has moved; the samples must be those of a plain sampler. (With 7 free slots the first
+    step fills the store.)"""
     net, prompts, made = language_model(seed=4), prompts_of(4), []
 
     def record(work, beside):
         """Like `model.record`, without CUDA."""
-        made.append(work())
-        return SimpleNamespace(replay=work)
+        sampler = work.func.__self__
+        memory = lambda: [sampler.store, sampler.hidden, sampler.work]
+        made.append(memory())
+
+        def replay(before=made[-1]):
+            """The same work once more."""
+            assert all(now is then for now, then in zip(memory(), before))
+            work()
+        work()
+        return SimpleNamespace(replay=replay)
     monkeypatch.setattr(program, "record", record)
     monkeypatch.setattr(program, "GRAPH_COLUMNS", 16)
-    plain, recorded = (Sampler(net, Letters(), 8, rows=7) for _ in range(2))
+    plain = Sampler(net, Letters(), 8, rows=7)
+    for prompt in prompts:
+        plain.prompt(prompt)
+    recorded = Sampler(net, Letters(), plain.used + free, rows=7)
     recorded.use_graphs = True
     for start in (0, 5):
         both = [sampler.extend([Request(sampler.prompt(prompt), start + i, 4 + 3 * i)
