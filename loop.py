@@ -202,13 +202,13 @@ class Settings:
     # learning
     steps: int = 64             # optimiser updates a round, for every recipe
     batch: int = 32             # trees in one update
-    epochs: int = 3             # most passes of a training over its trees (tiny GPT: DPO only)
+    epochs: int = 3             # most passes of a training over its data (tiny GPT: of DPO)
     beta: float = 0.1           # DPO: how close the policy stays to the reference
     nll: float = 1.0            # weight of the NLL term on chosen sides
     dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
-    base_steps: int = 850       # updates of round 0: the task's corpus or --sft-data; 0: none
+    base_steps: int = 850       # most updates of round 0 (corpus or --sft-data); 0: none
     traps: int = 0              # homework: least number of lines on which leftmost is wrong; 0 to 3
     classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
@@ -285,7 +285,8 @@ def learn_examples(lab, r, trees):
     """Train on the task's own examples: careless homework, or reference solutions."""
     s = lab.settings
     rng = random.Random(mix(s.seed, r, STREAM["examples"]))
-    return imitate(lab, lab.example_rows(s.steps * s.batch, rng), s.steps)
+    rows = lab.example_rows(s.steps * s.batch, rng)
+    return fit(lab, rows, sft_loss, imitation_lr(lab), s.steps, epochs=1)   # nothing is repeated
 
 
 # rft: rejection sampling (Yuan et al. 2023, 2308.01825)
@@ -694,9 +695,13 @@ def imitate(lab, rows: list, updates: int) -> dict:
     """SFT on the solutions of these rows. Real weights soon memorise them: after six passes the
     loss of Qwen2.5-Coder-0.5B on its own solutions was .06 nats a token (.49 on references), and
     GSM8K fell by 6 points. For the tiny GPT three passes are as good as seven."""
-    s = lab.settings
-    epochs = s.epochs if s.model else float("inf")
-    return fit(lab, rows, sft_loss, s.sft_lr or scaled_lr(lab.model, SFT_LR), updates, epochs)
+    epochs = lab.settings.epochs if lab.settings.model else float("inf")
+    return fit(lab, rows, sft_loss, imitation_lr(lab), updates, epochs)
+
+
+def imitation_lr(lab) -> float:
+    """The learning rate of imitation."""
+    return lab.settings.sft_lr or scaled_lr(lab.model, SFT_LR)
 
 
 def prefer(lab, r: int, rows: list, updates: int) -> dict:
@@ -775,20 +780,19 @@ def train_base(lab) -> dict:
     if not s.base_steps or not lab.task.has_examples:
         return dict(steps=0)
     corpus = lab.task.examples(64, random.Random(s.seed))       # changes when the task's code does
-    lr = 6e-3                                   # from random weights, with Muon
-    if s.model:
-        lr = s.sft_lr or scaled_lr(lab.model, SFT_LR)
+    lr = imitation_lr(lab) if s.model else 6e-3         # from random weights, with Muon
     made_of = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, s.classes,
-               lr, corpus, file_hash(s.sft_data)]
+               lr, corpus, file_hash(s.sft_data), s.epochs if s.sft_data else 0]
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:10]
     folder = lab.bases / f"base_{name}"
 
     def make():
         """Train it."""
-        print(f"training the base, {s.base_steps} updates", flush=True)
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
-        return lab.train(by_like_length(rows, BASE_BATCH, s.seed), sft_loss, lr, label="base",
-                         muon=not s.model, warmup=50, state=folder.with_suffix(".state"))
+        plan = by_like_length(rows, BASE_BATCH, s.seed)
+        print(f"training the base, {len(plan)} updates", flush=True)
+        return lab.train(plan, sft_loss, lr, label="base", muon=not s.model, warmup=50,
+                         state=folder.with_suffix(".state"))
     return lab.trained(folder, make)
 
 
@@ -1560,21 +1564,23 @@ class FileTask(BuiltIn):
         return self.test[:self.settings.eval_questions]
 
     def examples(self, count: int, rng) -> list:
-        """Questions with their reference solutions. One that does not fit the context is replaced:
-        cut, it would teach to stop halfway."""
-        found = []
-        for question in rng.choices(self.references or self.train, k=count):
+        """Questions with their reference solutions, in shuffled passes over all, at most --epochs.
+        One that does not fit the context is left out: cut, it would teach to stop halfway."""
+        given, found = self.references or self.train, []
+        order = [question for _ in range(self.settings.epochs)
+                 for question in rng.sample(given, len(given))][:count]
+        for question in order:
             prompt = self.prompt_ids(question)
             solution = self.tokenizer.encode_more(" " + question.answer)
             if len(prompt) + len(solution) < self.context:
                 found.append((prompt, solution))
         if not found:
-            raise BadInput(f"None of {count} reference solutions fits the model's context of "
+            raise BadInput(f"None of {len(order)} reference solutions fits the model's context of "
                            f"{self.context} tokens; give shorter ones.")
-        if len(found) < count:
-            print(f"{count - len(found)} of {count} reference solutions exceed the model's context "
-                  f"of {self.context} tokens; others take their places")
-        return found + rng.choices(found, k=count - len(found))
+        if len(found) < len(order):
+            print(f"{len(order) - len(found)} of {len(order)} reference solutions exceed the "
+                  f"model's context of {self.context} tokens and are left out")
+        return found
 
     def imagine(self, old: list, rng, write) -> list:
         """Shown three questions, the policy writes one more. Kept is what ends in a question mark,

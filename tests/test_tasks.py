@@ -297,8 +297,8 @@ def test_where_a_solution_ends(read):
 
 
 def test_training_questions_and_references(read, tmp_path, capsys):
-    """Every question comes once before any comes again. References beyond the context are left
-    out, and counted."""
+    """Every question comes once before any comes again. So do references, --epochs times at most;
+    those beyond the context are left out, and counted."""
     items = [GSM8K | dict(question=f"{i} + 1?") for i in range(10)]
     long = GSM8K | dict(question="long", answer="4 + 5 = 9 " * 100 + "#### 9")
     one = read(GSM8K, questions=4, context=200, data=write(tmp_path / "t", *items),
@@ -306,9 +306,10 @@ def test_training_questions_and_references(read, tmp_path, capsys):
     drawn = [question.text for r in range(1, 6) for question in one.train_questions(r)]
     assert len({*drawn[:10]}) == len({*drawn[10:]}) == 10 and drawn[:10] != drawn[10:]
     whole = b"Question: How much is 4 + 5?\nAnswer: 4 + 5 = 9\n#### 9"
-    assert {bytes(prompt + solution) for prompt, solution in one.examples(40, random.Random(0))} \
-        == {whole}
-    assert "of 40 reference solutions exceed the model's context" in capsys.readouterr().out
+    found = [bytes(prompt + solution) for prompt, solution in one.examples(40, random.Random(0))]
+    assert found == 3 * [whole]
+    assert "3 of 6 reference solutions exceed the model's context" in capsys.readouterr().out
+    assert len(one.examples(2, random.Random(0))) == 1
     one.references = one.references[:1]
     with pytest.raises(BadInput, match="None of 3 reference"):
         one.examples(3, random.Random(0))
