@@ -770,7 +770,8 @@ class GPT(nn.Module):
         self.saved_as = {}        # {tensor name in the file: its dtype there}
         self._masters = None      # see `masters`
         self.stop_ids, self.end_id = frozenset(), None                  # these four: see `bind`
-        self.no_ids, self.last_id = None, config.vocab_size - 1
+        self.absent = torch.zeros(1, device="cpu")                      # until `bind`: all ids exist
+        self.last_id = config.vocab_size - 1
 
     def initialise(self, seed: int):
         """Random weights for training from scratch: normal with deviation 1/sqrt(fan-in). Layers
@@ -829,10 +830,7 @@ class GPT(nn.Module):
     def token_logits(self, hidden):
         """fp32 logits with -inf at ids that the tokenizer does not have. Sampling and training
         both use these, so that log-probs mean the same in both."""
-        logits = self.logits(hidden).float()
-        if self.no_ids is None:
-            return logits
-        return logits.masked_fill_(self.no_ids.to(logits.device), -math.inf)
+        return self.logits(hidden) + self.absent.to(hidden.device)      # half precision + fp32
 
     def bind(self, tokenizer):
         """Learn from the tokenizer which ids exist, and at which ids text ends: all that config,
@@ -843,8 +841,8 @@ class GPT(nn.Module):
         if tokenizer.base_ids > rows or not known >= {*tokenizer.begin} or not known:
             raise BadInput(f"The tokenizer has {tokenizer.n_ids} ids and the model {rows} rows: "
                            "they do not belong together; copy the model's own tokenizer.json.")
-        absent = torch.tensor([i not in known for i in range(rows)], device=self.device)
-        self.no_ids = absent if absent.any() else None  # (V,): padding rows and holes
+        self.absent = torch.zeros(rows, device=self.device)             # (V,) fp32, always
+        self.absent[[i for i in range(rows) if i not in known]] = -math.inf     # padding, holes
         self.last_id = max(known)
         ends = sorted(tokenizer.eos_ids)
         for source in (self.config.raw, self.generation):
@@ -998,16 +996,17 @@ class Continuation:
 
 
 class _Row:
-    """A request that is being decoded. It is its own ticket."""
+    """A request that waits or is being decoded. It is its own ticket."""
 
     def __init__(self, request: Request, temperature: float, to_end: bool):
-        self.request = request
+        self.request, self.to_end = request, to_end
         self.temperature = 0.0 if request.greedy else temperature
-        self.to_end = to_end
-        self.ids, self.logps, self.slots = [], [], []
-        self.why = ""
-        self.columns = len(request.path)                # how far it fills its row of the cache
         self.line, self.read = request.line, 0          # unfinished line, without ids[read:]
+
+
+NUMBERS = np.dtype([            # of a row that is being decoded. Arrays: a step has no loop over rows
+    ("seed", np.uint64), ("heat", np.float32),          # of its draws: 0 heat is argmax
+    ("start", int), ("columns", int), ("most", int)])   # tokens of its prefix, now, and at its end
 
 
 MASK64 = (1 << 64) - 1
@@ -1085,6 +1084,9 @@ class Sampler:
         self.finished = finished or (lambda line: False)
         self.newline = set(tokenizer.newline_ids)
         self.step_over = step_rule(step, tokenizer)
+        self.step_tokens = int(step) if step.isdecimal() else model.config.max_positions
+        self.may_stop = np.zeros(model.config.vocab_size, bool)         # (V,)
+        self.may_stop[[*self.newline | model.stop_ids]] = True
         self.counts = dict(prompt=0, sampled=0, processed=0)            # tokens
         self.use_graphs = model.device.type == "cuda"   # see `_decode`
         self.reset(slots)
@@ -1097,9 +1099,12 @@ class Sampler:
             self.store = self._zeros(2, c.layers, slots, c.kv_heads, c.head_dim)    # P slots
             self.hidden = self._zeros(slots, c.hidden_size)             # (P, C)
             self.ids = np.zeros(slots, np.int64)        # (P,)
+            self.logps = np.zeros(slots, np.float32)    # (P,) of the sampled ones
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot} of prompts
         self.waiting, self.live = deque(), []           # rows
+        self.numbers = np.zeros(self.rows, NUMBERS)     # of the live rows, in their order
+        self.slots = np.zeros((self.rows, 0), np.int64)                 # likewise: (R, columns)
         if slots is not None or not self.use_graphs:
             # on a CPU always: from width 0 on the same work gives the same bytes. CUDA keeps graphs
             self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
@@ -1149,6 +1154,7 @@ class Sampler:
             self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
             self.hidden = F.pad(self.hidden, (0, 0, 0, more))
             self.ids = np.pad(self.ids, (0, more))
+            self.logps = np.pad(self.logps, (0, more))
             self.encoded = np.pad(self.encoded, (0, more))
         self.ids[slots] = ids
         return slots
@@ -1184,8 +1190,7 @@ class Sampler:
         columns, both rounded up, and one launch replays it for any step that fits. The rows beyond
         the live ones are padding: each sees itself alone, and what it computes goes to the next
         free slot, where the next token overwrites it."""
-        slots = np.array([[row.slots[-1]] for row in self.live])        # (R, 1)
-        cols = np.array([[row.columns - 1] for row in self.live])
+        slots, cols = self._last()[:, None], self._state()["columns"][:, None] - 1      # (R, 1)
         width = int(cols.max()) + 1
         if not self.use_graphs:
             self._widen(width)
@@ -1292,21 +1297,22 @@ class Sampler:
         if not self.live:
             return stopped
         tokens, logps = self._draw()
-        slots = self._take(tokens).tolist()
-        for row, token, logp, slot in zip(self.live, tokens, logps, slots):
-            row.ids.append(token)
-            row.logps.append(logp)
-            row.slots.append(slot)
-            row.columns += 1
-            row.why = self._why(row, token)
-            if row.why:
-                arrays = np.array(row.ids), np.array(row.logps, np.float32), np.array(row.slots)
-                stopped[row] = Continuation(*arrays, row.why)
+        slots, state = self._take(tokens), self._state()
+        self.logps[slots] = logps
+        self.slots[np.arange(len(slots)), state["columns"]] = slots
+        state["columns"] += 1
+        gone = []
+        for i in np.flatnonzero(self.may_stop[tokens] | (state["columns"] >= state["most"])):
+            new = self.slots[i, state["start"][i]:state["columns"][i]].copy()
+            why = self._why(self.live[i], self.ids[new].tolist(), state["columns"][i])
+            if why:
+                stopped[self.live[i]] = Continuation(self.ids[new], self.logps[new], new, why)
+                gone.append(i)
         self.counts["sampled"] += len(slots)
         if progress is not None:
             progress(len(slots))
-        if stopped:
-            self._close()
+        if gone:
+            self._close(gone)
         if self.live:
             self._decode()
             self.counts["processed"] += len(self.live)
@@ -1318,12 +1324,24 @@ class Sampler:
         most = min(self.rows - len(self.live), len(self.waiting))
         if most < max(1, min(self.rows // 8, len(self.waiting))):
             return
-        new = [self.waiting.popleft() for _ in range(most)]
+        first, new = len(self.live), [self.waiting.popleft() for _ in range(most)]
         paths = [row.request.path for row in new]
         self.encode(paths)
         self._widen(max(map(len, paths)))
-        self._load(self.work, paths, len(self.live))
+        self._load(self.work, paths, first)
         self.live += new
+        state = self._state()[first:]
+        start = np.array([len(path) for path in paths])
+        state["seed"] = [row.request.seed for row in new]
+        state["heat"] = [row.temperature for row in new]
+        state["start"] = state["columns"] = start
+        longest = [row.request.max_tokens if row.to_end else
+                   min(row.request.max_tokens, self.step_tokens) for row in new]
+        state["most"] = np.minimum(start + longest, self.model.config.max_positions)
+        more = max(0, state["most"].max() + 1 - self.slots.shape[1])
+        self.slots = np.pad(self.slots, ((0, 0), (0, more)))
+        for row, path in enumerate(paths, first):
+            self.slots[row, :len(path)] = path
 
     def _widen(self, columns: int):
         """Make the working cache at least so wide; what is in it stays."""
@@ -1332,52 +1350,65 @@ class Sampler:
             self.work = F.pad(self.work, (0, 0, 0, max(columns - width, width // 4)))
             self.graphs = {}
 
-    def _draw(self) -> tuple:
-        """Ids and log-probs of the live rows' next tokens, (R,) each. A token is found where the
-        row's own random number falls in the summed-up distribution:
-            chances .2 .5 .3 -> sums .2 .7 1.0; u = .6 draws token 1"""
-        last = [(row.slots or row.request.path)[-1] for row in self.live]
-        logits = self.model.token_logits(self.hidden[last])             # (R, V)
-        tokens = logits.argmax(-1)
-        heat = [row.temperature for row in self.live]
-        if any(heat):
-            heat = torch.tensor(heat, device=logits.device)
-            warm = logits / heat.clamp(min=1e-3)[:, None]               # no division by 0
-            sums = torch.softmax(warm, -1).cumsum(-1)                   # (R, V)
-            seeds = np.array([row.request.seed for row in self.live], np.uint64)
-            u = uniforms(seeds, np.array([len(row.ids) for row in self.live]))
-            target = self._there(u).to(sums.dtype)[:, None] * sums[:, -1:]
-            # right=True never draws an id of chance 0; rounding may put the target on the total
-            drawn = torch.searchsorted(sums, target, right=True)[:, 0]
-            tokens = torch.where(heat > 0, drawn.clamp(max=self.model.last_id), tokens)
-        logps = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        return tokens.tolist(), logps.tolist()
+    def _state(self):
+        """The numbers of the live rows, a view."""
+        return self.numbers[:len(self.live)]
 
-    def _why(self, row: _Row, token: int) -> str:
-        """Why the row stops after this token; "" if it goes on. Length comes before step: a step
+    def _last(self):
+        """(R,) slots of the live rows' last tokens."""
+        state = self._state()
+        return self.slots[np.arange(len(state)), state["columns"] - 1]
+
+    def _draw(self) -> tuple:
+        """Ids and log-probs at temperature 1 of the live rows' next tokens, (R,) each."""
+        state = self._state()
+        logps = self.model.token_logits(self.hidden[self._last()]).log_softmax(-1)      # (R, V)
+        if (state["heat"] == 1).all():                                  # the usual case
+            tokens = self._fall(logps.exp(), state)
+        elif not state["heat"].any():
+            tokens = logps.argmax(-1)
+        else:
+            heat = self._there(state["heat"])[:, None]
+            warm = torch.softmax(logps / heat.clamp(min=1e-3), -1)      # no division by 0
+            tokens = torch.where(heat[:, 0] > 0, self._fall(warm, state), logps.argmax(-1))
+        return tokens.cpu().numpy(), logps.gather(-1, tokens[:, None])[:, 0].cpu().numpy()
+
+    def _fall(self, chances, state):
+        """(R,) ids: each where the row's own random number falls in the summed-up chances (R, V):
+            chances .2 .5 .3 -> sums .2 .7 1.0; u = .6 draws token 1"""
+        sums = chances.cumsum(-1)
+        u = uniforms(state["seed"], state["columns"] - state["start"])
+        target = self._there(u).to(sums.dtype)[:, None] * sums[:, -1:]
+        # right=True never draws an id of chance 0; rounding may put the target on the total
+        drawn = torch.searchsorted(sums, target, right=True)[:, 0]
+        return drawn.clamp(max=self.model.last_id)
+
+    def _why(self, row: _Row, ids: list, columns: int) -> str:
+        """Why the row stops after these ids; "" if it goes on. Length comes before step: a step
         that uses up max_tokens or the context is an end, for nothing can follow it."""
-        if token in self.model.stop_ids:
+        if ids[-1] in self.model.stop_ids:
             return "eos"
-        if token in self.newline:
-            text = row.line + self.tokenizer.decode_more(row.ids[row.read:])
+        if ids[-1] in self.newline:
+            text = row.line + self.tokenizer.decode_more(ids[row.read:])
             *complete, row.line = text.split("\n")      # as in `unfinished_line`
-            row.read = len(row.ids)
+            row.read = len(ids)
             if any(self.finished(line + "\n") for line in complete):
                 return "answer"
-        if len(row.ids) >= row.request.max_tokens or row.columns >= self.model.config.max_positions:
+        if len(ids) >= row.request.max_tokens or columns >= self.model.config.max_positions:
             return "length"
-        return "step" if not row.to_end and self.step_over(row.ids) else ""
+        return "step" if not row.to_end and self.step_over(ids) else ""
 
-    def _close(self):
+    def _close(self, gone: list):
         """Take out the rows that stopped. The last row moves into each hole, so that the live rows
         are the first ones, and a forward computes no others: A B C D without B is A D C."""
-        going = [i for i, row in enumerate(self.live) if not row.why]
-        holes = [i for i in range(len(going)) if self.live[i].why]
-        tails = going[len(going) - len(holes):]
+        left = len(self.live) - len(gone)
+        holes = [i for i in gone if i < left]
+        tails = sorted({*range(left, len(self.live))}.difference(gone))
         self.work[:, :, holes] = self.work[:, :, tails]
+        self.numbers[holes], self.slots[holes] = self.numbers[tails], self.slots[tails]
         for hole, tail in zip(holes, tails):
             self.live[hole] = self.live[tail]
-        del self.live[len(going):]
+        del self.live[left:]
 
 
 # --------------------------------------------------------------------------------------------------
