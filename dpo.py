@@ -98,7 +98,8 @@ def complete_right_paths(tree: Tree) -> list:
 def outcome_pairs(tree: Tree, most: int = 8) -> list:
     """The control of the Self-Explore paper: each right solution is paired with one wrong solution.
     Of the wrong ones that were used least often so far, the one with the most steps that differ
-    is taken (the paper: the largest edit distance)."""
+    is taken (the paper: the largest edit distance). That favours long ones: on GSM8K right sides
+    had 66 tokens and wrong ones 91, and a 0.5B model learnt to stop early (README)."""
     right = complete_right_paths(tree)[:most]
     wrong = [end.path() for end in tree.ends() if end.right is False][:most]
     pairs, taken = [], Counter()            # taken: wrong end -> pairs that it is in

@@ -346,7 +346,9 @@ def grow_imagined(lab, r, questions):
     notes = train_critics(lab, f"critic_{r}", trees)
     new = imagined_questions(lab, r, questions)
     left = s.budget * len(questions) - lab.sampled_tokens
-    searched = grow_forest(lab, f"imagined_{r}", new, left / max(1, len(new)), search_with_critic)
+    # few new questions do not get everything that is left
+    each = min(s.budget, left / max(1, len(new)))
+    searched = grow_forest(lab, f"imagined_{r}", new, each, search_with_critic)
     kept = sum(bool(tree.chosen) for tree in searched)
     return trees, notes | dict(imagined=len(new), kept=kept)
 
@@ -1583,8 +1585,9 @@ class FileTask(BuiltIn):
         return found
 
     def imagine(self, old: list, rng, write) -> list:
-        """Shown three questions, the policy writes one more. Kept is what ends in a question mark,
-        holds a number, and shares fewer than half of its word triples with any known question."""
+        """Shown three questions, the policy writes one more. It ends at its question mark, for many
+        models go on with a solution. Kept is what has one, holds a number, and shares fewer than
+        half of its word triples with any known question."""
         def triples(text):
             """The word triples of a text."""
             words = text.split()
@@ -1596,9 +1599,10 @@ class FileTask(BuiltIn):
             prompts.append(self.tokenizer.encode_prompt(shown))
         known, found = [triples(question.text) for question in self.train + self.test], []
         for text, _ in write([ids for ids in prompts if len(ids) < self.context // 2]):
-            question = Question(text.strip(), "")
+            asked, mark, _ = text.strip().partition("?")
+            question = Question(asked + mark, "")
             new = triples(question.text)
-            asks = question.text.endswith("?") and re.search("[0-9]", text)
+            asks = mark and re.search("[0-9]", asked)
             if asks and all(2 * len(new & other) < len(new) for other in known):
                 known.append(new)
                 found.append(question)

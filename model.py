@@ -770,8 +770,7 @@ class GPT(nn.Module):
         self.saved_as = {}        # {tensor name in the file: its dtype there}
         self._masters = None      # see `masters`
         self.stop_ids, self.end_id = frozenset(), None                  # these four: see `bind`
-        self.absent = torch.zeros(1, device="cpu")                      # until `bind`: all ids exist
-        self.last_id = config.vocab_size - 1
+        self.no_ids, self.last_id = None, config.vocab_size - 1
 
     def initialise(self, seed: int):
         """Random weights for training from scratch: normal with deviation 1/sqrt(fan-in). Layers
@@ -830,7 +829,10 @@ class GPT(nn.Module):
     def token_logits(self, hidden):
         """fp32 logits with -inf at ids that the tokenizer does not have. Sampling and training
         both use these, so that log-probs mean the same in both."""
-        return self.logits(hidden) + self.absent.to(hidden.device)      # half precision + fp32
+        logits = self.logits(hidden).float()
+        if self.no_ids is None:
+            return logits
+        return logits.masked_fill_(self.no_ids.to(logits.device), -math.inf)
 
     def bind(self, tokenizer):
         """Learn from the tokenizer which ids exist, and at which ids text ends: all that config,
@@ -841,8 +843,8 @@ class GPT(nn.Module):
         if tokenizer.base_ids > rows or not known >= {*tokenizer.begin} or not known:
             raise BadInput(f"The tokenizer has {tokenizer.n_ids} ids and the model {rows} rows: "
                            "they do not belong together; copy the model's own tokenizer.json.")
-        self.absent = torch.zeros(rows, device=self.device)             # (V,) fp32, always
-        self.absent[[i for i in range(rows) if i not in known]] = -math.inf     # padding, holes
+        absent = torch.tensor([i not in known for i in range(rows)], device=self.device)
+        self.no_ids = absent if absent.any() else None  # (V,): padding rows and holes
         self.last_id = max(known)
         ends = sorted(tokenizer.eos_ids)
         for source in (self.config.raw, self.generation):
@@ -1004,9 +1006,13 @@ class _Row:
         self.line, self.read = request.line, 0          # unfinished line, without ids[read:]
 
 
-NUMBERS = np.dtype([            # of a row that is being decoded. Arrays: a step has no loop over rows
-    ("seed", np.uint64), ("heat", np.float32),          # of its draws: 0 heat is argmax
-    ("start", int), ("columns", int), ("most", int)])   # tokens of its prefix, now, and at its end
+# What changes from step to step, a record for each row: a step needs no Python loop over rows
+STATE = np.dtype([
+    ("seed", np.uint64),                # of its draws
+    ("temperature", np.float32),        # 0: argmax
+    ("start", int),                     # length of its prefix
+    ("columns", int),                   # of its text so far: how far it fills its row of the cache
+    ("most", int)], align=True)         # columns at which it stops at the latest
 
 
 MASK64 = (1 << 64) - 1
@@ -1084,9 +1090,8 @@ class Sampler:
         self.finished = finished or (lambda line: False)
         self.newline = set(tokenizer.newline_ids)
         self.step_over = step_rule(step, tokenizer)
+        # a step has at most so many tokens; a line or a paragraph may fill the context
         self.step_tokens = int(step) if step.isdecimal() else model.config.max_positions
-        self.may_stop = np.zeros(model.config.vocab_size, bool)         # (V,)
-        self.may_stop[[*self.newline | model.stop_ids]] = True
         self.counts = dict(prompt=0, sampled=0, processed=0)            # tokens
         self.use_graphs = model.device.type == "cuda"   # see `_decode`
         self.reset(slots)
@@ -1103,11 +1108,14 @@ class Sampler:
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot} of prompts
         self.waiting, self.live = deque(), []           # rows
-        self.numbers = np.zeros(self.rows, NUMBERS)     # of the live rows, in their order
-        self.slots = np.zeros((self.rows, 0), np.int64)                 # likewise: (R, columns)
+        self.state = np.zeros(self.rows, STATE)         # of the live rows, in their order
+        # ids at which a row may stop before its last column
+        self.may_stop = np.isin(np.arange(c.vocab_size), [*self.newline | self.model.stop_ids])
         if slots is not None or not self.use_graphs:
             # on a CPU always: from width 0 on the same work gives the same bytes. CUDA keeps graphs
             self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
+            # slots of the live rows' texts: those of the columns of `work`, and of one token more
+            self.paths = np.zeros((self.rows, 1), np.int64)
             self.graphs = {}                            # (rows, columns): (numbers, graph)
 
     def _zeros(self, *shape):
@@ -1190,7 +1198,7 @@ class Sampler:
         columns, both rounded up, and one launch replays it for any step that fits. The rows beyond
         the live ones are padding: each sees itself alone, and what it computes goes to the next
         free slot, where the next token overwrites it."""
-        slots, cols = self._last()[:, None], self._state()["columns"][:, None] - 1      # (R, 1)
+        slots, cols = self._last()[:, None], self._live()["columns"][:, None] - 1       # (R, 1)
         width = int(cols.max()) + 1
         if not self.use_graphs:
             self._widen(width)
@@ -1297,16 +1305,16 @@ class Sampler:
         if not self.live:
             return stopped
         tokens, logps = self._draw()
-        slots, state = self._take(tokens), self._state()
+        slots, state, gone = self._take(tokens), self._live(), []
         self.logps[slots] = logps
-        self.slots[np.arange(len(slots)), state["columns"]] = slots
+        self.paths[np.arange(len(slots)), state["columns"]] = slots
         state["columns"] += 1
-        gone = []
+        # no other row can stop: --max-tokens, the context and --unit 16 are in `most`
         for i in np.flatnonzero(self.may_stop[tokens] | (state["columns"] >= state["most"])):
-            new = self.slots[i, state["start"][i]:state["columns"][i]].copy()
-            why = self._why(self.live[i], self.ids[new].tolist(), state["columns"][i])
+            own = self.paths[i, state["start"][i]:state["columns"][i]].copy()
+            why = self._why(self.live[i], self.ids[own].tolist(), state["columns"][i])
             if why:
-                stopped[self.live[i]] = Continuation(self.ids[new], self.logps[new], new, why)
+                stopped[self.live[i]] = Continuation(self.ids[own], self.logps[own], own, why)
                 gone.append(i)
         self.counts["sampled"] += len(slots)
         if progress is not None:
@@ -1330,53 +1338,50 @@ class Sampler:
         self._widen(max(map(len, paths)))
         self._load(self.work, paths, first)
         self.live += new
-        state = self._state()[first:]
-        start = np.array([len(path) for path in paths])
-        state["seed"] = [row.request.seed for row in new]
-        state["heat"] = [row.temperature for row in new]
-        state["start"] = state["columns"] = start
-        longest = [row.request.max_tokens if row.to_end else
-                   min(row.request.max_tokens, self.step_tokens) for row in new]
-        state["most"] = np.minimum(start + longest, self.model.config.max_positions)
-        more = max(0, state["most"].max() + 1 - self.slots.shape[1])
-        self.slots = np.pad(self.slots, ((0, 0), (0, more)))
-        for row, path in enumerate(paths, first):
-            self.slots[row, :len(path)] = path
+        limit = self.model.config.max_positions
+        for i, row in enumerate(new, first):
+            ask, start = row.request, len(row.request.path)
+            most = ask.max_tokens if row.to_end else min(ask.max_tokens, self.step_tokens)
+            self.state[i] = ask.seed, row.temperature, start, start, min(start + most, limit)
+            self.paths[i, :start] = ask.path
 
     def _widen(self, columns: int):
         """Make the working cache at least so wide; what is in it stays."""
         width = self.work.shape[4]
         if columns > width:
-            self.work = F.pad(self.work, (0, 0, 0, max(columns - width, width // 4)))
+            more = max(columns - width, width // 4)
+            self.work = F.pad(self.work, (0, 0, 0, more))
+            self.paths = np.pad(self.paths, ((0, 0), (0, more)))
             self.graphs = {}
 
-    def _state(self):
-        """The numbers of the live rows, a view."""
-        return self.numbers[:len(self.live)]
+    def _live(self):
+        """The state of the live rows, (R,), a view."""
+        return self.state[:len(self.live)]
 
     def _last(self):
         """(R,) slots of the live rows' last tokens."""
-        state = self._state()
-        return self.slots[np.arange(len(state)), state["columns"] - 1]
+        return self.paths[np.arange(len(self.live)), self._live()["columns"] - 1]
 
     def _draw(self) -> tuple:
         """Ids and log-probs at temperature 1 of the live rows' next tokens, (R,) each."""
-        state = self._state()
         logps = self.model.token_logits(self.hidden[self._last()]).log_softmax(-1)      # (R, V)
-        if (state["heat"] == 1).all():                                  # the usual case
-            tokens = self._fall(logps.exp(), state)
-        elif not state["heat"].any():
+        temperature = self._live()["temperature"]
+        if not temperature.any():
             tokens = logps.argmax(-1)
+        elif (temperature == 1).all():                  # the usual case: no second softmax
+            tokens = self._pick(logps.exp())
         else:
-            heat = self._there(state["heat"])[:, None]
+            heat = self._there(temperature)[:, None]
             warm = torch.softmax(logps / heat.clamp(min=1e-3), -1)      # no division by 0
-            tokens = torch.where(heat[:, 0] > 0, self._fall(warm, state), logps.argmax(-1))
+            # a row draws the same tokens whoever else is in the batch
+            tokens = self._pick(torch.where(heat == 1, logps.exp(), warm))
+            tokens = torch.where(heat[:, 0] > 0, tokens, logps.argmax(-1))
         return tokens.cpu().numpy(), logps.gather(-1, tokens[:, None])[:, 0].cpu().numpy()
 
-    def _fall(self, chances, state):
-        """(R,) ids: each where the row's own random number falls in the summed-up chances (R, V):
+    def _pick(self, chances):
+        """chances (R, V) -> ids (R,), each where the row's own random number falls in the sums:
             chances .2 .5 .3 -> sums .2 .7 1.0; u = .6 draws token 1"""
-        sums = chances.cumsum(-1)
+        sums, state = chances.cumsum(-1), self._live()
         u = uniforms(state["seed"], state["columns"] - state["start"])
         target = self._there(u).to(sums.dtype)[:, None] * sums[:, -1:]
         # right=True never draws an id of chance 0; rounding may put the target on the total
@@ -1399,13 +1404,13 @@ class Sampler:
         return "step" if not row.to_end and self.step_over(ids) else ""
 
     def _close(self, gone: list):
-        """Take out the rows that stopped. The last row moves into each hole, so that the live rows
+        """Take out the rows that stopped. Rows from the end fill the holes, so that the live rows
         are the first ones, and a forward computes no others: A B C D without B is A D C."""
         left = len(self.live) - len(gone)
         holes = [i for i in gone if i < left]
         tails = sorted({*range(left, len(self.live))}.difference(gone))
         self.work[:, :, holes] = self.work[:, :, tails]
-        self.numbers[holes], self.slots[holes] = self.numbers[tails], self.slots[tails]
+        self.state[holes], self.paths[holes] = self.state[tails], self.paths[tails]
         for hole, tail in zip(holes, tails):
             self.live[hole] = self.live[tail]
         del self.live[left:]

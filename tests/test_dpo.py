@@ -242,10 +242,10 @@ def test_sft_loss_is_that_of_plain_rows():
 def test_sliced_log_probs(count):
     """Slices of four tokens give the log-softmax over ids that are tokens, and its gradient."""
     model, rng = tiny(), torch.Generator().manual_seed(0)
-    model.absent = torch.zeros(V).masked_fill(torch.arange(V) % 5 == 0, -math.inf)
+    model.no_ids = torch.arange(V) % 5 == 0
     targets = torch.randint(0, V // 5, (count,), generator=rng) * 5 + 1
     hidden = torch.randn(count, 32, generator=rng).requires_grad_()
-    logits = (hidden @ model.lm_head.weight.T) + model.absent
+    logits = (hidden @ model.lm_head.weight.T).masked_fill(model.no_ids, -math.inf)
     want = torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
     logps = token_log_probs(model, hidden, targets, at_once=4 * V)
     slope = [torch.autograd.grad((x * torch.arange(count)).sum(), [hidden, model.lm_head.weight])

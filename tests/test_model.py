@@ -254,6 +254,7 @@ def test_bind():
         with pytest.raises(BadInput, match="41"):
             net.bind(wrong)
     net.bind(Letters(41, base_ids=40, eos=(40,)))       # added tokens that nobody uses do no harm
+    Sampler(net, Letters(41, base_ids=40, texts={40: "\n"}), 8)
     sampler = Sampler(net, Letters(), 8)
     for wrong, word in (([], "context"), ([1] * 64, "context"), ([1, 40], "40 ids")):
         with pytest.raises(BadInput, match=word):

@@ -316,13 +316,14 @@ def test_training_questions_and_references(read, tmp_path, capsys):
 
 
 def test_imagined_real_questions(read, tmp_path):
-    """Kept is what ends in a question mark, holds a number, and is no copy of a known question."""
+    """Kept is what has a question mark, down to it, holds a number before it, and is no copy of a
+    known question."""
     known = "Tom has 3 red apples and 4 green pears in a bag. How many?"
     held = "Ann buys 7 books on each of 2 days. How many?"
     new = "A train goes 60 miles an hour for 2 hours. How far?"
     one = read(GSM8K | dict(question=held),
                data=write(tmp_path / "t", *[GSM8K | dict(question=known)] * 6))
-    lines = [f" {new}\n", held.replace("7", "9"), "no number at all?", "12 is a number.", known,
+    lines = [f" {new} It goes 120.\n", held.replace("7", "9"), "no number at all?", "12 is a number.", known,
              new.replace("2", "3")]
     asked = []
     written = lambda prompts: asked.extend(prompts) or zip(lines[:len(prompts)], prompts)
