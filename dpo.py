@@ -14,9 +14,8 @@ What is different from the published codes:
 4. Gradients are sums, divided once by the weight of the batch, however it is cut into parts.
 
 The reference is always the model as it stands when DPO begins:
-    self_explore, mcts_dpo           the RFT model in round 1, then the last round's model; this is
-                                     also the model that grew the trees
-    outcome_dpo                      the last round's model
+    outcome_dpo, self_explore,       the RFT model in round 1, then the last round's model; this is
+    mcts_dpo                         also the model that grew the trees
     combined                         the last round's model; in round 1 the base after it has
                                      imitated (its trees are those of the base itself)
     rft, alphallm, sft               none: they imitate

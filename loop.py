@@ -301,10 +301,17 @@ def learn_right_solutions(lab, r, trees):
     return imitate(lab, imitation_rows(lab, found), lab.settings.steps)
 
 
-# outcome_dpo: the control of Self-Explore. Samples as for rft, whole solutions as pairs
+# outcome_dpo: the control of Self-Explore. Whole solutions as pairs
+def grow_explored(lab, r, questions):
+    """1) Round 1: the base imitates its own right samples, as in Self-Explore.
+    2) The model as it then is samples solutions."""
+    budget, notes = imitate_first(lab, r, questions)
+    return grow_forest(lab, f"trees_{r}", questions, budget, sample), notes
+
+
 def learn_outcome_pairs(lab, r, trees):
-    """DPO on whole solutions, right against wrong. Reference: the model that sampled them."""
-    return prefer(lab, r, rows_of(trees, outcome_pairs), lab.settings.steps)
+    """3) DPO on whole solutions, right against wrong. Reference: the model that sampled them."""
+    return prefer(lab, r, rows_of(trees, outcome_pairs), preference_updates(lab, r))
 
 
 # self_explore: Self-Explore (Hwang et al. 2024, 2404.10346)
@@ -408,7 +415,7 @@ def learn_what_helps(lab, r, trees):
 RECIPES = dict(
     sft=Recipe(grow_nothing, learn_examples),
     rft=Recipe(grow_samples, learn_right_solutions),
-    outcome_dpo=Recipe(grow_samples, learn_outcome_pairs),
+    outcome_dpo=Recipe(grow_explored, learn_outcome_pairs),
     self_explore=Recipe(grow_pits, learn_pits),
     mcts_dpo=Recipe(grow_searched, learn_siblings),
     alphallm=Recipe(grow_imagined, learn_trusted, no_letters=True),
@@ -746,8 +753,8 @@ RFT_PART = 3 / 4        # of the updates of round 1, where imitation comes befor
 
 
 def imitate_first(lab, r: int, questions: list) -> tuple:
-    """Round 1 of the two step-preference methods: plain samples, whose right ones the model
-    imitates (RFT). Returns the tokens per question that are left for the method itself, and notes.
+    """Round 1 of the three DPO methods: plain samples, whose right ones the model imitates (RFT).
+    Returns the tokens per question that are left for the method itself, and notes.
 
     So DPO starts from the model that grew the trees. On trees of the base it would unlearn steps
     that the RFT model hardly takes any more, and many such updates do harm."""

@@ -201,7 +201,8 @@ def _numbers(row, key: str, kind, low=0, high=2 ** 31, default=None) -> list:
 class Budget:
     """How many tokens a set of trees may still sample. Trees are held to their tokens here:
 
-        rft, outcome_dpo     | samples                                                 |
+        rft                  | samples                                                 |
+        outcome_dpo          | samples for RFT (round 1) | samples                     |
         self_explore         | samples for RFT (round 1) | samples | labels | samples  |
         mcts_dpo             | samples for RFT (round 1) | search                      |
         alphallm             | samples for the critics | writing | search              |
