@@ -304,7 +304,7 @@ def learn_right_solutions(lab, r, trees):
 # outcome_dpo: the control of Self-Explore. Whole solutions as pairs
 def grow_explored(lab, r, questions):
     """1) Round 1: the base imitates its own right samples, as in Self-Explore.
-    2) The model as it then is samples solutions."""
+    2) The model as it then is samples solutions. (The paper pairs samples of the base.)"""
     budget, notes = imitate_first(lab, r, questions)
     return grow_forest(lab, f"trees_{r}", questions, budget, sample), notes
 

@@ -179,11 +179,12 @@ def test_recipes_keep_to_the_budget(recipe, run_of):
         assert old.read_bytes() != new.read_bytes()
 
 
-def test_the_explorer_is_the_rft_model(home, tmp_path):
-    """Log-probs in trees_1 are those of rft/, not of round_0. The RFT samples and the labelled
-    trees share one budget."""
+@pytest.mark.parametrize("recipe", ("outcome_dpo", "self_explore"))
+def test_the_explorer_is_the_rft_model(recipe, home, tmp_path):
+    """Log-probs in trees_1 are those of rft/, not of round_0. The RFT samples and the trees that
+    pairs are read off share one budget."""
     gaps = dict(rft=[], round_0=[])
-    settings = small(home, recipe="self_explore", rounds=1, sft_lr=0.05, out=tmp_path)
+    settings = small(home, recipe=recipe, rounds=1, sft_lr=0.05, out=tmp_path)
     assert go(**settings)[0] == 0
     for name in gaps:
         model = GPT.from_pretrained(tmp_path / name)
