@@ -353,7 +353,7 @@ def grow_imagined(lab, r, questions):
     notes = train_critics(lab, f"critic_{r}", trees)
     new = imagined_questions(lab, r, questions)
     left = s.budget * len(questions) - lab.sampled_tokens
-    # few new questions do not get everything that is left
+    # 22 questions once got 14,000 tokens each, and took minutes
     each = min(s.budget, left / max(1, len(new)))
     searched = grow_forest(lab, f"imagined_{r}", new, each, search_with_critic)
     kept = sum(bool(tree.chosen) for tree in searched)

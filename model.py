@@ -1043,7 +1043,8 @@ def uniforms(seeds, t):
 def step_rule(kind: str, tokenizer):
     """When is a step, the unit of all trees, over? Returns a function: ids so far -> bool. A line
     ends with the first token that holds a newline, a paragraph with an empty line that follows a
-    formula (a digit and a "="), the step "16" after 16 tokens. BadInput for anything else."""
+    formula (a digit and a "="), the step "16" after 16 tokens. It is asked only where a newline
+    came or a length is reached (Sampler.step). BadInput for anything else."""
     newline = set(tokenizer.newline_ids)
 
     def paragraph(ids):
@@ -1198,7 +1199,8 @@ class Sampler:
         columns, both rounded up, and one launch replays it for any step that fits. The rows beyond
         the live ones are padding: each sees itself alone, and what it computes goes to the next
         free slot, where the next token overwrites it."""
-        slots, cols = self._last()[:, None], self._live()["columns"][:, None] - 1       # (R, 1)
+        slots = self._last()[:, None]                   # (R, 1)
+        cols = self._live_state()["columns"][:, None] - 1
         width = int(cols.max()) + 1
         if not self.use_graphs:
             self._widen(width)
@@ -1305,7 +1307,7 @@ class Sampler:
         if not self.live:
             return stopped
         tokens, logps = self._draw()
-        slots, state, gone = self._take(tokens), self._live(), []
+        slots, state, gone = self._take(tokens), self._live_state(), []
         self.logps[slots] = logps
         self.paths[np.arange(len(slots)), state["columns"]] = slots
         state["columns"] += 1
@@ -1329,10 +1331,10 @@ class Sampler:
     def _admit(self):
         """Let waiting rows in, at least an eighth of all rows or all that wait, so that one gather
         and one forward serve many rows."""
-        most = min(self.rows - len(self.live), len(self.waiting))
-        if most < max(1, min(self.rows // 8, len(self.waiting))):
+        room = min(self.rows - len(self.live), len(self.waiting))
+        if room < max(1, min(self.rows // 8, len(self.waiting))):
             return
-        first, new = len(self.live), [self.waiting.popleft() for _ in range(most)]
+        first, new = len(self.live), [self.waiting.popleft() for _ in range(room)]
         paths = [row.request.path for row in new]
         self.encode(paths)
         self._widen(max(map(len, paths)))
@@ -1354,34 +1356,34 @@ class Sampler:
             self.paths = np.pad(self.paths, ((0, 0), (0, more)))
             self.graphs = {}
 
-    def _live(self):
-        """The state of the live rows, (R,), a view."""
+    def _live_state(self):
+        """`state` of the live rows alone, (R,), a view."""
         return self.state[:len(self.live)]
 
     def _last(self):
         """(R,) slots of the live rows' last tokens."""
-        return self.paths[np.arange(len(self.live)), self._live()["columns"] - 1]
+        return self.paths[np.arange(len(self.live)), self._live_state()["columns"] - 1]
 
     def _draw(self) -> tuple:
         """Ids and log-probs at temperature 1 of the live rows' next tokens, (R,) each."""
         logps = self.model.token_logits(self.hidden[self._last()]).log_softmax(-1)      # (R, V)
-        temperature = self._live()["temperature"]
+        temperature = self._live_state()["temperature"]
         if not temperature.any():
             tokens = logps.argmax(-1)
         elif (temperature == 1).all():                  # the usual case: no second softmax
             tokens = self._pick(logps.exp())
         else:
-            heat = self._there(temperature)[:, None]
-            warm = torch.softmax(logps / heat.clamp(min=1e-3), -1)      # no division by 0
-            # a row draws the same tokens whoever else is in the batch
-            tokens = self._pick(torch.where(heat == 1, logps.exp(), warm))
-            tokens = torch.where(heat[:, 0] > 0, tokens, logps.argmax(-1))
+            t = self._there(temperature)[:, None]       # (R, 1)
+            chances = torch.softmax(logps / t.clamp(min=1e-3), -1)      # no division by 0
+            # at 1 as above, to the last bit: a row draws the same whoever else is in the batch
+            tokens = self._pick(torch.where(t == 1, logps.exp(), chances))
+            tokens = torch.where(t[:, 0] > 0, tokens, logps.argmax(-1))
         return tokens.cpu().numpy(), logps.gather(-1, tokens[:, None])[:, 0].cpu().numpy()
 
     def _pick(self, chances):
         """chances (R, V) -> ids (R,), each where the row's own random number falls in the sums:
             chances .2 .5 .3 -> sums .2 .7 1.0; u = .6 draws token 1"""
-        sums, state = chances.cumsum(-1), self._live()
+        sums, state = chances.cumsum(-1), self._live_state()
         u = uniforms(state["seed"], state["columns"] - state["start"])
         target = self._there(u).to(sums.dtype)[:, None] * sums[:, -1:]
         # right=True never draws an id of chance 0; rounding may put the target on the total

@@ -323,8 +323,8 @@ def test_imagined_real_questions(read, tmp_path):
     new = "A train goes 60 miles an hour for 2 hours. How far?"
     one = read(GSM8K | dict(question=held),
                data=write(tmp_path / "t", *[GSM8K | dict(question=known)] * 6))
-    lines = [f" {new} It goes 120.\n", held.replace("7", "9"), "no number at all?", "12 is a number.", known,
-             new.replace("2", "3")]
+    lines = [f" {new} It goes 120.\n", held.replace("7", "9"), "no number at all?",
+             "12 is a number.", known, new.replace("2", "3")]
     asked = []
     written = lambda prompts: asked.extend(prompts) or zip(lines[:len(prompts)], prompts)
     assert one.imagine(one.train, random.Random(0), written) == [Question(new, "")]
