@@ -535,11 +535,6 @@ GPT2_WORDS = dict(                                      # GPT-2's words: those o
     n_embd="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads",
     n_inner="intermediate_size", n_positions="max_position_embeddings",
     layer_norm_epsilon="rms_norm_eps", activation_function="hidden_act")
-ROPE_FIELDS = dict(                                     # rope type: its numbers
-    default=["rope_theta"],
-    linear=["rope_theta", "factor"],
-    llama3=["rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings"])
 # Fields that change the mathematics in ways that this file does not have. Where one of them is not
 # null, false or 0, the model would run and write fluent nonsense: it is refused.
 STRANGE = re.compile("quantization_config|auto_map|expert|moe|softcapping|query_pre_attn|qk_norm|"
@@ -596,7 +591,7 @@ class GPTConfig:
             act = raw.get("hidden_act", "gelu_new" if c.gpt2 else "silu")
             c.activation = one_of("hidden_act", act, ACTIVATIONS)
             c.tied = field(raw, "tie_word_embeddings", bool, c.gpt2)    # the head is the embedding
-            c.rope = _rope(raw)                         # rope_theta and, for llama3, its numbers
+            c.frequencies = _frequencies(raw, c.head_dim)
             c.windows = _windows(c)                     # per layer: so many tokens, or None
         return c
 
@@ -611,14 +606,27 @@ def number(given: dict, key: str, default=None, most=1 << 20):
     return kind(value)
 
 
-def _rope(raw: dict) -> dict:
-    """Rotary positions: `rope_parameters` in new files, rope_theta and `rope_scaling` in old."""
+def _frequencies(raw: dict, width: int):
+    """(D/2,) radians per position, fp32: how fast rotary positions turn each pair of dimensions.
+    New files have `rope_parameters`, old ones rope_theta and `rope_scaling`. Type `linear` divides
+    all by `factor`; `llama3` divides those of long waves and keeps those of short ones."""
     rope = field(raw, "rope_scaling", dict, {}) or field(raw, "rope_parameters", dict, {})
-    kind = one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ROPE_FIELDS)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    one_of("rope type", kind, ["default", "linear", "llama3"])
     rope = dict(rope_theta=1e4) | raw | rope
     need(rope.get("partial_rotary_factor") in (None, 1.0), "partial_rotary_factor must be 1")
     need("full_attention" not in rope, "rope_parameters that differ by layer are not supported")
-    return {key: number(rope, key, most=1e12) for key in ROPE_FIELDS[kind]}
+    given = partial(number, rope, most=1e12)
+    inverse = 1.0 / given("rope_theta") ** (torch.arange(0, width, 2) / width)
+    if kind == "default":
+        return inverse
+    factor = given("factor")
+    keep = 0.0                          # 1: keep the frequency, 0: divide it; between: a blend
+    if kind == "llama3":
+        low, high = given("low_freq_factor"), given("high_freq_factor")
+        turns = given("original_max_position_embeddings") * inverse / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * inverse + (1 - keep) * inverse / factor
 
 
 def _windows(c: GPTConfig) -> tuple:
@@ -654,22 +662,6 @@ def pick_device(name=None) -> torch.device:
     if device.index:
         torch.cuda.set_device(device)           # CUDA graphs are recorded on the current device
     return device
-
-
-def rope_frequencies(config: GPTConfig):
-    """(D/2,) radians per position, fp32. Type `linear` divides all by `factor`; `llama3` divides
-    those of long waves, keeps those of short ones, and blends between."""
-    rope = config.rope
-    exponent = torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim
-    inverse = 1.0 / rope["rope_theta"] ** exponent
-    if "factor" not in rope:
-        return inverse
-    keep = 0.0                                          # 1: keep the frequency, 0: divide it
-    if "low_freq_factor" in rope:
-        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * inverse + (1 - keep) * inverse / rope["factor"]
 
 
 def rotate(x, cos, sin):
@@ -765,7 +757,7 @@ class GPT(nn.Module):
         self.model.norm = config.norm()
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.inverse = rope_frequencies(config)         # no buffer: .to(bfloat16) must not round
+        self.frequencies = config.frequencies   # no buffer: .to(bfloat16) must not round them
         self.generation = {}      # generation_config.json, if there is one
         self.saved_as = {}        # {tensor name in the file: its dtype there}
         self._masters = None      # see `masters`
@@ -805,9 +797,9 @@ class GPT(nn.Module):
         if self.config.gpt2:
             x, turn = x + self.model.embed_positions(positions), None
         else:
-            self.inverse = self.inverse.to(ids.device)  # once: a graph could not record the copy
+            self.frequencies = self.frequencies.to(ids.device)  # once: no graph can record a copy
             # (B, T, 1, D/2), in fp32: bf16 does not hold every whole number above 256
-            angle = positions[..., None, None].float() * self.inverse
+            angle = positions[..., None, None].float() * self.frequencies
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
             turn = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)        # (B, T, 1, D)
         bias = {}
