@@ -205,8 +205,7 @@ def write_safetensors(path, tensors: dict, metadata=None):
             at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                     # the data begins at a multiple of 8
-    flat = (tensor.detach().cpu().contiguous().reshape(-1) for _, tensor in order)
-    data = (tensor.view(torch.uint8).numpy() for tensor in flat)
+    data = (tensor.contiguous().view(-1).view(torch.uint8).numpy(force=True) for _, tensor in order)
     write_atomically(path, chain([len(text).to_bytes(8, "little"), text], data))
 
 
