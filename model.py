@@ -246,7 +246,7 @@ def weight_files(folder) -> dict:
 # that no token holds a space or a control character: " the" is written "Ġthe".
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = sorted({*range(256)} - {*PLAIN})
-LETTERS = dict(zip(PLAIN + OTHERS, map(chr, [*PLAIN, *range(256, 324)])))
+LETTERS = dict(sorted(zip(PLAIN + OTHERS, map(chr, [*PLAIN, *range(256, 324)]))))
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")         # how SentencePiece writes a byte
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -515,8 +515,7 @@ class Tokenizer:
         step = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
         flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
         added = [dict(id=256 + i, content=name) | flags for i, name in enumerate(special)]
-        vocab = {LETTERS[byte]: byte for byte in range(256)}
-        spec = dict(version="1.0", model=dict(type="BPE", vocab=vocab, merges=[]),
+        spec = dict(version="1.0", model=dict(type="BPE", vocab=BYTES, merges=[]),
                     added_tokens=added, pre_tokenizer=step, decoder=step)
         config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=[*special, None][0])
         texts = [json.dumps(part).encode() for part in (spec, config)]
