@@ -130,7 +130,7 @@ def safetensors_header(path) -> tuple:
         start = file.read(len(LFS))
         need(start != LFS, IS_LFS)
         data = 8 + int.from_bytes(start[:8], "little")
-        need(8 <= size and data <= min(size, 8 + 100_000_000),
+        need(data <= min(size, 8 + 100_000_000),
              f"is cut short at {size} bytes, or is no safetensors file but, say, a renamed pickle")
         file.seek(8)
         raw = read_json("header", file.read(data - 8))
@@ -830,7 +830,7 @@ class GPT(nn.Module):
         BadInput: the tokenizer has ids that the model has no row for."""
         rows = self.config.vocab_size
         known = {*range(min(rows, tokenizer.n_ids))}.difference(tokenizer.holes)
-        if tokenizer.base_ids > rows or not known >= {*tokenizer.begin} or not known:
+        if tokenizer.base_ids > rows or not known >= {*tokenizer.begin}:
             raise BadInput(f"The tokenizer has {tokenizer.n_ids} ids and the model {rows} rows: "
                            "they do not belong together; copy the model's own tokenizer.json.")
         absent = torch.tensor([i not in known for i in range(rows)], device=self.device)
