@@ -906,14 +906,13 @@ class GPT(nn.Module):
         config or weights are missing, damaged, not supported, or do not fit each other."""
         device = pick_device(device)
         path = Path(folder, "config.json")
-        config = GPTConfig.from_json(read_json(path), str(path))
+        config = GPTConfig.from_json(read_json(path), path)
         with torch.device("meta"):                      # shapes without memory
             model = cls(config)
         files = model._fitting(folder)
         model.saved_as = {name: DTYPES[kind] for name, (_, kind, _) in files.items()}
-        if dtype is None:                               # half precision is slow on a CPU
-            own = next(iter(model.saved_as.values()))
-            dtype = torch.float32 if device.type == "cpu" else own
+        own = next(iter(model.saved_as.values()))       # half precision is slow on a CPU
+        dtype = dtype or (torch.float32 if device.type == "cpu" else own)
         model = model.to(dtype).to_empty(device=device)
         model._read(files, dict(model.named_parameters()))
         path = Path(folder, "generation_config.json")
