@@ -382,7 +382,8 @@ class Tokenizer:
             need(name and not token.get("single_word"), f"token {name!r:.60} asks for single_word")
             need(self.ids.setdefault(name, id) == id, f"added token {name!r:.60} has two ids")
             # a token may strip white space; (?<!\s) keeps a long run of it from being tried n times
-            before = r"(?<!\s)\s*" if token.get("lstrip") else ""
+            # (\G: it may begin within a run of which the token before took a part)
+            before = r"(?:(?<!\s)|\G)\s*" if token.get("lstrip") else ""
             after = r"\s*" if token.get("rstrip") else ""
             patterns.append(f"{before}({regex.escape(name)}){after}")
         self.finder = regex.compile("|".join(patterns))

@@ -114,6 +114,7 @@ def test_special_tokens_count_only_where_asked_for():
     tokenizer = from_spec(spec)
     assert tokenizer.encode("a \n<l> b <r>\t c", True) == [97, 256, 32, 98, 32, 257, 99]
     assert tokenizer.encode(" <l><r> ", True) == [256, 257]
+    assert tokenizer.encode("<r> <l><r>\n\t<l>", True) == [257, 256] * 2     # white space of both
     assert tokenizer.encode("<l> ") == [*b"<l> "]
 
 
