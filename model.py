@@ -320,11 +320,12 @@ class Tokenizer:
             self._read_model(field(spec, "model", dict))
             self._read_ids(field(spec, "added_tokens", list, []))
             self._read_begin(spec.get("post_processor"))
+            # DeepSeek asks for its begin token only here (for this class transformers 4 reads it)
+            if config.get("add_bos_token") and "Llama" in str(config.get("tokenizer_class")):
+                self.begin = self.begin or self._named("bos_token", config, older)
             # does a "▁" come before a text? (damage that only shows in use is found here, too)
             self.strips = self.decode_more(self.encode("a")).startswith(" ")
-        eos = config.get("eos_token") or older.get("eos_token")         # some name it only there
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        self.eos_ids = {id for name, id in self.ids.items() if name == eos}
+        self.eos_ids = {*self._named("eos_token", config, older)}
 
     def _read_cuts(self, spec: dict):
         """self.changes: what is done to a text. self.cuts: patterns, one applied after the other.
@@ -404,6 +405,12 @@ class Tokenizer:
             for item in takewhile(lambda item: "Sequence" not in item, step.get("single", [])):
                 self.begin += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
         need(self.bytes.keys() >= {*self.begin}, "post_processor begins a text with an unknown id")
+
+    def _named(self, key: str, config: dict, older: dict) -> list:
+        """[id] of the token that tokenizer_config.json, or else the older file, names; or []."""
+        token = config.get(key) or older.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        return [id for name, id in self.ids.items() if name == token]
 
     def _spelled(self, name: str) -> bytes:
         """The bytes that a token stands for: b" the" for Ġthe or ▁the, byte 10 for <0x0A>."""

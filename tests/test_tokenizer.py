@@ -159,6 +159,17 @@ def test_eos_is_where_the_folder_says(config, older, want, tmp_path):
     assert Tokenizer.from_pretrained(tmp_path).eos_ids == want
 
 
+@pytest.mark.parametrize("change, want", [
+    ({}, [257]), ({"bos_token": {"content": "<b>"}}, [257]), ({"add_bos_token": False}, []),
+    ({"tokenizer_class": "PreTrainedTokenizerFast"}, []), ({"bos_token": None}, [])])
+def test_begin_token_of_deepseek(change, want, tmp_path):
+    """DeepSeek's tokenizer.json has no template: its class and a flag tell of the begin token."""
+    Tokenizer.bytes_only(("<a>", "<b>")).save(tmp_path)
+    config = dict(add_bos_token=True, bos_token="<b>", tokenizer_class="LlamaTokenizerFast")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
+    assert Tokenizer.from_pretrained(tmp_path).encode_prompt("a") == [*want, 97]
+
+
 def test_texts_that_go_on():
     """Steps are encoded and read one by one: no space is lost or won at their borders."""
     steps = [" 2+2 is 4\n", " so\t水 is\n", "\n", "it  is 4\n", " #### 4"]
