@@ -573,6 +573,7 @@ class GPTConfig:
             for key, value in raw.items():
                 need(not (value and STRANGE.search(key)),
                      f"{key} = {value!r:.60} is not supported; use a plain checkpoint without it")
+            need(raw.get("scale_attn_weights", True), "scale_attn_weights must be true")
             raw = {GPT2_WORDS.get(k, k): v for k, v in raw.items() if v is not None}
             c.gpt2 = c.family == "gpt2"     # LayerNorm, learned positions, no gate, biases
             can_have = c.family in ("gpt2", "llama", "qwen3")

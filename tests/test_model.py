@@ -231,7 +231,8 @@ REFUSED = [                                     # changes of a good config.json
     *(dict(hidden_size=x) for x in ("64", 0, 10 ** 30, 64.0, True, None)), dict(head_dim=7),
     dict(layer_types=KINDS), dict(layer_types=["chunked_attention"] * 3),
     dict(rope_parameters=dict(full_attention=dict(rope_theta=1e6))),
-    dict(num_key_value_heads=3), dict(rms_norm_eps=math.nan), dict(tie_word_embeddings="false")]
+    dict(num_key_value_heads=3), dict(rms_norm_eps=math.nan), dict(tie_word_embeddings="false"),
+    dict(scale_attn_weights=False)]
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=str)
