@@ -205,6 +205,11 @@ def test_weights_that_do_not_fit(tmp_path):
     refused("tie_word_embeddings", drop=["lm_head.weight"])
     refused(up, add={up: torch.ones(64, 112)})
     refused("I64", add={up: torch.ones(112, 64, dtype=torch.int64)})
+    for value in (math.nan, -math.inf):
+        spoilt = torch.ones(112, 64).index_fill(1, torch.tensor(5), value)
+        refused("up_proj.weight holds NaN", add={up: spoilt})
+    nans = {"model.embed_tokens.weight": torch.full((131, 64), math.nan)}
+    refused("embed_tokens.weight holds NaN", "qwen2", add=nans)         # and no talk of a head
     refused("layers.2", num_hidden_layers=2)
     huge = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim")
     refused("belong together", **dict.fromkeys(huge, 2 ** 20))
