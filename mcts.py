@@ -29,6 +29,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,13 +353,6 @@ def importance_width(most: int = 10, alpha: float = 10.0, least_at_root: int = 5
     return width
 
 
-def descend(node: Node, choose, width) -> Node:
-    """Go down to an end, or to a node that should have drawn more steps than it has."""
-    while node.children and node.drawn >= width(node):
-        node = max(node.children, key=lambda child: choose(node, child))     # ties: the first-born
-    return node
-
-
 def backup(node: Node, value: float) -> None:
     """Add the return of a simulation to every node of its path, the root included. AlphaLLM backs
     up the critics' number of a leaf, MCTS-DPO +1 or -1 of an end.
@@ -398,7 +392,8 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         arrived = []
         for node in standing:
             # 1) Select: go down by `choose` to where the simulation ends ...
-            node = descend(node, choose, width)
+            while node.children and node.drawn >= width(node):
+                node = max(node.children, key=partial(choose, node))         # ties: the first-born
             new = node.visits == 0 and node.parent is not None
             if node.ended or (new and not to_end):
                 arrived.append(node)
