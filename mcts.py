@@ -364,11 +364,10 @@ def backup(node: Node, value: float) -> None:
         then to t2   Q(root, a) = (.6 - 0) + ((1.7 - .6) + (-.7 - .6)) / 2 = .5  the mean of both
         in general   Q(s, a) + R(s) = the mean of the returns through a. All actions of s share
                      R(s), so the mean ranks them as Q does"""
-    while node is not None:
-        node.visits += 1
-        node.value_sum += value
-        node.value_squares += value * value
-        node = node.parent
+    for step in node.path():
+        step.visits += 1
+        step.value_sum += value
+        step.value_squares += value * value
 
 
 def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), to_end=True) -> None:
