@@ -508,9 +508,6 @@ def pack(nodes) -> Packed:
 # --------------------------------------------------------------------------------------------------
 # 6. Drawing, and the program
 # --------------------------------------------------------------------------------------------------
-LEGEND = "x = samples that took the step"
-VISITS_LEGEND = ", N = visits of the search, Q = their mean return"
-PRIOR_LEGEND = ", P = how likely the policy is to take it"
 WHOLE = 10_000                          # columns of a step on a page, where nothing is cut
 SHEET = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
@@ -565,8 +562,10 @@ def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) 
     lines = [f"{step:<{longest}}  {notes}".rstrip() for step, notes in lines]
     if hidden := len(tree.nodes) - len(shown):
         lines.append(f"... and {hidden} more steps")
-    searched = tree.root.visits > 0
-    return "\n".join([*lines, LEGEND + VISITS_LEGEND * searched + PRIOR_LEGEND * prior])
+    legend = "x = samples that took the step"
+    legend += ", N = visits of the search, Q = their mean return" * (tree.root.visits > 0)
+    legend += ", P = how likely the policy is to take it" * prior
+    return "\n".join([*lines, legend])
 
 
 def page(title: str, parts: list) -> str:
