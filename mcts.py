@@ -185,8 +185,7 @@ def _add_row(tree: Tree, row) -> Node:
     ids, logps = _numbers(row, "ids", int), _numbers(row, "logps", float, -1e9, 0.0, [])
     need(ids and len(logps) in (0, len(ids)), "keys 'ids', 'logps' do not fit")
     parent, end = model.field(row, "parent", int), model.field(row, "end", str, "")
-    known = range(len(tree.nodes))
-    need(parent in known, f"key 'parent': no node {parent} stands before it")
+    need(0 <= parent < len(tree.nodes), f"key 'parent': no node {parent} stands before it")
     need(end in ("", "eos", "answer", "length"), f"key 'end' is {end!r:.60}")
     return tree.add(tree.nodes[parent], ids, logps, NOTHING, end)
 
