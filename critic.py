@@ -74,10 +74,9 @@ def label_pits(ends: list, complete, k: int, budget=None) -> None:
     while k > 0:
         wave = {}                                       # node -> tokens its completions may take
         for end in ends:
-            path = end.path()[1:]
-            successes = known_successes(path)
             if end.right is False and pit(end) is None:
-                step = successes.index(None)
+                path = end.path()[1:]
+                step = known_successes(path).index(None)
                 wave[path[step]] = k * sum(len(node.ids) for node in path[step + 1:])
         before, cost = {}, 0                            # node -> right ends below it so far
         for node, tokens in wave.items():
