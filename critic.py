@@ -314,7 +314,7 @@ class Rollouts:
     ends is one more opinion about the leaf.
     sampler, critic  of the small model
     text             node -> str, if its tokenizer is another one; None: ids are shared
-    room             its store is emptied when it has taken in so many tokens
+    room             its store is emptied when it holds more tokens than this
     tokens           sampled by it so far
     twin[node] is the node's copy in a tree of the small model, so no prefix is encoded twice."""
 
@@ -322,18 +322,12 @@ class Rollouts:
         self.sampler, self.critic, self.text = sampler, critic, text
         self.n, self.max_tokens, self.room = n, max_tokens, room
         self.fresh, self.tokens = [], 0                 # fresh: twins without log-probs
-        # the critic may have learnt from samples of this sampler: its caller has counted those
-        sampler.counts = dict.fromkeys(sampler.counts, 0)
         self.forget()
 
     def forget(self):
         """Empty the store: done before each file of trees, so that no file depends on others."""
         self.sampler.reset()
-        self.twin, self.emptied = {}, self.taken()
-
-    def taken(self) -> int:
-        """Tokens that were taken into the store so far."""
-        return self.sampler.counts["prompt"] + self.tokens
+        self.twin = {}
 
     def copy(self, node):
         """The twin of a node, made with those above it if they are missing. None: no room."""
@@ -360,7 +354,7 @@ class Rollouts:
         if not self.critic.trusted[2]:
             return {}
         sampler = self.sampler
-        if self.taken() - self.emptied > self.room:
+        if sampler.used > self.room:
             self.forget()
         twins = {node: twin for node, twin in zip(nodes, map(self.copy, nodes))
                  if twin is not None and len(twin.solution()) < self.max_tokens}
@@ -368,8 +362,9 @@ class Rollouts:
         for twin in self.fresh:                         # what does the small model say of them?
             twin.logps = sampler.log_probs(slots_of(twin.parent), twin.slots)
         self.fresh = []
+        before = sampler.counts["sampled"]
         ends = grow(sampler, [(twin, self.n) for twin in twins.values()], self.max_tokens)
-        self.tokens = sampler.counts["sampled"]
+        self.tokens += sampler.counts["sampled"] - before
         said = self.critic.read(ends, sampler)[:, 2].reshape(-1, self.n)    # (leaves, n)
         return dict(zip(twins, said.mean(1).tolist()))
 
