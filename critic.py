@@ -443,7 +443,7 @@ def read_number(piece: str, rule: str):
     """The number that a piece states when a working before it and a reason behind it are cut off: 7
     of `7 apples`, `x = 10-3 = 7`, `7, not 8`. Else the piece as it is, which equals no number.
     Without a mark (rule "bare") it is the result in the last line with a digit, or None."""
-    *_, last = ["", *(line for line in piece.split("\n") if re.search("[0-9]", line))]
+    last = next((line for line in piece.split("\n")[::-1] if re.search("[0-9]", line)), "")
     formula = canonical(last) if re.search(r"[\\{^]", last) else ""
     if number(formula) is not None:                     # \frac12  2\frac{1}{2}  5 cm^2
         return formula
