@@ -125,8 +125,8 @@ def self_evaluation(nodes: list, sampler, question: str = JUDGE, shown="") -> li
                 paths.append(sampler.follow(above, ids))
                 places.append((i, order))
     sampler.encode(paths)
-    last = torch.tensor([path[-1] for path in paths], dtype=torch.long, device=model.device)
-    logits = model.token_logits(sampler.hidden[last])[:, letters]       # (paths, A or B)
+    hidden = sampler.hidden[[path[-1] for path in paths]]               # (paths, C)
+    logits = model.token_logits(hidden)[:, letters]                     # (paths, A or B)
     for (i, order), share in zip(places, torch.softmax(logits, -1).tolist()):
         p[i, order] = share[1 - order]                  # "correct" is (B), then (A)
     return p.mean(1).tolist()
@@ -188,12 +188,12 @@ def features(nodes: list, sampler) -> torch.Tensor:
     for node, row in zip(nodes, numbers):
         # a step of one token was drawn from the last state of its parent
         drawn_from = node.slots[:-1] if len(node.slots) > 1 else (node.parent or node).slots
-        slots.append(int(drawn_from[-1]))
+        slots.append(drawn_from[-1])
         step, whole = node.logps, node.solution("logps")
         if len(whole):
             row[:] = step.min(), step.mean(), whole.min(), whole.mean()
-    hidden = sampler.hidden[torch.tensor(slots, dtype=torch.long, device=sampler.hidden.device)]
-    return torch.cat((hidden.float(), torch.from_numpy(numbers).to(hidden.device)), 1)
+    hidden = sampler.hidden[slots].float()                              # (M, C)
+    return torch.cat((hidden, torch.from_numpy(numbers).to(hidden.device)), 1)
 
 
 def critic_labels(tree: Tree, k: int) -> list:
