@@ -423,8 +423,9 @@ def stated(text: str):
     text = tidy(text.split("\nQuestion:")[0])                           # a base model invents more
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
     box = last_box(text).replace("\n", " ")
-    for rule, mark in (("####", "####"), ("boxed", None), ("phrase", PHRASE)):
-        for piece in reversed(re.split(mark, text)[1:] if mark else [box]):
+    pieces = {"####": text.split("####")[1:], "boxed": [box], "phrase": re.split(PHRASE, text)[1:]}
+    for rule, found in pieces.items():
+        for piece in reversed(found):
             line, _, below = piece.partition("\n")
             words_first = re.match(r"\W*(?:[A-Za-z]{2}|[AaI] ).*[0-9]", line)
             if not (below and words_first):             # "#### Step 1: count" is a heading
