@@ -327,8 +327,7 @@ RULES = dict(puct=puct, uct=uct)
 
 def fixed_width(root: int = 5, below: int = 3, every: int = 8):
     """MCTS-DPO's width: 5 steps at the root, 3 below. A low-entropy policy repeats itself, so every
-    8 visits a node gets the same number again: 5, then 10 from visit 8, 15 from 16. (every=0: no.)
-    """
+    8 visits a node gets as many again: 5, then 10 from visit 8, 15 from 16. (every=0: never.)"""
     waves = lambda node: 1 + node.visits // every if every else 1
     return lambda node: waves(node) * (below if node.parent else root)
 
