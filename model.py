@@ -346,7 +346,9 @@ class Tokenizer:
             return r"\p{N}" if part.get("individual_digits") else r"\p{N}+"
         if part["type"] == "Split":
             one_of("behavior of a Split", part["behavior"], ["Isolated"])
-            return part["pattern"].get("Regex") or regex.escape(part["pattern"]["String"])
+            pattern = part["pattern"].get("Regex") or regex.escape(part["pattern"]["String"])
+            # for the makers {1,3}+ is a repeat of a repeat, for `regex` one that never gives back
+            return re.sub(r"\{1,\d+\}\+", "+", pattern)
         if part["type"] == "ByteLevel":
             need(part.get("add_prefix_space") is False, "add_prefix_space is not supported")
             return GPT2_PATTERN if part.get("use_regex", True) else ""

@@ -97,6 +97,14 @@ def test_merges_count_in_the_order_of_the_file():
         assert dead.encode("abcd") == [dead.ids["ab"], 99, 100]
 
 
+def test_repeat_of_a_repeat():
+    """tiktoken's new pattern of GPT-4 has \\p{N}{1,3}+: `tokenizers` cuts no digits off by it."""
+    cuts = {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}+"}, "behavior": "Isolated"}
+    parts = {"type": "Sequence", "pretokenizers": [cuts, STEP | {"use_regex": False}]}
+    tokenizer = small([("1", "1"), ("11", "11")], pre_tokenizer=parts)
+    assert tokenizer.encode("1111") == [tokenizer.ids["1111"]]
+
+
 def test_special_tokens_count_only_where_asked_for():
     """Data cannot open a chat turn; asked for, a special token is one id; the longest one wins."""
     for name in NAMES:
