@@ -1228,13 +1228,13 @@ class Sampler:
         """A numpy array as a tensor on the model's device."""
         return torch.from_numpy(numbers).to(self.model.device)
 
-    def _load(self, work, paths: list, first=0):
-        """Copy keys and values of encoded paths from the store to rows first, first + 1, ..."""
-        slots = np.zeros((len(paths), max(map(len, paths))), np.int64)
+    def _gather(self, paths: list):
+        """Keys and values of encoded paths, (2, L, R, G, S, D). What stands behind the end of a
+        shorter path is masked."""
+        slots = np.zeros((len(paths), max(map(len, paths))), np.int64)          # (R, S)
         for row, path in zip(slots, paths):
             row[:len(path)] = path
-        part = work[:, :, first:first + len(paths), :, :slots.shape[1]]         # (2, L, R, G, S, D)
-        part.copy_(self.store[:, :, self._there(slots)].transpose(3, 4))
+        return self.store[:, :, self._there(slots)].transpose(3, 4)
 
     @torch.no_grad()
     def encode(self, paths: list):
@@ -1270,11 +1270,9 @@ class Sampler:
             slots[i] = run[places]
             cols[i] = len(prefix) + places
             self.counts["processed"] += len(run)
-        shape = list(self.work.shape)                   # (2, L, R, G, S, D)
-        shape[2], shape[4] = len(runs), int(cols.max()) + 1
-        work = self._zeros(*shape)
-        self._load(work, [prefix for prefix, _ in runs])
-        self._forward(work, slots, cols)
+        known = self._gather([prefix for prefix, _ in runs])
+        new = int(cols.max()) + 1 - known.shape[4]      # columns, at least one
+        self._forward(F.pad(known, (0, 0, 0, new)), slots, cols)
 
     @torch.no_grad()
     def log_probs(self, above, slots):
@@ -1340,8 +1338,9 @@ class Sampler:
         first, new = len(self.live), [self.waiting.popleft() for _ in range(room)]
         paths = [row.request.path for row in new]
         self.encode(paths)
-        self._widen(max(map(len, paths)))
-        self._load(self.work, paths, first)
+        known = self._gather(paths)
+        self._widen(known.shape[4])
+        self.work[:, :, first:first + room, :, :known.shape[4]] = known
         self.live += new
         limit = self.model.config.max_positions
         for i, row in enumerate(new, first):
