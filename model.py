@@ -1097,7 +1097,7 @@ class Sampler:
         # a step has at most so many tokens; a line or a paragraph may fill the context
         self.step_tokens = int(step) if step.isdecimal() else model.config.max_positions
         self.counts = dict(prompt=0, sampled=0, processed=0)            # tokens
-        self.use_graphs = model.device.type == "cuda"   # see `_decode`
+        self.use_graphs = model.device.type == "cuda"   # see `_replay`
         self.reset(slots)
 
     def reset(self, slots=None):
@@ -1179,14 +1179,9 @@ class Sampler:
             self.store[i, layer][slots] = new
         return work[:, layer, :len(k), :, :width]       # unpacks into keys and values
 
-    def _forward(self, work, slots, cols):
-        """Encode tokens `slots` (R, T) at columns `cols` (R, T) of the first R rows of `work`."""
-        numbers = self._there(np.stack((self.ids[slots], slots, cols)))
-        self._compute(work, numbers, int(cols.max()) + 1)
-        self.encoded[slots] = True
-
     def _compute(self, work, numbers, width):
-        """The same from numbers on the device: ids, slots, columns (3, R, T); columns < width."""
+        """Encode tokens in the first R rows of `work`. numbers (3, R, T), on the device: their ids,
+        their slots and their columns, which are below `width`."""
         ids, slots, cols = numbers
         rows = torch.arange(len(ids), device=ids.device)[:, None]
         self.at = work, rows, cols, slots, width
@@ -1195,34 +1190,38 @@ class Sampler:
         self.at = None                                  # or `work` would outlive its use
 
     def _decode(self):
-        """Encode the last token of each live row.
-
-        On CUDA by a graph: a step of a 0.5B model is a thousand small kernels, and to launch them
-        takes longer than to run them. So a step is recorded for a number of rows and a number of
-        columns, both rounded up, and one launch replays it for any step that fits. The rows beyond
-        the live ones are padding: each sees itself alone, and what it computes goes to the next
-        free slot, where the next token overwrites it."""
-        slots = self._last()[:, None]                   # (R, 1)
-        cols = self._live_state()["columns"][:, None] - 1
-        width = int(cols.max()) + 1
-        if not self.use_graphs:
-            self._widen(width)
-            return self._forward(self.work, slots, cols)
-        rows = min(self.rows, 1 << (len(slots) - 1).bit_length())       # a power of two
-        width += -width % GRAPH_COLUMNS
+        """Encode the last token of each live row. On CUDA rows and columns are rounded up, so that
+        one graph fits many steps. Rows beyond the live ones are padding: each sees itself alone,
+        and what it computes goes to the next free slot, where the next token overwrites it."""
+        slots, columns = self._last(), self._live_state()["columns"]    # (R,) each
+        rows, width = len(slots), int(columns.max())
+        if self.use_graphs:
+            rows = min(self.rows, 1 << (rows - 1).bit_length())         # a power of two
+            width += -width % GRAPH_COLUMNS
         self._widen(width)
         numbers = np.zeros((3, rows, 1), np.int64)
         numbers[1] = self.used
-        numbers[:, :len(slots)] = self.ids[slots], slots, cols
-        if (rows, width) not in self.graphs:
+        numbers[:, :len(slots), 0] = self.ids[slots], slots, columns - 1
+        if self.use_graphs:
+            self._replay(numbers, width)
+        else:
+            self._compute(self.work, self._there(numbers), width)
+        self.encoded[slots] = True
+        self.counts["processed"] += len(slots)
+
+    def _replay(self, numbers, width):
+        """`_compute` on CUDA. A step of a 0.5B model is a thousand small kernels, and to launch
+        them takes longer than to run them. So a step is recorded once for each number of rows and
+        of columns, and then replayed by one launch."""
+        size = numbers.shape[1], width
+        if size not in self.graphs:
             there = self._there(numbers)
             compute = partial(self._compute, self.work, there, width)
             _, beside = next(iter(self.graphs.values()), (None, None))
-            self.graphs[rows, width] = there, record(compute, beside)
-        there, graph = self.graphs[rows, width]
+            self.graphs[size] = there, record(compute, beside)
+        there, graph = self.graphs[size]
         there.copy_(torch.from_numpy(numbers))
         graph.replay()
-        self.encoded[slots] = True
 
     def _there(self, numbers):
         """A numpy array as a tensor on the model's device."""
@@ -1270,9 +1269,10 @@ class Sampler:
             slots[i] = run[places]
             cols[i] = len(prefix) + places
             self.counts["processed"] += len(run)
-        known = self._gather([prefix for prefix, _ in runs])
-        new = int(cols.max()) + 1 - known.shape[4]      # columns, at least one
-        self._forward(F.pad(known, (0, 0, 0, new)), slots, cols)
+        known, width = self._gather([prefix for prefix, _ in runs]), int(cols.max()) + 1
+        work = F.pad(known, (0, 0, 0, width - known.shape[4]))          # by at least one column
+        self._compute(work, self._there(np.stack((self.ids[slots], slots, cols))), width)
+        self.encoded[slots] = True
 
     @torch.no_grad()
     def log_probs(self, above, slots):
@@ -1326,7 +1326,6 @@ class Sampler:
             self._close(gone)
         if self.live:
             self._decode()
-            self.counts["processed"] += len(self.live)
         return stopped
 
     def _admit(self):
