@@ -1006,13 +1006,16 @@ class _Row:
     def __init__(self, request: Request, temperature: float, to_end: bool):
         self.request, self.to_end = request, to_end
         self.temperature = 0.0 if request.greedy else temperature
+        self.slots = []                                 # of the tokens sampled so far
         self.line, self.read = request.line, 0          # unfinished line, without ids[read:]
 
 
-# What changes from step to step, a record for each row: a step needs no Python loop over rows
-STATE = np.dtype([
+# What a step reads of each live row, as arrays: it must not take longer than the model's forward
+LIVE = np.dtype([
+    ("row", object),                    # its _Row
     ("seed", np.uint64),                # of its draws
     ("temperature", np.float32),        # 0: argmax
+    ("last", int),                      # slot of its last token
     ("start", int),                     # length of its prefix
     ("columns", int),                   # of its text so far: how far it fills its row of the cache
     ("most", int)], align=True)         # columns at which it stops at the latest
@@ -1111,15 +1114,13 @@ class Sampler:
             self.logps = np.zeros(slots, np.float32)    # (P,) of the sampled ones
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot} of prompts
-        self.waiting, self.live = deque(), []           # rows
-        self.state = np.zeros(self.rows, STATE)         # of the live rows, in their order
+        self.waiting = deque()                          # of _Row
+        self.live = np.zeros(0, LIVE)                   # (R,), in the order of the rows of `work`
         # ids at which a row may stop before its last column
         self.may_stop = np.isin(np.arange(c.vocab_size), [*self.newline | self.model.stop_ids])
         if slots is not None or not self.use_graphs:
             # on a CPU always: from width 0 on the same work gives the same bytes. CUDA keeps graphs
             self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
-            # slots of the live rows' texts: those of the columns of `work`, and of one token more
-            self.paths = np.zeros((self.rows, 1), np.int64)
             self.graphs = {}                            # (rows, columns): (numbers, graph)
 
     def _zeros(self, *shape):
@@ -1193,7 +1194,7 @@ class Sampler:
         """Encode the last token of each live row. On CUDA rows and columns are rounded up, so that
         one graph fits many steps. Rows beyond the live ones are padding: each sees itself alone,
         and what it computes goes to the next free slot, where the next token overwrites it."""
-        slots, columns = self._last(), self._live_state()["columns"]    # (R,) each
+        slots, columns = self.live["last"], self.live["columns"]        # (R,) each
         rows, width = len(slots), int(columns.max())
         if self.use_graphs:
             rows = min(self.rows, 1 << (rows - 1).bit_length())         # a power of two
@@ -1285,7 +1286,7 @@ class Sampler:
         """One continuation for each request, in their order: `submit`, and `step` until all have
         stopped. to_end False: stop after one step. temperature 0: argmax. progress(n) is called
         when n tokens were sampled. ValueError while others wait for what they submitted."""
-        need(not self.live and not self.waiting, "a search waits for answers of this sampler")
+        need(not len(self.live) and not self.waiting, "a search waits for this sampler's answers")
         self.encode([request.path for request in requests])             # fewer, larger forwards
         tickets = self.submit(requests, temperature, to_end)
         found = {}
@@ -1304,27 +1305,30 @@ class Sampler:
         """Sample a token for every live row -> {ticket: Continuation} of the rows that stopped.
         Waiting rows take their places, so that nobody waits for the longest row of a batch."""
         self._admit()
-        stopped = {}
-        if not self.live:
+        live, stopped, gone = self.live, {}, []         # gone: numbers of the rows that stop
+        if not len(live):
             return stopped
         tokens, logps = self._draw()
-        slots, state, gone = self._take(tokens), self._live_state(), []
+        slots = self._take(tokens)
         self.logps[slots] = logps
-        self.paths[np.arange(len(slots)), state["columns"]] = slots
-        state["columns"] += 1
+        live["last"] = slots
+        live["columns"] += 1
+        for row, slot in zip(live["row"], slots.tolist()):
+            row.slots.append(slot)
         # no other row can stop: --max-tokens, the context and --unit 16 are in `most`
-        for i in np.flatnonzero(self.may_stop[tokens] | (state["columns"] >= state["most"])):
-            own = self.paths[i, state["start"][i]:state["columns"][i]].copy()
-            why = self._why(self.live[i], self.ids[own].tolist(), state["columns"][i])
+        for i in np.flatnonzero(self.may_stop[tokens] | (live["columns"] >= live["most"])):
+            row = live["row"][i]
+            own = np.array(row.slots)
+            why = self._why(row, self.ids[own].tolist())
             if why:
-                stopped[self.live[i]] = Continuation(self.ids[own], self.logps[own], own, why)
+                stopped[row] = Continuation(self.ids[own], self.logps[own], own, why)
                 gone.append(i)
         self.counts["sampled"] += len(slots)
         if progress is not None:
             progress(len(slots))
         if gone:
             self._close(gone)
-        if self.live:
+        if len(self.live):
             self._decode()
         return stopped
 
@@ -1334,19 +1338,20 @@ class Sampler:
         room = min(self.rows - len(self.live), len(self.waiting))
         if room < max(1, min(self.rows // 8, len(self.waiting))):
             return
-        first, new = len(self.live), [self.waiting.popleft() for _ in range(room)]
+        new = [self.waiting.popleft() for _ in range(room)]
         paths = [row.request.path for row in new]
         self.encode(paths)
         known = self._gather(paths)
         self._widen(known.shape[4])
+        first = len(self.live)
         self.work[:, :, first:first + room, :, :known.shape[4]] = known
-        self.live += new
-        limit = self.model.config.max_positions
-        for i, row in enumerate(new, first):
+        limit, records = self.model.config.max_positions, []
+        for row in new:
             ask, start = row.request, len(row.request.path)
             most = ask.max_tokens if row.to_end else min(ask.max_tokens, self.step_tokens)
-            self.state[i] = ask.seed, row.temperature, start, start, min(start + most, limit)
-            self.paths[i, :start] = ask.path
+            records.append((row, ask.seed, row.temperature, ask.path[-1], start, start,
+                            min(start + most, limit)))
+        self.live = np.concatenate((self.live, np.array(records, LIVE)))
 
     def _widen(self, columns: int):
         """Make the working cache at least so wide; what is in it stays."""
@@ -1354,21 +1359,13 @@ class Sampler:
         if columns > width:
             more = max(columns - width, width // 4)
             self.work = F.pad(self.work, (0, 0, 0, more))
-            self.paths = np.pad(self.paths, ((0, 0), (0, more)))
             self.graphs = {}
-
-    def _live_state(self):
-        """`state` of the live rows alone, (R,), a view."""
-        return self.state[:len(self.live)]
-
-    def _last(self):
-        """(R,) slots of the live rows' last tokens."""
-        return self.paths[np.arange(len(self.live)), self._live_state()["columns"] - 1]
 
     def _draw(self) -> tuple:
         """Ids and log-probs at temperature 1 of the live rows' next tokens, (R,) each."""
-        logps = self.model.token_logits(self.hidden[self._last()]).log_softmax(-1)      # (R, V)
-        temperature = self._live_state()["temperature"]
+        hidden = self.hidden[self.live["last"]]         # (R, C)
+        logps = self.model.token_logits(hidden).log_softmax(-1)         # (R, V)
+        temperature = self.live["temperature"]
         if not temperature.any():
             tokens = logps.argmax(-1)
         elif (temperature == 1).all():                  # the usual case: no second softmax
@@ -1384,14 +1381,14 @@ class Sampler:
     def _pick(self, chances):
         """chances (R, V) -> ids (R,), each where the row's own random number falls in the sums:
             chances .2 .5 .3 -> sums .2 .7 1.0; u = .6 draws token 1"""
-        sums, state = chances.cumsum(-1), self._live_state()
-        u = uniforms(state["seed"], state["columns"] - state["start"])
+        sums, live = chances.cumsum(-1), self.live
+        u = uniforms(live["seed"], live["columns"] - live["start"])
         target = self._there(u).to(sums.dtype)[:, None] * sums[:, -1:]
         # right=True never draws an id of chance 0; rounding may put the target on the total
         drawn = torch.searchsorted(sums, target, right=True)[:, 0]
         return drawn.clamp(max=self.model.last_id)
 
-    def _why(self, row: _Row, ids: list, columns: int) -> str:
+    def _why(self, row: _Row, ids: list) -> str:
         """Why the row stops after these ids; "" if it goes on. Length comes before step: a step
         that uses up max_tokens or the context is an end, for nothing can follow it."""
         if ids[-1] in self.model.stop_ids:
@@ -1402,7 +1399,8 @@ class Sampler:
             row.read = len(ids)
             if any(self.finished(line + "\n") for line in complete):
                 return "answer"
-        if len(ids) >= row.request.max_tokens or columns >= self.model.config.max_positions:
+        room = self.model.config.max_positions - len(row.request.path)
+        if len(ids) >= min(row.request.max_tokens, room):
             return "length"
         return "step" if not row.to_end and self.step_over(ids) else ""
 
@@ -1411,12 +1409,10 @@ class Sampler:
         are the first ones, and a forward computes no others: A B C D without B is A D C."""
         left = len(self.live) - len(gone)
         holes = [i for i in gone if i < left]
-        tails = sorted({*range(left, len(self.live))}.difference(gone))
+        tails = np.setdiff1d(np.arange(left, len(self.live)), gone)
         self.work[:, :, holes] = self.work[:, :, tails]
-        self.state[holes], self.paths[holes] = self.state[tails], self.paths[tails]
-        for hole, tail in zip(holes, tails):
-            self.live[hole] = self.live[tail]
-        del self.live[left:]
+        self.live[holes] = self.live[tails]
+        self.live = self.live[:left]
 
 
 # --------------------------------------------------------------------------------------------------
