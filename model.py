@@ -733,7 +733,7 @@ class Block(nn.Module):
         if cache is None:
             k, v = k.transpose(1, 2), v.transpose(1, 2)                 # (B, G, T, D)
         else:
-            k, v = cache.update(layer, k, v)                            # (B, G, S, D)
+            k, v = cache(layer, k, v)                                   # (B, G, S, D)
         mixed = attend(q.transpose(1, 2), k, v, bias)                   # (B, H, T, D)
         x = x + at.o_proj(mixed.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
@@ -792,8 +792,8 @@ class GPT(nn.Module):
         positions (B, T): depth of each token in its own text; default 0 to T-1. mask (B, T, S)
         bool, True = may see; default causal. In a row that holds a whole tree a token sees its
         ancestors and itself. A sliding window counts depth: position(query) - position(key).
-        cache: its update(layer, k, v) stores new keys and values, (B, T, G, D) each, and returns
-        all of them as (B, G, S, D); column s of a row holds the token at position s."""
+        cache(layer, k, v) stores new keys and values, (B, T, G, D) each, and returns all of them
+        as (B, G, S, D); column s of a row holds the token at position s."""
         B, T = ids.shape
         if positions is None:
             positions = torch.arange(T, device=ids.device).expand(B, T)
@@ -1172,23 +1172,20 @@ class Sampler:
         self.ids[slots] = ids
         return slots
 
-    def update(self, layer, k, v):
-        """The model calls this: keep k, v (R, T, G, D), return all of them as (R, G, S, D)."""
-        work, rows, cols, slots, width = self.at
-        for i, new in enumerate((k, v)):
-            work[i, layer][rows, :, cols] = new
-            self.store[i, layer][slots] = new
-        return work[:, layer, :len(k), :, :width]       # unpacks into keys and values
-
     def _compute(self, work, numbers, width):
         """Encode tokens in the first R rows of `work`. numbers (3, R, T), on the device: their ids,
         their slots and their columns, which are below `width`."""
         ids, slots, cols = numbers
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        self.at = work, rows, cols, slots, width
+
+        def cache(layer, k, v):
+            """Keep new keys and values, (R, T, G, D) each; return all of them as (R, G, S, D)."""
+            for i, new in enumerate((k, v)):
+                work[i, layer][rows, :, cols] = new
+                self.store[i, layer][slots] = new
+            return work[:, layer, :len(k), :, :width]   # unpacks into keys and values
         mask = torch.arange(width, device=ids.device) <= cols[..., None]        # (R, T, S)
-        self.hidden[slots] = self.model(ids, cols, mask, cache=self)
-        self.at = None                                  # or `work` would outlive its use
+        self.hidden[slots] = self.model(ids, cols, mask, cache)
 
     def _decode(self):
         """Encode the last token of each live row. On CUDA rows and columns are rounded up, so that
