@@ -1003,9 +1003,10 @@ class Continuation:
 class _Row:
     """A request that waits or is being decoded. It is its own ticket."""
 
-    def __init__(self, request: Request, temperature: float, to_end: bool):
+    def __init__(self, request: Request, temperature: float, to_end: bool, context: int):
         self.request, self.to_end = request, to_end
         self.temperature = 0.0 if request.greedy else temperature
+        self.most = min(request.max_tokens, context - len(request.path))    # then its end: length
         self.slots = []                                 # of the tokens sampled so far
         self.line, self.read = request.line, 0          # unfinished line, without ids[read:]
 
@@ -1293,7 +1294,8 @@ class Sampler:
 
     def submit(self, requests: list, temperature=1.0, to_end=True) -> list:
         """Queue requests -> a ticket for each. Nothing is computed before `step`."""
-        rows = [_Row(request, temperature, to_end) for request in requests]
+        context = self.model.config.max_positions
+        rows = [_Row(request, temperature, to_end, context) for request in requests]
         self.waiting += rows
         return rows
 
@@ -1342,12 +1344,11 @@ class Sampler:
         self._widen(known.shape[4])
         first = len(self.live)
         self.work[:, :, first:first + room, :, :known.shape[4]] = known
-        limit, records = self.model.config.max_positions, []
-        for row in new:
-            ask, start = row.request, len(row.request.path)
-            most = ask.max_tokens if row.to_end else min(ask.max_tokens, self.step_tokens)
-            records.append((row, ask.seed, row.temperature, ask.path[-1], start, start,
-                            min(start + most, limit)))
+        records = []
+        for row, path in zip(new, paths):
+            start, seed = len(path), row.request.seed
+            most = row.most if row.to_end else min(row.most, self.step_tokens)
+            records.append((row, seed, row.temperature, path[-1], start, start, start + most))
         self.live = np.concatenate((self.live, np.array(records, LIVE)))
 
     def _widen(self, columns: int):
@@ -1396,8 +1397,7 @@ class Sampler:
             row.read = len(ids)
             if any(self.finished(line + "\n") for line in complete):
                 return "answer"
-        room = self.model.config.max_positions - len(row.request.path)
-        if len(ids) >= min(row.request.max_tokens, room):
+        if len(ids) >= row.most:
             return "length"
         return "step" if not row.to_end and self.step_over(ids) else ""
 
