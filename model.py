@@ -1124,10 +1124,6 @@ class Sampler:
             self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
             self.graphs = {}                            # (rows, columns): (numbers, graph)
 
-    def _zeros(self, *shape):
-        """Zeros: a masked column has weight 0, and 0 * NaN of raw memory would be NaN."""
-        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
-
     def prompt(self, ids):
         """Slots of a text, (length,); texts that begin alike share slots. Nothing is encoded yet.
         BadInput: no id, or no room for an answer."""
@@ -1157,128 +1153,6 @@ class Sampler:
     def unfinished_line(self, ids) -> str:
         """The text behind the last newline of a solution: a token of "\\n####" begins a line."""
         return self.tokenizer.decode_more(ids).rpartition("\n")[2]
-
-    def _take(self, ids):
-        """Append tokens to the store -> their slots. They are encoded later."""
-        slots = np.arange(self.used, self.used + len(ids))
-        self.used += len(ids)
-        if self.used >= len(self.ids):                  # full: half as much again
-            self.graphs = {}
-            more = len(ids) + len(self.ids) // 2
-            self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
-            self.hidden = F.pad(self.hidden, (0, 0, 0, more))
-            self.ids = np.pad(self.ids, (0, more))
-            self.logps = np.pad(self.logps, (0, more))
-            self.encoded = np.pad(self.encoded, (0, more))
-        self.ids[slots] = ids
-        return slots
-
-    def _compute(self, work, numbers, width):
-        """Encode tokens in the first R rows of `work`. numbers (3, R, T), on the device: their ids,
-        their slots and their columns, which are below `width`."""
-        ids, slots, cols = numbers
-        rows = torch.arange(len(ids), device=ids.device)[:, None]
-
-        def cache(layer, k, v):
-            """Keep new keys and values, (R, T, G, D) each; return all of them as (R, G, S, D)."""
-            for i, new in enumerate((k, v)):
-                work[i, layer][rows, :, cols] = new
-                self.store[i, layer][slots] = new
-            return work[:, layer, :len(k), :, :width]   # unpacks into keys and values
-        mask = torch.arange(width, device=ids.device) <= cols[..., None]        # (R, T, S)
-        self.hidden[slots] = self.model(ids, cols, mask, cache)
-
-    def _decode(self):
-        """Encode the last token of each live row. On CUDA rows and columns are rounded up, so that
-        one graph fits many steps. Rows beyond the live ones are padding: each sees itself alone,
-        and what it computes goes to the next free slot, where the next token overwrites it."""
-        slots, columns = self.live["last"], self.live["columns"]        # (R,) each
-        rows, width = len(slots), int(columns.max())
-        if self.use_graphs:
-            rows = min(self.rows, 1 << (rows - 1).bit_length())         # a power of two
-            width += -width % GRAPH_COLUMNS
-        self._widen(width)
-        numbers = np.zeros((3, rows, 1), np.int64)
-        numbers[1] = self.used
-        numbers[:, :len(slots), 0] = self.ids[slots], slots, columns - 1
-        if self.use_graphs:
-            self._replay(numbers, width)
-        else:
-            self._compute(self.work, self._there(numbers), width)
-        self.encoded[slots] = True
-        self.counts["processed"] += len(slots)
-
-    def _replay(self, numbers, width):
-        """`_compute` on CUDA. A step of a 0.5B model is a thousand small kernels, and to launch
-        them takes longer than to run them. So a step is recorded once for each number of rows and
-        of columns, and then replayed by one launch."""
-        size = numbers.shape[1], width
-        if size not in self.graphs:
-            there = self._there(numbers)
-            compute = partial(self._compute, self.work, there, width)
-            _, beside = next(iter(self.graphs.values()), (None, None))
-            self.graphs[size] = there, record(compute, beside)
-        there, graph = self.graphs[size]
-        there.copy_(torch.from_numpy(numbers))
-        graph.replay()
-
-    def _there(self, numbers):
-        """A numpy array as a tensor on the model's device."""
-        return torch.from_numpy(numbers).to(self.model.device)
-
-    def _gather(self, paths: list):
-        """Keys and values of encoded paths, (2, L, R, G, S, D). What stands behind the end of a
-        shorter path is masked."""
-        slots = np.zeros((len(paths), max(map(len, paths))), np.int64)          # (R, S)
-        for row, path in zip(slots, paths):
-            row[:len(path)] = path
-        return self.store[:, :, self._there(slots)].transpose(3, 4)
-
-    @torch.no_grad()
-    def encode(self, paths: list):
-        """Encode what is not yet encoded of these paths, each token once, in waves. Of the paths
-        that go on from the same encoded prefix with the same token, a wave takes one:
-
-            Question: 7+1?        wave 1: "Question: 7+1?"
-            Question: 7*2?        wave 2: "*2?"     (behind "Question: 7")
-            Question: 9*2?                "9*2?"    (behind "Question: ")"""
-        paths = {path[-1]: path for path in paths}.values()             # each path once
-        while True:
-            runs = {}
-            for path in paths:
-                done = int(self.encoded[path].sum())    # they are the first ones
-                if done < len(path):
-                    runs.setdefault(path[done], (path[:done], path[done:]))
-            if not runs:
-                return
-            runs = sorted(runs.values(), key=lambda run: len(run[1]))   # like lengths together
-            while runs:
-                most = min(self.rows, max(1, PREFILL_TOKENS // len(runs[-1][1])))
-                self._encode_runs(runs[-most:])
-                del runs[-most:]
-
-    def _encode_runs(self, runs: list):
-        """Encode runs of tokens, each behind an encoded prefix: runs of (prefix, run). A short run
-        repeats its last token, which writes the same values to the same place again:
-            slots 4 5 6 behind 2 tokens, T = 5: slots 4 5 6 6 6, columns 2 3 4 4 4"""
-        T = max(len(run) for _, run in runs)
-        slots, cols = np.zeros((2, len(runs), T), np.int64)
-        for i, (prefix, run) in enumerate(runs):
-            places = np.minimum(np.arange(T), len(run) - 1)             # 0 1 2 2 2
-            slots[i] = run[places]
-            cols[i] = len(prefix) + places
-            self.counts["processed"] += len(run)
-        known, width = self._gather([prefix for prefix, _ in runs]), int(cols.max()) + 1
-        work = F.pad(known, (0, 0, 0, width - known.shape[4]))          # by at least one column
-        self._compute(work, self._there(np.stack((self.ids[slots], slots, cols))), width)
-        self.encoded[slots] = True
-
-    @torch.no_grad()
-    def log_probs(self, above, slots):
-        """(n,) log-probs at temperature 1 of encoded tokens `slots` behind the path `above`."""
-        before = np.concatenate((above[-1:], slots[:-1]))               # each is predicted by these
-        logps = self.model.token_logits(self.hidden[before]).log_softmax(-1)    # (n, V)
-        return logps.cpu().numpy()[np.arange(len(slots)), self.ids[slots]]
 
     def extend(self, requests: list, temperature=1.0, to_end=True, progress=None) -> list:
         """One continuation for each request, in their order: `submit`, and `step` until all have
@@ -1351,14 +1225,6 @@ class Sampler:
             records.append((row, seed, row.temperature, path[-1], start, start, start + most))
         self.live = np.concatenate((self.live, np.array(records, LIVE)))
 
-    def _widen(self, columns: int):
-        """Make the working cache at least so wide; what is in it stays."""
-        width = self.work.shape[4]
-        if columns > width:
-            more = max(columns - width, width // 4)
-            self.work = F.pad(self.work, (0, 0, 0, more))
-            self.graphs = {}
-
     def _draw(self) -> tuple:
         """Ids and log-probs at temperature 1 of the live rows' next tokens, (R,) each."""
         hidden = self.hidden[self.live["last"]]         # (R, C)
@@ -1410,6 +1276,140 @@ class Sampler:
         self.work[:, :, holes] = self.work[:, :, tails]
         self.live[holes] = self.live[tails]
         self.live = self.live[:left]
+
+    @torch.no_grad()
+    def log_probs(self, above, slots):
+        """(n,) log-probs at temperature 1 of encoded tokens `slots` behind the path `above`."""
+        before = np.concatenate((above[-1:], slots[:-1]))               # each is predicted by these
+        logps = self.model.token_logits(self.hidden[before]).log_softmax(-1)    # (n, V)
+        return logps.cpu().numpy()[np.arange(len(slots)), self.ids[slots]]
+
+    @torch.no_grad()
+    def encode(self, paths: list):
+        """Encode what is not yet encoded of these paths, each token once, in waves. Of the paths
+        that go on from the same encoded prefix with the same token, a wave takes one:
+
+            Question: 7+1?        wave 1: "Question: 7+1?"
+            Question: 7*2?        wave 2: "*2?"     (behind "Question: 7")
+            Question: 9*2?                "9*2?"    (behind "Question: ")"""
+        paths = {path[-1]: path for path in paths}.values()             # each path once
+        while True:
+            runs = {}
+            for path in paths:
+                done = int(self.encoded[path].sum())    # they are the first ones
+                if done < len(path):
+                    runs.setdefault(path[done], (path[:done], path[done:]))
+            if not runs:
+                return
+            runs = sorted(runs.values(), key=lambda run: len(run[1]))   # like lengths together
+            while runs:
+                most = min(self.rows, max(1, PREFILL_TOKENS // len(runs[-1][1])))
+                self._encode_runs(runs[-most:])
+                del runs[-most:]
+
+    def _encode_runs(self, runs: list):
+        """Encode runs of tokens, each behind an encoded prefix: runs of (prefix, run). A short run
+        repeats its last token, which writes the same values to the same place again:
+            slots 4 5 6 behind 2 tokens, T = 5: slots 4 5 6 6 6, columns 2 3 4 4 4"""
+        T = max(len(run) for _, run in runs)
+        slots, cols = np.zeros((2, len(runs), T), np.int64)
+        for i, (prefix, run) in enumerate(runs):
+            places = np.minimum(np.arange(T), len(run) - 1)             # 0 1 2 2 2
+            slots[i] = run[places]
+            cols[i] = len(prefix) + places
+            self.counts["processed"] += len(run)
+        known, width = self._gather([prefix for prefix, _ in runs]), int(cols.max()) + 1
+        work = F.pad(known, (0, 0, 0, width - known.shape[4]))          # by at least one column
+        self._compute(work, self._there(np.stack((self.ids[slots], slots, cols))), width)
+        self.encoded[slots] = True
+
+    def _gather(self, paths: list):
+        """Keys and values of encoded paths, (2, L, R, G, S, D). What stands behind the end of a
+        shorter path is masked."""
+        slots = np.zeros((len(paths), max(map(len, paths))), np.int64)          # (R, S)
+        for row, path in zip(slots, paths):
+            row[:len(path)] = path
+        return self.store[:, :, self._there(slots)].transpose(3, 4)
+
+    def _decode(self):
+        """Encode the last token of each live row. On CUDA rows and columns are rounded up, so that
+        one graph fits many steps. Rows beyond the live ones are padding: each sees itself alone,
+        and what it computes goes to the next free slot, where the next token overwrites it."""
+        slots, columns = self.live["last"], self.live["columns"]        # (R,) each
+        rows, width = len(slots), int(columns.max())
+        if self.use_graphs:
+            rows = min(self.rows, 1 << (rows - 1).bit_length())         # a power of two
+            width += -width % GRAPH_COLUMNS
+        self._widen(width)
+        numbers = np.zeros((3, rows, 1), np.int64)
+        numbers[1] = self.used
+        numbers[:, :len(slots), 0] = self.ids[slots], slots, columns - 1
+        if self.use_graphs:
+            self._replay(numbers, width)
+        else:
+            self._compute(self.work, self._there(numbers), width)
+        self.encoded[slots] = True
+        self.counts["processed"] += len(slots)
+
+    def _replay(self, numbers, width):
+        """`_compute` on CUDA. A step of a 0.5B model is a thousand small kernels, and to launch
+        them takes longer than to run them. So a step is recorded once for each number of rows and
+        of columns, and then replayed by one launch."""
+        size = numbers.shape[1], width
+        if size not in self.graphs:
+            there = self._there(numbers)
+            compute = partial(self._compute, self.work, there, width)
+            _, beside = next(iter(self.graphs.values()), (None, None))
+            self.graphs[size] = there, record(compute, beside)
+        there, graph = self.graphs[size]
+        there.copy_(torch.from_numpy(numbers))
+        graph.replay()
+
+    def _compute(self, work, numbers, width):
+        """Encode tokens in the first R rows of `work`. numbers (3, R, T), on the device: their ids,
+        their slots and their columns, which are below `width`."""
+        ids, slots, cols = numbers
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+
+        def cache(layer, k, v):
+            """Keep new keys and values, (R, T, G, D) each; return all of them as (R, G, S, D)."""
+            for i, new in enumerate((k, v)):
+                work[i, layer][rows, :, cols] = new
+                self.store[i, layer][slots] = new
+            return work[:, layer, :len(k), :, :width]   # unpacks into keys and values
+        mask = torch.arange(width, device=ids.device) <= cols[..., None]        # (R, T, S)
+        self.hidden[slots] = self.model(ids, cols, mask, cache)
+
+    def _take(self, ids):
+        """Append tokens to the store -> their slots. They are encoded later."""
+        slots = np.arange(self.used, self.used + len(ids))
+        self.used += len(ids)
+        if self.used >= len(self.ids):                  # full: half as much again
+            self.graphs = {}
+            more = len(ids) + len(self.ids) // 2
+            self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
+            self.hidden = F.pad(self.hidden, (0, 0, 0, more))
+            self.ids = np.pad(self.ids, (0, more))
+            self.logps = np.pad(self.logps, (0, more))
+            self.encoded = np.pad(self.encoded, (0, more))
+        self.ids[slots] = ids
+        return slots
+
+    def _widen(self, columns: int):
+        """Make the working cache at least so wide; what is in it stays."""
+        width = self.work.shape[4]
+        if columns > width:
+            more = max(columns - width, width // 4)
+            self.work = F.pad(self.work, (0, 0, 0, more))
+            self.graphs = {}
+
+    def _zeros(self, *shape):
+        """Zeros: a masked column has weight 0, and 0 * NaN of raw memory would be NaN."""
+        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+
+    def _there(self, numbers):
+        """A numpy array as a tensor on the model's device."""
+        return torch.from_numpy(numbers).to(self.model.device)
 
 
 # --------------------------------------------------------------------------------------------------
