@@ -1272,7 +1272,7 @@ class Sampler:
         are the first ones, and a forward computes no others: A B C D without B is A D C."""
         left = len(self.live) - len(gone)
         holes = [i for i in gone if i < left]
-        tails = np.setdiff1d(np.arange(left, len(self.live)), gone)
+        tails = sorted({*range(left, len(self.live))}.difference(gone))
         self.work[:, :, holes] = self.work[:, :, tails]
         self.live[holes] = self.live[tails]
         self.live = self.live[:left]
@@ -1318,9 +1318,11 @@ class Sampler:
             slots[i] = run[places]
             cols[i] = len(prefix) + places
             self.counts["processed"] += len(run)
-        known, width = self._gather([prefix for prefix, _ in runs]), int(cols.max()) + 1
+        known = self._gather([prefix for prefix, _ in runs])
+        width = int(cols.max()) + 1
         work = F.pad(known, (0, 0, 0, width - known.shape[4]))          # by at least one column
-        self._compute(work, self._there(np.stack((self.ids[slots], slots, cols))), width)
+        numbers = np.stack((self.ids[slots], slots, cols))              # (3, R, T)
+        self._compute(work, self._there(numbers), width)
         self.encoded[slots] = True
 
     def _gather(self, paths: list):
