@@ -1108,9 +1108,11 @@ class Sampler:
         """Forget all tokens; the counts stay. slots: the new size of the store; `reset(1)` before
         a training frees its memory."""
         c = self.model.config
+        # not raw memory: a masked column has weight 0, and 0 * NaN would be NaN
+        zeros = partial(torch.zeros, dtype=self.model.dtype, device=self.model.device)
         if slots is not None:
-            self.store = self._zeros(2, c.layers, slots, c.kv_heads, c.head_dim)    # P slots
-            self.hidden = self._zeros(slots, c.hidden_size)             # (P, C)
+            self.store = zeros(2, c.layers, slots, c.kv_heads, c.head_dim)          # P slots
+            self.hidden = zeros(slots, c.hidden_size)   # (P, C)
             self.ids = np.zeros(slots, np.int64)        # (P,)
             self.logps = np.zeros(slots, np.float32)    # (P,) of the sampled ones
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
@@ -1121,7 +1123,7 @@ class Sampler:
         self.may_stop = np.isin(np.arange(c.vocab_size), [*self.newline | self.model.stop_ids])
         if slots is not None or not self.use_graphs:
             # on a CPU always: from width 0 on the same work gives the same bytes. CUDA keeps graphs
-            self.work = self._zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
+            self.work = zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
             self.graphs = {}                            # (rows, columns): (numbers, graph)
 
     def prompt(self, ids):
@@ -1404,10 +1406,6 @@ class Sampler:
             more = max(columns - width, width // 4)
             self.work = F.pad(self.work, (0, 0, 0, more))
             self.graphs = {}
-
-    def _zeros(self, *shape):
-        """Zeros: a masked column has weight 0, and 0 * NaN of raw memory would be NaN."""
-        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
 
     def _there(self, numbers):
         """A numpy array as a tensor on the model's device."""
