@@ -1160,7 +1160,7 @@ class Sampler:
         """One continuation for each request, in their order: `submit`, and `step` until all have
         stopped. to_end False: stop after one step. temperature 0: argmax. progress(n) is called
         when n tokens were sampled. ValueError while others wait for what they submitted."""
-        need(not len(self.live) and not self.waiting, "a search waits for this sampler's answers")
+        need(not (len(self.live) or self.waiting), "a search waits for answers of this sampler")
         self.encode([request.path for request in requests])             # fewer, larger forwards
         tickets = self.submit(requests, temperature, to_end)
         found = {}
