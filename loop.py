@@ -1701,33 +1701,26 @@ def show_example(lab, log: list) -> None:
     records, r = first_trees(lab.folder)[:100], log[-1]["round"]
     if not records:                             # sft grows no trees
         return
-    questions = [from_record(record).question for record in records]
+    questions = [Question(record["text"], record["answer"]) for record in records]
     prompts = [lab.task.prompt_ids(question) for question in questions]
-    solutions, verdicts = {}, {}
-    for number in (0, r):
-        lab.load(lab.folder / f"round_{number}")
-        found = continuations(lab, prompts)
-        solutions[number] = [text for text, _ in found]
-        verdicts[number] = [verdict(lab.task, question, text, one.why == "length")
-                            for question, (text, one) in zip(questions, found)]
-    improved = [place for place, (before, after) in enumerate(zip(verdicts[0], verdicts[r]))
-                if before not in ("", RIGHT) and after == RIGHT]
-    place = improved[0] if improved else 0
 
-    def show(title, number):
-        """A solution, with its verdict."""
-        print(f"\n{title}: {verdicts[number][place]}\n")
-        print("   " + solutions[number][place].replace("\n", "\n   "))
-    show("A question of round 1. The base writes", 0)
-    print("\nWhat was tried in round 1:\n")
-    print(picture(records[place]))
-    show(f"The model of round {r} writes", r)
+    def answers(number):
+        """[(verdict, solution)] of the model of a round."""
+        lab.load(lab.folder / f"round_{number}")
+        return [(verdict(lab.task, question, text, one.why == "length"), text)
+                for question, (text, one) in zip(questions, continuations(lab, prompts))]
+    before, after = answers(0), answers(r)
+    improved = [place for place in range(len(records))
+                if before[place][0] not in ("", "right") and after[place][0] == "right"]
+    place = improved[0] if improved else 0
+    show = lambda title, told, solution: print(
+        f"\n{title}: {told}\n\n   " + solution.replace("\n", "\n   "))
+    show("A question of round 1. The base writes", *before[place])
+    print("\nWhat was tried in round 1:\n\n" + picture(records[place]))
+    show(f"The model of round {r} writes", *after[place])
     print(f"\nAll files are in {lab.folder}; report.html shows the run. Ask the model yourself:\n"
           f"python model.py --model {shlex.quote(str(lab.folder / f'round_{r}'))} "
           f"--prompt {shlex.quote(lab.task.prompt(questions[place]))} --temperature 0")
-
-
-RIGHT = "right"
 
 
 def verdict(task, question, text: str, cut: bool) -> str:
@@ -1736,7 +1729,7 @@ def verdict(task, question, text: str, cut: bool) -> str:
     line = task.first_false(question, text)
     if task.sound(question, text) is False and line is not None:
         return f"right by luck, line {line + 1} is false" if right else f"line {line + 1} is false"
-    return {True: RIGHT, False: "wrong", None: ""}[task.sound(question, text) or right]
+    return {True: "right", False: "wrong", None: ""}[task.sound(question, text) or right]
 
 
 def first_trees(folder: Path) -> list:
