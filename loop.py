@@ -1961,25 +1961,24 @@ def compare_page(rows: list) -> str:
 def plot(rows: list, keys: list, x: str = "round") -> str:
     """A chart of some keys over x, and a table of their numbers. rows are those of the log, or like
     them; key_low and key_high are the ends of an interval. Keys without a value are left out."""
-    forms = dict(seconds=",.1f", tokens=",.0f")
-    form = forms.get(keys[0].split("_")[-1], ".1%")
-    table, curves = [f"<tr><th>{x}", *(f"<td>{row[x]:.2g}" for row in rows)], {}
+    form = dict(seconds=",.1f", tokens=",.0f").get(keys[0].split("_")[-1], ".1%")
+    curves = {}
     for key in keys:
-        known = [row for row in rows if row.get(key) is not None]
-        ends = lambda row: (row.get(key + part, row[key]) for part in ("", "_low", "_high"))
-        if known:
-            curves[key] = [(row[x], *ends(row)) for row in known]
-        if known and key != x:
-            table.append(f"<tr><th><code>{key}</code>")
-            for row in rows:
-                value = json.dumps(row.get(key))
-                words = format(row[key], form) if row in known else "-"
-                where = f'data-key="{key}" data-{x}="{row[x]}"'
-                table.append(f'<td><data value="{value}" {where}>{words}</data>')
+        ends = lambda row: [row.get(key + part, row[key]) for part in ("", "_low", "_high")]
+        curve = [(row[x], *ends(row)) for row in rows if row.get(key) is not None]
+        if curve:
+            curves[key] = curve
     if not curves:
         return ""
-    drawing = chart(curves, form)
-    return f"<section>{drawing}<div><table>{''.join(table)}</table></div></section>"
+    table = [f"<tr><th>{x}", *(f"<td>{row[x]:.2g}" for row in rows)]
+    for key in [key for key in curves if key != x]:
+        table.append(f"<tr><th><code>{key}</code>")
+        for row in rows:
+            value = row.get(key)
+            words = "-" if value is None else format(value, form)
+            where = f'data-key="{key}" data-{x}="{row[x]}"'
+            table.append(f'<td><data value="{json.dumps(value)}" {where}>{words}</data>')
+    return f"<section>{chart(curves, form)}<div><table>{''.join(table)}</table></div></section>"
 
 
 def chart(curves: dict, form: str) -> str:
