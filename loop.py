@@ -1501,15 +1501,13 @@ class FileTask(BuiltIn):
     def read(self, file: str) -> list:
         """All questions of a file, none for "". BadInput names the item that is not one. Questions
         that leave no room for an answer are skipped, and counted in one line."""
-        found = []
         if not file:
-            return found
+            return []
         with about(file):
             text = Path(file).read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):           # one JSON array in place of lines
-            items = read_json(file, f'{{"items": {text}}}'.encode())["items"]
-        else:
-            items = read_lines(file)
+        array = text.lstrip().startswith("[")       # one JSON array in place of lines
+        items = read_json(file, text.encode(), list) if array else read_lines(file)
+        found = []
         for number, item in enumerate(items, 1):
             with about(f"{file}, item {number}"):
                 text, reference = self.read_item(item)
