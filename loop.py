@@ -1228,13 +1228,14 @@ class Homework(BuiltIn):
     def __init__(self, *given):
         super().__init__(*given)
         if self.settings.classes == 2:          # odd or even, and only behind ####
-            words = lambda piece, rule: critic.read_words(piece, rule) if rule == "####" else None
-            self.reader = words
+            self.reader = lambda piece, rule: rule == "####" and critic.read_words(piece, rule)
 
     def claim(self, number: int) -> str:
         """What the last line says of a value."""
         m = self.settings.classes
-        return str(number % m if m > 2 else ("even", "odd")[number % 2] if m else number)
+        if m == 2:
+            return ("even", "odd")[number % 2]
+        return str(number % m if m else number)
 
     def draw(self, rng) -> Question:
         """A random expression; every value on the right way lies in 0..99."""
@@ -1352,7 +1353,7 @@ class Countdown(BuiltIn):
             for op in "+-*":
                 result, = work_off([numbers[i], op, numbers[j]], 1)
                 left = rest + (result,)
-                line = f"{numbers[i]}{op}{numbers[j]}={result} : {' '.join(map(str, left))}\n"
+                line = f"{numbers[i]}{op}{numbers[j]}={result} : {' '.join(map(str, left))}"
                 if 0 <= result <= 99:
                     found.append((line, left))
         return found
@@ -1362,7 +1363,7 @@ class Countdown(BuiltIn):
         lines = ""
         while len(numbers) > 1:
             line, numbers = rng.choice(self.moves(numbers))
-            lines += line
+            lines += line + "\n"
         return lines, numbers[0]
 
     def draw(self, rng) -> Question:
@@ -1395,7 +1396,7 @@ class Countdown(BuiltIn):
         numbers = self.numbers(question.text)
         *lines, last = text.rstrip("\n").split("\n")
         for line in lines:
-            numbers = dict(self.moves(numbers)).get(line + "\n")
+            numbers = dict(self.moves(numbers)).get(line)
             if numbers is None:
                 return False
         return numbers == (int(question.answer),) and last == f"#### {question.answer}"
@@ -1605,12 +1606,11 @@ class FileTask(BuiltIn):
         known, found = [triples(question.text) for question in self.train + self.test], []
         for text, _ in write([ids for ids in prompts if len(ids) < self.context // 2]):
             asked, mark, _ = text.strip().partition("?")
-            question = Question(asked + mark, "")
-            new = triples(question.text)
+            new = triples(asked + mark)
             asks = mark and re.search("[0-9]", asked)
             if asks and all(2 * len(new & other) < len(new) for other in known):
                 known.append(new)
-                found.append(question)
+                found.append(Question(asked + mark, ""))
         return found
 
 
