@@ -1121,6 +1121,7 @@ class BuiltIn:
     """An endless stream of questions, split in three by a hash, and a corpus for the base."""
     letters = False                     # are questions answered by the letter of an option?
     has_examples = True                 # is there a corpus for the base?
+    before, after = "", "?"             # what stands around a question in its prompt
     reader = staticmethod(critic.read_number)
 
     def __init__(self, s: Settings, tokenizer, context: int = 512):
@@ -1128,7 +1129,7 @@ class BuiltIn:
 
     def prompt(self, question) -> str:
         """What the model reads, as text."""
-        return question.text + "?"
+        return self.before + question.text + self.after
 
     def prompt_ids(self, question) -> list:
         """What the model reads, as ids."""
@@ -1539,15 +1540,11 @@ class FileTask(BuiltIn):
         forms = ", or ".join(" + ".join(names) for names, _, _ in KINDS)
         raise ValueError(f"expected the fields {forms}, and found {', '.join(item) or 'none'}")
 
-    def prompt(self, question) -> str:
-        """What the model reads, as text."""
-        return self.before + question.text + self.after
-
     def prompt_ids(self, question) -> list:
         """Special tokens are such where the template writes them, never where a question does."""
-        tokenizer = self.tokenizer
         if not self.settings.template:
-            return tokenizer.encode_prompt(self.prompt(question))
+            return super().prompt_ids(question)
+        tokenizer = self.tokenizer
         ids = tokenizer.encode(self.before, True)
         ids += tokenizer.encode(question.text, begins=not self.before)
         ids += tokenizer.encode_more(self.after, True)
