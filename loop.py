@@ -1721,10 +1721,10 @@ def show_example(lab, log: list) -> None:
 def verdict(task, question, text: str, cut: bool) -> str:
     """What is known of a solution, in words; "" if nothing is. cut: at the length limit."""
     right = task.reward(question, text, cut) if question.answer else None
-    line = task.first_false(question, text)
-    if task.sound(question, text) is False and line is not None:
-        return f"right by luck, line {line + 1} is false" if right else f"line {line + 1} is false"
-    return {True: "right", False: "wrong", None: ""}[task.sound(question, text) or right]
+    sound, line = task.sound(question, text), task.first_false(question, text)
+    if sound is False and line is not None:
+        return "right by luck, " * bool(right) + f"line {line + 1} is false"
+    return {True: "right", False: "wrong", None: ""}[sound or right]
 
 
 def first_trees(folder: Path) -> list:
@@ -1896,11 +1896,9 @@ def unfolding_trees(folder: Path, task) -> list:
     erred = max(records, key=lambda record: fault(task, record)[0])
     shown = {"The example": records[0], "An error: " + fault(task, erred)[1]: erred,
              "A random one": random.Random(task.settings.seed).choice(records)}
-    parts = ["<h2>Three trees of round 1</h2>"]
-    for title, record in shown.items():
-        summary = f"<summary>{escape(printable(title))}</summary>"
-        parts.append(f"<details>{summary}<pre>{escape(picture(record, WHOLE))}</pre></details>")
-    return parts
+    return ["<h2>Three trees of round 1</h2>"] + [
+        f"<details><summary>{escape(printable(title))}</summary>"
+        f"<pre>{escape(picture(record, WHOLE))}</pre></details>" for title, record in shown.items()]
 
 
 def fault(task, record: dict) -> tuple:
