@@ -2008,7 +2008,6 @@ def chart(curves: dict, form: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # 10. Command line
 # --------------------------------------------------------------------------------------------------
-@cache
 def flags() -> argparse.ArgumentParser:
     """A flag for each setting; its help is the comment beside the field."""
     parser = argparse.ArgumentParser(description="Train a model on its own solutions.",
