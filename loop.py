@@ -1937,15 +1937,13 @@ def compare_page(rows: list) -> str:
     parts = ["<p>Thick lines are 95% intervals over seeds. A bar whose line spans zero shows "
              "nothing.</p>"]
     for key in [key for key in ("accuracy", "sound") if rows[0].get(key) is not None]:
-        rates = {(name, r): [] for name in names for r in range(last + 1)}
-        for row in rows:
-            rates[row["recipe"], row["round"]].append(row[key])
+        rates = lambda name, r: np.array([row[key] for row in rows if row["recipe"] == name
+                                          and row["round"] == r])           # (seeds,)
         means, gains = [dict(round=r) for r in range(last + 1)], dict(round=last)
-        for (name, r), values in rates.items():
-            means[r] |= spread(name, values)
         for name in names:
-            gain = np.subtract(rates[name, last], rates[names[0], last])        # (seeds,)
-            gains |= spread(name, gain.tolist())
+            for r in range(last + 1):
+                means[r] |= spread(name, rates(name, r))
+            gains |= spread(name, rates(name, last) - rates(names[0], last))
         parts += [f"<h2>{key}</h2>", plot(means, names)]
         parts += [f"<h2>{key}, less {names[0]}</h2>", plot([gains], names)]
     return page("Recipes compared", parts)
