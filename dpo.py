@@ -78,14 +78,18 @@ def pit_pairs(tree: Tree, most: int = 8) -> list:
                |      `- D --- E  right
                `- F  right"""
     right = complete_right_paths(tree)
-    pits = [pit(end) for end in tree.ends() if end.right is False]
     pairs = []
-    for bad in filter(None, dict.fromkeys(pits)):       # each pit once, in order
+    for bad in pits_of(tree):
         options = [parted(path, bad.path()) for path in right]
         options = [pair for pair in options if pair and pair.rejected == [bad]]
         if options:
             pairs.append(min(options, key=lambda pair: sum(len(node.ids) for node in pair.chosen)))
     return pairs[:most]
+
+
+def pits_of(tree: Tree) -> list:
+    """All first pits of a tree. (A wrong last line beside a right one needs no completions.)"""
+    return list(filter(None, dict.fromkeys(map(pit, tree.ends()))))     # each once, in order
 
 
 def complete_right_paths(tree: Tree) -> list:

@@ -66,8 +66,8 @@ from tqdm import tqdm
 import critic
 from critic import canonical, find_answer, grade
 from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, evenness, outcome_pairs, pit_pairs,
-                 preference_loss, rate_pairs, scaled_lr, sft_loss, sibling_pairs, store_reference,
-                 text_row, train, tree_row)
+                 pits_of, preference_loss, rate_pairs, scaled_lr, sft_loss, sibling_pairs,
+                 store_reference, text_row, train, tree_row)
 from mcts import (RULES, WHOLE, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
                   from_json, grow, importance_width, page, printable, record_grade, search, to_json,
                   until)
@@ -532,11 +532,6 @@ def tree_record(lab, tree: Tree) -> dict:
     texts = [tree.question.text] + [lab.decode(node.ids) for node in tree.nodes[1:]]
     shown = dict(step_texts=texts, pits=sorted(node.index for node in pits_of(tree)))
     return asdict(tree.question) | to_json(tree) | shown
-
-
-def pits_of(tree: Tree) -> set:
-    """All first pits of a tree. (A wrong last line beside a right one needs no completions.)"""
-    return {critic.pit(end) for end in tree.ends()} - {None}
 
 
 def from_record(record: dict) -> Tree:
