@@ -311,7 +311,7 @@ def grow_explored(lab, r, questions):
 
 def learn_outcome_pairs(lab, r, trees):
     """3) DPO on whole solutions, right against wrong. Reference: the model that sampled them."""
-    return prefer(lab, r, rows_of(trees, outcome_pairs), preference_updates(lab, r))
+    return prefer(lab, r, rows_of(trees, outcome_pairs))
 
 
 # self_explore: Self-Explore (Hwang et al. 2024, 2404.10346)
@@ -326,7 +326,7 @@ def grow_pits(lab, r, questions):
 def learn_pits(lab, r, trees):
     """3) DPO: the pit alone is rejected, a right completion of the prefix before it is chosen. The
     reference is the explorer, since that is the model as it stands now."""
-    return prefer(lab, r, rows_of(trees, pit_pairs), preference_updates(lab, r))
+    return prefer(lab, r, rows_of(trees, pit_pairs))
 
 
 # mcts_dpo: MCTS-DPO (Xie et al. 2024, 2405.00451)
@@ -340,7 +340,7 @@ def grow_searched(lab, r, questions):
 def learn_siblings(lab, r, trees):
     """3) DPO on siblings of different Q. The NLL term is on the better steps alone, for a right
     solution may hold wrong steps."""
-    return prefer(lab, r, rows_of(trees, sibling_pairs), preference_updates(lab, r))
+    return prefer(lab, r, rows_of(trees, sibling_pairs))
 
 
 # alphallm: AlphaLLM (Tian et al. 2024, 2404.12253)
@@ -401,14 +401,12 @@ def learn_what_helps(lab, r, trees):
     notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
     if notes["evenness"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
-    preferring = preference_updates(lab, r)
-    imitating = lab.settings.steps - preferring
-    if imitating:
-        notes |= imitate_right_ones(lab, trees, imitating)
+    if rft_updates(lab, r):
+        notes |= imitate_right_ones(lab, r, trees)
         rows = rows_of(trees, rate_pairs)
     else:
         rows = rows_of(trees, lambda tree: rate_pairs(tree) + outcome_pairs(tree))
-    return prefer(lab, r, rows, preferring) | notes
+    return prefer(lab, r, rows) | notes
 
 
 # HACK HERE: a recipe of your own is one more line, and its two functions. Also change: nothing
@@ -708,9 +706,10 @@ def imitation_lr(lab) -> float:
     return lab.settings.sft_lr or scaled_lr(lab.model, SFT_LR)
 
 
-def prefer(lab, r: int, rows: list, updates: int) -> dict:
-    """DPO. The reference is the model as it is now; its log-probs are stored before training. The
-    pairs are also written to a file, as other DPO trainers read them."""
+def prefer(lab, r: int, rows: list) -> dict:
+    """DPO, with the updates of the round that RFT leaves. The reference is the model as it is now;
+    its log-probs are stored before training. The pairs are also written to a file, as other DPO
+    trainers read them."""
     s, records = lab.settings, []
     store_reference(lab.model, rows, lab.part_tokens)
     text = lambda side: lab.decode(np.concatenate([node.ids for node in side]))
@@ -721,6 +720,7 @@ def prefer(lab, r: int, rows: list, updates: int) -> dict:
     write_lines(lab.folder / f"pairs_{r}.jsonl", records)
     loss = partial(preference_loss, beta=s.beta, nll=s.nll)
     lr = s.dpo_lr or (scaled_lr(lab.model, DPO_LR) if s.model else TINY_DPO_LR)
+    updates = s.steps - rft_updates(lab, r)
     return dict(pairs=len(records)) | fit(lab, rows, loss, lr, updates, s.epochs)
 
 
@@ -757,22 +757,20 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
     if r > 1 or not s.share:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
-    updates = s.steps - preference_updates(lab, r)
-    notes = lab.trained("rft", lambda: imitate_right_ones(lab, trees, updates))
+    notes = lab.trained("rft", lambda: imitate_right_ones(lab, r, trees))
     return s.budget - lab.sampled_tokens / len(questions), notes
 
 
-def imitate_right_ones(lab, trees: list, updates: int) -> dict:
+def imitate_right_ones(lab, r: int, trees: list) -> dict:
     """RFT before DPO; returns what it did, under names of its own."""
-    stats = imitate(lab, imitation_rows(lab, trees), updates)
+    stats = imitate(lab, imitation_rows(lab, trees), rft_updates(lab, r))
     return dict(rft_steps=stats["steps"], rft_tokens=stats.get("trained_tokens", 0))
 
 
-def preference_updates(lab, r: int) -> int:
-    """How many of a round's optimiser updates DPO has."""
+def rft_updates(lab, r: int) -> int:
+    """How many of a round's optimiser updates imitate. DPO has the others."""
     s = lab.settings
-    imitating = int(s.steps * RFT_PART) if r == 1 and s.share else 0
-    return s.steps - imitating
+    return int(s.steps * RFT_PART) if r == 1 and s.share else 0
 
 
 def train_base(lab) -> dict:
