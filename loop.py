@@ -298,7 +298,8 @@ def grow_samples(lab, r, questions):
 def learn_right_solutions(lab, r, trees):
     """Imitate the distinct right solutions of all rounds so far, sampled or searched for."""
     found = forests_so_far(lab, r, "trees", "more", "searched")
-    return imitate(lab, imitation_rows(lab, found), lab.settings.steps)
+    rows = rows_of(found, solutions=partial(right_solutions, lab))
+    return imitate(lab, rows, lab.settings.steps)
 
 
 # outcome_dpo: the control of Self-Explore. Whole solutions as pairs
@@ -739,11 +740,6 @@ def rows_of(trees: list, pairs=lambda tree: [], solutions=lambda tree: []) -> li
     return [tree_row(*sides) for sides in found if any(sides)]
 
 
-def imitation_rows(lab, trees: list) -> list:
-    """A row for each tree that has a right end."""
-    return rows_of(trees, solutions=partial(right_solutions, lab))
-
-
 RFT_PART = 3 / 4        # of the updates of round 1, where imitation comes before DPO
 
 
@@ -763,7 +759,8 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
 
 def imitate_right_ones(lab, r: int, trees: list) -> dict:
     """RFT before DPO; returns what it did, under names of its own."""
-    stats = imitate(lab, imitation_rows(lab, trees), rft_updates(lab, r))
+    rows = rows_of(trees, solutions=partial(right_solutions, lab))
+    stats = imitate(lab, rows, rft_updates(lab, r))
     return dict(rft_steps=stats["steps"], rft_tokens=stats.get("trained_tokens", 0))
 
 
