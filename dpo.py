@@ -38,7 +38,6 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -385,8 +384,7 @@ def batches(rows: list, size: int, updates: int, seed: int, epochs: float = math
     while len(order) < wanted:
         order += rng.sample(rows, len(rows))
     count = min(updates, wanted)
-    edges = [place * wanted // count for place in range(count + 1)] if count else []
-    return [order[first:last] for first, last in pairwise(edges)]
+    return [order[i * wanted // count:(i + 1) * wanted // count] for i in range(count)]
 
 
 def schedule(update: int, updates: int, warmup: int) -> float:
