@@ -416,7 +416,7 @@ class Muon(torch.optim.Optimizer):
             p.sub_(x.T if tall else x, alpha=size)
 
 
-def make_optimizers(masters: dict, lr: float, muon: bool, shares=1) -> list:
+def make_optimizers(masters: dict, lr: float, muon: bool, shares: int) -> list:
     """AdamW; with `muon` the layers' matrices get Muon instead, in so many shares.
     fused: 3 to 5 times as fast."""
     matrices = {n: p for n, p in masters.items() if muon and p.dim() == 2 and ".layers." in n}
@@ -481,8 +481,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     return summary(counts, sums)
 
 
-def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens: int, shares=1,
-                  run=map) -> Counter:
+def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares, run) -> Counter:
     """The gradient of a batch's mean loss, left in the masters' .grad; returns the batch's sums."""
     def gradient(share: list) -> tuple:
         """The gradient of the loss summed over some of the rows, in fp32, and their sums."""
