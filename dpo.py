@@ -13,12 +13,9 @@ What is different from the published codes:
 3. An NLL term keeps the chosen side likely (2404.19733). DPO alone may make both sides unlikely.
 4. Gradients are sums, divided once by the weight of the batch, however it is cut into parts.
 
-The reference is always the model as it stands when DPO begins:
-    outcome_dpo, self_explore,       the RFT model in round 1, then the last round's model; this is
-    mcts_dpo                         also the model that grew the trees
-    combined                         the last round's model; in round 1 the base after it has
-                                     imitated (its trees are those of the base itself)
-    rft, alphallm, sft               none: they imitate
+The reference is always the model as it stands when DPO begins: in round 1 the model that has
+imitated (RFT), then the last round's. It has also grown the trees, but for round 1 of `combined`,
+whose trees are those of the base.
 
 The loss of a pit pair sums over the right completion up to its end (chosen), and over the pit
 alone, one step (rejected). The sides differ in length, which the loss could exploit; the log
