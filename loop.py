@@ -320,8 +320,7 @@ def grow_pits(lab, r, questions):
     """1) Round 1: the base imitates its own right samples. This RFT model is the explorer.
     2) The explorer samples solutions, and completes prefixes of wrong ones to find first pits."""
     budget, notes = imitate_first(lab, r, questions)
-    method = partial(sample, label=True)
-    return grow_forest(lab, f"trees_{r}", questions, budget, method), notes
+    return grow_forest(lab, f"trees_{r}", questions, budget, partial(sample, label=True)), notes
 
 
 def learn_pits(lab, r, trees):
