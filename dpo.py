@@ -281,7 +281,6 @@ def token_log_probs(model: GPT, hidden, targets, at_once: int = 1 << 27):
     """log p(target) over the tokenizer's ids: (M, C), (M,) -> (M,). Logits (M, V) of more than
     `at_once` entries (2,048 tokens of 128,256 ids: 1 GB) are made in slices, in backward again."""
     def of_slice(hidden, targets):
-        """The same of a few tokens."""
         return -F.cross_entropy(model.token_logits(hidden), targets, reduction="none")
     size = max(1, at_once // model.config.vocab_size)
     if len(targets) <= size:

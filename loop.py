@@ -567,7 +567,6 @@ def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
     s, budget = lab.settings, Budget(trees, tokens)
 
     def grow_graded(wants):
-        """Sample below the wanted nodes, and grade the ends."""
         grade_ends(lab, grow(lab.sampler, wants, s.max_tokens, s.temperature, lab.progress))
     wave, taken = 1, 0
     while wave > 0:
@@ -646,7 +645,6 @@ def search_for_solution(lab, trees: list, tokens: float) -> None:
     """The search of `combined`: an end is worth its grade, 1 or 0, any other leaf the mean of the
     critics' heads. A node gets one child, and one more after every 8 visits: deep before wide."""
     def values(nodes):
-        """Grades of ends, critics' values of all others."""
         grade_ends(lab, [node for node in nodes if node.ended])
         others = [node for node in nodes if not node.ended]
         guess = dict(zip(others, lab.leaf_values(others, "mean")))
@@ -785,7 +783,6 @@ def train_base(lab) -> dict:
     folder = lab.bases / f"base_{name}"
 
     def make():
-        """Train it."""
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
         plan = by_like_length(rows, BASE_BATCH, s.seed)
         print(f"training the base, {len(plan)} updates", flush=True)
@@ -861,7 +858,6 @@ def train_critic(lab, name: str, trees: list) -> tuple:
         write_safetensors(path, made[0].state_dict(), {"report": json.dumps(made[1])})
 
     def load(path):
-        """The inverse of save."""
         tensors, header = read_safetensors(path)
         heads = critic.Critic(size).to(device)
         heads.load_state_dict(tensors)
@@ -1022,7 +1018,6 @@ class Lab:
         and returns statistics. Saved in fp32: an update of 1e-6 is below the rounding of bf16, and
         would be lost between two rounds."""
         def save(folder, stats):
-            """Model, tokenizer and statistics."""
             self.model.save_pretrained(folder, torch.float32)
             self.tokenizer.save(folder)
             write_lines(folder / "training.json", [stats])
@@ -1032,7 +1027,7 @@ class Lab:
         return cached(self.folder / name, make, save, self.load)
 
     def load(self, folder: Path) -> dict:
-        """Take over the weights of a folder that `weights` wrote; returns its statistics."""
+        """Take over the weights of a folder that `trained` wrote; returns its statistics."""
         self.model.load_weights(folder)
         self.sampler.reset(FIRST_SLOTS)         # its keys and values are those of other weights
         return read_lines(folder / "training.json")[0]
