@@ -796,7 +796,8 @@ def by_like_length(rows: list, size: int, seed: int) -> list:
     rng, found = random.Random(seed), []
     for block in parts(rows, 16 * size):
         block.sort(key=lambda row: len(row.packed.ids))
-        found += rng.sample(parts(block, size), -(-len(block) // size))
+        alike = parts(block, size)
+        found += rng.sample(alike, len(alike))
     return found
 
 
@@ -809,8 +810,8 @@ def train_critics(lab, name: str, trees: list) -> dict:
     """Set the lab's critic and fast rollouts; returns notes. They are trained anew in every round:
     a static critic falls behind the policy, a limit that AlphaLLM's authors name."""
     s = lab.settings
-    lab.critic, lab.rollouts = critic.Judge(), None
     if s.critic == "judge":
+        lab.critic = critic.Judge()
         return {}
     lab.critic, found = train_critic(lab, name, trees)
     for head, measured in found.items():
