@@ -124,10 +124,10 @@ def cached(path: Path, make, save=None, load=None):
         try:
             (save or write_lines)(temporary, make())
             os.replace(temporary, path)
-        except OSError:                         # fine if another run has finished it meanwhile
+        except (OSError, BadInput):             # fine if another run has finished it meanwhile
+            remove(temporary)
             if not path.exists():
                 raise
-            remove(temporary)
     return restored(path, load or read_lines)
 
 
@@ -1715,7 +1715,8 @@ def verdict(task, question, text: str, cut: bool) -> str:
 def first_trees(folder: Path) -> list:
     """The saved trees of round 1. The one to show comes first: if possible it has a pit or a chosen
     path, and fits a screen."""
-    files = sorted(folder.glob("*_1/*.jsonl"))
+    files = sorted(folder.glob("*_1/*.jsonl"))         # another run may be in eval_1/
+    files = [file for file in files if file.parent.name != "eval_1"]
     records = [record for file in files for record in read_lines(file)]
     plain = lambda record: not record["pits"] and not record["chosen"]
     return sorted(records, key=lambda one: (plain(one), abs(len(one["nodes"]) - 10)))

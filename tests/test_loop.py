@@ -295,6 +295,20 @@ def test_killed_and_doubled_runs(home, run_of, tmp_path):
         assert base.read_bytes() == alone["round_0/model.safetensors"]
 
 
+def test_another_run_is_faster(tmp_path):
+    """Two runs in one folder: of the slower one the parts of an evaluation may vanish while it
+    works on them, and it may be evaluating still while the other one writes its report."""
+    path = tmp_path / "eval_1.jsonl"
+
+    def make():
+        loop.write_lines(path, ["theirs"])
+        return loop.read_lines(tmp_path / "eval_1" / "000000.jsonl")    # which they have removed
+    assert loop.cached(path, make) == ["theirs"] and os.listdir(tmp_path) == [path.name]
+    for name in ("eval_1", "trees_1"):
+        loop.write_lines(tmp_path / name / "000000.jsonl", [dict(pits=[], chosen=[], nodes=[name])])
+    assert [record["nodes"] for record in loop.first_trees(tmp_path)] == [["trees_1"]]
+
+
 class Stop(BaseException):
     """What the next test raises inside a run."""
 
