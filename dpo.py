@@ -33,6 +33,7 @@ import json
 import math
 import random
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -443,7 +444,9 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     last quarter of the updates, loss, norm (of the gradient) and the statistics of the loss."""
     masters = model.masters()           # fp32: bf16 would round most of an update away
     optimizers = make_optimizers(masters, lr, muon, shares)
-    plan = json.dumps([len(batches), lr, muon, warmup, tokens, shares])
+    ids = b"".join(row.packed.ids.tobytes() for rows in batches for row in rows)
+    # a state may be that of another stage
+    plan = json.dumps([zlib.crc32(ids), len(batches), lr, muon, warmup, tokens, shares])
     counts, sums = load_state(state, plan, masters, optimizers)
     model.from_masters()
     saved = time.monotonic()

@@ -133,15 +133,17 @@ def cached(path: Path, make, save=None, load=None):
 
 def restored(path: Path, load):
     """load(path). BadInput if a file of a run does not hold what the run wrote there."""
+    # nothing is made again of a round that is in the log
+    mend = (f"move {path} away (and log.jsonl, if its round is finished), and the same command "
+            "makes it again.")
     try:
         found = load(path)
         need(found, "it is empty")
         return found
     except BadInput as error:                   # this one names the file already
-        raise BadInput(f"{error}; move it away, and the same command makes it again.") from error
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); move it away, and the same command makes "
-                       "it again.") from error
+        raise BadInput(f"{error}; {mend}") from error
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path} is damaged ({error!r}); {mend}") from error
 
 
 def write_lines(path: Path, items: list) -> None:
@@ -253,8 +255,9 @@ def check(s: Settings) -> None:
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
         if not isinstance(value, str) and not least <= value < 1e12:
             raise BadInput(f"{flag}: give a number from {least} on.")
-    if s.share >= 1 or s.traps > 3 or s.classes == 1:
-        raise BadInput("--share must lie below 1, --traps may be 3 at most, --classes 0, 2, 3 ...")
+    if s.share >= 1 or s.traps > 3 or s.classes == 1 or s.threads > 1024:
+        raise BadInput("--share must lie below 1; --traps may be 3 at most, --threads 1024, "
+                       "--classes 0, 2, 3 ...")
     if s.sft_data and not s.data or s.data and not (s.eval_data and s.model):
         raise BadInput("--data needs --eval-data and --model; --sft-data needs all three.")
     if s.template and (s.template.count("{question}") != 1 or "{{question}}" in s.template):
@@ -888,9 +891,13 @@ def imagined_questions(lab, r: int, old: list) -> list:
         before, rng = counts["sampled"], random.Random(mix(s.seed, r, STREAM["imagining"]))
         new = [asdict(question) for question in lab.task.imagine(old, rng, write)]
         return new + [dict(tokens=counts["sampled"] - before)]
-    *rows, last = cached(lab.folder / f"questions_{r}.jsonl", make)
-    lab.sampled_tokens += last["tokens"]
-    return [Question(row["text"], row["answer"]) for row in rows]
+
+    def load(path):
+        *rows, last = read_lines(path)
+        return [Question(row["text"], row["answer"]) for row in rows], last["tokens"]
+    new, tokens = cached(lab.folder / f"questions_{r}.jsonl", make, load=load)
+    lab.sampled_tokens += tokens
+    return new
 
 
 def continuations(lab, prompts: list, temperature: float = 0, over=None, stage=0) -> list:
@@ -970,6 +977,8 @@ class Lab:
         if RECIPES[mine["recipe"]].no_letters and self.task.letters:
             raise BadInput(f"--recipe {mine['recipe']} cannot make up questions with options: take "
                            "rft, self_explore, mcts_dpo or combined.")
+        if mine["rollouts"] and (small := mine["rollout_model"]):   # it is used hours later
+            GPT.from_pretrained(small, "cpu").bind(Tokenizer.from_pretrained(small))
         for name in ("data", "eval_data", "sft_data"):
             mine[name + "_hash"] = file_hash(mine[name])
         with about(f"give another --out, for no folder can be made at {self.folder}"):
@@ -1004,7 +1013,7 @@ class Lab:
         path = self.folder / "log.jsonl"
         log = restored(path, load) if path.exists() else []
         if log:
-            self.load(self.folder / f"round_{len(log) - 1}")
+            restored(self.folder / f"round_{len(log) - 1}", self.load)
         return log
 
     def train(self, plan: list, loss_fn, lr: float, **options) -> dict:
@@ -1686,7 +1695,7 @@ def show_example(lab, log: list) -> None:
 
     def answers(number):
         """[(verdict, solution)] of the model of a round."""
-        lab.load(lab.folder / f"round_{number}")
+        restored(lab.folder / f"round_{number}", lab.load)
         return [(verdict(lab.task, question, text, one.why == "length"), text)
                 for question, (text, one) in zip(questions, continuations(lab, prompts))]
     before, after = answers(0), answers(r)
@@ -1717,7 +1726,7 @@ def first_trees(folder: Path) -> list:
     path, and fits a screen."""
     files = sorted(folder.glob("*_1/*.jsonl"))         # another run may be in eval_1/
     files = [file for file in files if file.parent.name != "eval_1"]
-    records = [record for file in files for record in read_lines(file)]
+    records = [record for file in files for record in restored(file, read_lines)]
     plain = lambda record: not record["pits"] and not record["chosen"]
     return sorted(records, key=lambda one: (plain(one), abs(len(one["nodes"]) - 10)))
 
@@ -1747,7 +1756,7 @@ def compare(s: Settings, names: list, seeds: int) -> None:
             one.out = str(Path(s.out, f"{name}_seed{seed}")) if s.out else default_folder(one)
             print(f"\n{name}, seed {seed}", flush=True)
             rows += run(one)
-            solved = read_lines(Path(one.out, f"eval_{s.rounds}.jsonl"))
+            solved = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), read_lines)
             hits.setdefault((name, "accuracy"), []).append([row["right"] for row in solved])
             if solved[0]["sound"] is not None:
                 sound = [row["right"] and row["sound"] for row in solved]
@@ -2049,7 +2058,9 @@ def main(arguments: list) -> int:
     except OSError as error:
         message = (f"{error.filename or 'a file'}: {error.strerror or error}; mend it, and the "
                    "same command goes on where it stopped")
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:        # on a CPU only its text tells it apart
+        if isinstance(error, RuntimeError) and not re.search("(allocate|of) memory", str(error)):
+            raise
         message = ("out of memory; finished work is kept: give the same command with a lower "
                    "--rows, or start a new --out with a lower --chunk")
     print(f"error: {message}", file=sys.stderr)

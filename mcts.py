@@ -22,8 +22,9 @@ Try:  python mcts.py                                       searches a toy game a
 """
 import signal
 
-if __name__ == "__main__":              # Ctrl-C ends the program without a traceback
+if __name__ == "__main__":              # Ctrl-C and `| head` end the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)
 
 import argparse
 import math

@@ -429,6 +429,25 @@ def test_interrupted_training_ends_in_the_same_bytes(dtype, tmp_path, monkeypatc
             assert torch.equal(p, model.get_parameter(name))
             assert torch.equal(whole.masters()[name], model.masters()[name])
 
+
+def test_a_state_of_other_rows(tmp_path, monkeypatch):
+    """A state that was left by a training of other rows is not used."""
+    monkeypatch.setattr(dpo, "SAVE_EVERY", 0)
+    first, second = some_batches(5), some_batches(5)[::-1]
+    calls, state = [], tmp_path / "state"
+
+    def loss_fn(model, rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return LOSS(model, rows)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), first, loss_fn, 1e-3, state=state)
+    model, fresh = tiny(), tiny()
+    assert train(model, second, LOSS, 1e-3, state=state) == train(fresh, second, LOSS, 1e-3)
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
 @pytest.mark.parametrize("trainings", ([50], [1] * 50))
 def test_masters_keep_small_updates(trainings):
     """Fifty updates of 1e-5 add up in a bf16 model, in one training or in fifty."""

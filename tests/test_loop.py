@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -304,9 +305,8 @@ def test_another_run_is_faster(tmp_path):
         loop.write_lines(path, ["theirs"])
         return loop.read_lines(tmp_path / "eval_1" / "000000.jsonl")    # which they have removed
     assert loop.cached(path, make) == ["theirs"] and os.listdir(tmp_path) == [path.name]
-    for name in ("eval_1", "trees_1"):
-        loop.write_lines(tmp_path / name / "000000.jsonl", [dict(pits=[], chosen=[], nodes=[name])])
-    assert [record["nodes"] for record in loop.first_trees(tmp_path)] == [["trees_1"]]
+    loop.write_lines(tmp_path / "eval_1" / "000000.jsonl", [dict(right=True)])
+    assert loop.first_trees(tmp_path) == []
 
 
 class Stop(BaseException):
@@ -316,7 +316,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("recipe", ["alphallm", "mcts_dpo"])
 def test_stopped_at_every_stage(recipe, home, run_of, tmp_path, monkeypatch):
     """A run that is stopped before and after every result is saved ends in the same bytes."""
-    real, stops, code = loop.cached, 0, None
+    real, stops, code, alone = loop.cached, 0, None, contents(run_of(recipe))
 
     def stopping(path, make, *how, **more):
         """loop.cached with a stop: before the result is saved if `stops` is even, else after."""
@@ -337,7 +337,30 @@ def test_stopped_at_every_stage(recipe, home, run_of, tmp_path, monkeypatch):
             code = go(**small(home, recipe=recipe, out=tmp_path / "run"))[0]
         except Stop:
             stops += 1
-    assert stops >= 2 * 8 and contents(tmp_path / "run") == contents(run_of(recipe))
+    assert stops >= 2 * 8 and contents(tmp_path / "run") == alone
+
+
+@pytest.mark.parametrize("name, key", [
+    ("log.jsonl", "sound"), ("round_2/training.json", ""), ("round_2/model.safetensors", ""),
+    ("trees_1/000000.jsonl", ""), ("settings.json", ""), ("eval_1.jsonl", ""),
+    ("questions_1.jsonl", "tokens"), ("critic_1.safetensors", "report"),
+    ("critic_1.safetensors", "mean")])
+def test_a_damaged_file_of_a_run(name, key, run_of, home, tmp_path):
+    """Its end is missing, or a key: one sentence that says what to move away, and that mends it."""
+    whole, folder, file = run_of("alphallm"), tmp_path / "run", tmp_path / "run" / name
+    shutil.copytree(whole, folder)
+    raw = file.read_bytes()
+    damaged = raw.replace(f'"{key}'.encode(), f'"{key[:-1]}_'.encode()) if key else raw[:-2]
+    file.write_bytes(damaged)
+    if name[0] in "eqc":                        # read only while their round is not in the log
+        (folder / "log.jsonl").unlink()
+    command = small(home, recipe="alphallm", out=folder)
+    code, _, err = go(**command)
+    path = Path(re.search("move (.*) away", err)[1])
+    assert code == 2 and err.count("\n") == 1 and path in (file, file.parent) and path != folder
+    loop.remove(path)
+    (folder / "log.jsonl").unlink(missing_ok=True)
+    assert go(**command)[0] == 0 and contents(folder) == contents(whole)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked processes")
@@ -597,6 +620,8 @@ FILES = "--model m --data {} --eval-data {}"
     ("{question}", FILES.format("good", "good") + " --template Q:"), ("--decode", "--decode 1"),
     ("single", FILES.format("good", "good") + " --template {{question}}"),
     ("xyz", "--compare rft,xyz"), ("nowhere", "--evaluate nowhere"), ("once", "--compare rft,rft"),
+    ("nobody", "--recipe alphallm --rollouts 1 --rollout-model nobody"),
+    ("1024", f"--threads {10 ** 10}"),
     ("--seeds", "--compare rft --seeds 0"), ("--out", "--questions 2")])
 def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):
     """Exit code 2, one line that names what is wrong, and no run folder."""
@@ -606,7 +631,8 @@ def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     out = "good" if words == "--out" else "runs/a"          # a file is no folder
     sizes = dict(preset="smoke", threads=1, base_steps=1, rounds=0, out=out)
-    code, _, err = go(*flags.split(), **sizes)
+    code, _, err = go(*(f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()),
+                      *flags.split())
     assert code == 2 and words in err and "Traceback" not in err, err
     assert not (tmp_path / "runs").exists() and err.strip().count("\n") == 0, err
     assert ".tmp" not in err
@@ -617,6 +643,17 @@ def test_interrupt_is_one_line(home, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", Mock(side_effect=KeyboardInterrupt))
     code, _, err = go(**small(home, out=tmp_path / "run"))
     assert code == 130 and err.strip().count("\n") == 0 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("error, code", [
+    (MemoryError(), 2), (torch.OutOfMemoryError("CUDA out of memory."), 2), (RuntimeError("x"), 0),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 2)])
+def test_out_of_memory(error, code, monkeypatch):
+    """On a CPU and on a GPU: a sentence that names the flag. Any other error stays what it is."""
+    monkeypatch.setattr(loop, "run", Mock(side_effect=error))
+    with contextlib.nullcontext() if code else pytest.raises(RuntimeError, match="x"):
+        found, _, err = go()
+        assert found == code and "--rows" in err and err.count("\n") == 1
 
 
 def test_flags_are_settings():
