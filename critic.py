@@ -389,9 +389,10 @@ NUMBER = rf"{SIGN}(?:{RATIO}|{DIGITS}(?:\.[0-9]{{1,99}})?|\.[0-9]{{1,99}})"     
 TOKEN = re.compile(rf"{NUMBER}|\\[A-Za-z]+|or so\b|[-/]?[A-Za-z]+(?:'s\b|[0-9]+)?|\S")
 KNOWN = set("""a I an as at be by do he in is it my of on so to up us we In It So We
                cm ft kg km lb mg mi ml mm oz . , : ; ? ' " ( ) [ ] * _ ` % =""".split())
-CHANGES = ("and|cubed|doubled?|dozen|factorial|fifths|half|halve[ds]|hundreds?|maybe|minus|nor|not|"
-           "negative|nearly|almost|never|over|plus|point|squared|tenths|than|thirds?|thousands?|"
-           "twice|[a-z]+illions?")
+CHANGES = ("and|cubed|doubled?|dozen|factorial|half|halve[ds]|hundreds?|maybe|minus|nor|not|"
+           "negative|nearly|almost|never|over|plus|point|squared|than|thirds?|thousands?|"
+           "twice|thrice|tripled?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|"
+           "divided|multiplied|sqrt|root|log|sin|cos|tan|lakhs?|crores?|[a-z]+illions?")
 WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")      # or any other longer word
 REASON = re.compile(r"(?<!well )\b(?:because|since|as|not|given)\b(?! well)")     # 18, not 20
 WORKING = re.compile(r"(?: *[A-Za-z]\w* *=)?"                           # x = 9 + 9 = 18
