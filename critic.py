@@ -544,9 +544,9 @@ def spell(tex: str) -> str:
         return bracket[1] + ", ".join(order(map(spell, split(bracket[2])))) + bracket[3]
     for pattern, new in PART.items():
         tex = re.sub(pattern, new, tex)
-    mixed = re.fullmatch(r"([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", tex)
-    if mixed and int(mixed[2]) < int(mixed[3]):         # 2\frac{1}{2} is 5/2
-        tex = str(int(mixed[1]) + Fraction(int(mixed[2]), int(mixed[3])))
+    mixed = re.fullmatch(r"(-?)([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", tex)
+    if mixed and int(mixed[3]) < int(mixed[4]):         # -2\frac{1}{2} is -5/2
+        tex = mixed[1] + str(int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4])))
     if number(tex) is not None:
         return str(number(tex))
     return tex.casefold() if re.match("[A-Za-z]{3}", tex) else tex      # Even is even, X is not x
