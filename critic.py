@@ -589,19 +589,20 @@ def same_answer(a, b) -> bool:
 
 
 # HACK HERE: what a right answer is. Also change: tests/test_grade.py. The reference decides how to
-# compare: `#### B` a letter, `\boxed{x}` or LaTeX a formula, `#### 18` a number, else words.
+# compare: `#### B` a letter, `\boxed{x}` or LaTeX a formula, `#### 18` a number, else words. Its
+# surest mark counts: a reference that ends in `#### 12` has a number, whatever "(b)" says above it.
 def grade(text: str, reference: str, cut: bool = False, question: str = "") -> bool:
     """Does the text state the reference's answer? cut: it ran into the length limit, so its last
     number is any number on the way, and only a marked answer counts (####, box, phrase).
     question: if it shows options as lines "(B) iron", `B iron` is read with them (read_letter)."""
     latex = "\\" in reference and "####" not in reference
     letter = partial(read_letter, options=dict(re.findall(r"\n\(([A-Z])\) (.+)", question)))
-    for read in [read_formula] if latex else [letter, read_number, read_words]:
-        wanted = find_answer(reference, read)[0]
-        if wanted is not None:
-            found, rule = find_answer(text, read)
-            return same_answer(found, wanted) and not (cut and rule == "bare")
-    return False
+    readers = [read_formula] if latex else [letter, read_number, read_words]
+    wanted = {read: find_answer(reference, read) for read in readers}
+    sureness = ("####", "boxed", "phrase", "bare", None).index
+    read = min(readers, key=lambda read: sureness(wanted[read][1]))     # ties: the first
+    found, rule = find_answer(text, read)
+    return same_answer(found, wanted[read][0]) and not (cut and rule == "bare")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -88,6 +88,17 @@ def test_cut_solutions_need_a_mark():
     assert not grade("B", "#### B", cut=True) and not grade("x^2", "\\boxed{x^2}", cut=True)
 
 
+@pytest.mark.parametrize("reference, right, wrong", [
+    ("So the answer is (b) 12.\n#### 12", "#### 12", "#### B"),
+    ("Answer: A. 12\n#### 12", "The answer is 12", "The answer is (A)"),
+    ("The answer is 5, an odd number\n#### odd", "#### odd", "#### 5"),
+    ("The answer is 5 grams\n#### B", "#### B", "#### 5")])
+def test_the_surest_mark_of_a_reference_decides(reference, right, wrong):
+    """A reference is of the kind that its surest mark states, whatever its working says."""
+    assert grade(right, reference) and grade(reference, reference)
+    assert not grade(wrong, reference)
+
+
 def test_same_answer_is_by_value():
     """Spellings of one value are one answer; no answer equals nothing, itself included."""
     for other in ("18.0", "$18.00", "36/2", "18"):
