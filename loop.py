@@ -657,7 +657,8 @@ def search_for_solution(lab, trees: list, tokens: float) -> None:
            RULES[lab.settings.rule or "uct"], fixed_width(1, 1), to_end=False)
 
 
-EXPRESSION = re.compile(r"[(\d.][\d.()%]*(?:[-+*/=]+[\d.()%]*[\d)%])+")
+EXPRESSION = re.compile(r"[(\d.][\d.()%]*(?:[-+*/=]+[\d.()%]*[\d)%])+|"       # 2+3=5
+                        r"\d\D*=[-+(\d.]")                  # 3 boxes * 6 pens = 18 pens
 VARIABLE = re.compile(r"\\|\b(?![aAI]\b)[A-Za-z]\b")          # x + 3 = 7, or LaTeX
 
 
@@ -667,7 +668,8 @@ def calculations(text: str) -> str:
     line without words, or with variables, all.
 
         "So 2 + 3 + 4 = $9 in all" -> "2+3+4=9"        "12-9=3 : 10 3" -> "12-9=3:10 3"
-        "5% of 40 = 2 so" -> "5% 40=2"                 "Then x + 3 = 7" -> "Then x+3=7" """
+        "5% of 40 = 2 so" -> "5% 40=2"                 "Then x + 3 = 7" -> "Then x+3=7"
+        "3 boxes * 6 pens = 18 pens" -> "3*6=18" """
     found = []
     for line in critic.tidy(re.sub(r"\\times|\\cdot", "*", text)).split("\n"):
         line = re.sub(r"(?<=\d),(?=\d{3})", "", line)
@@ -676,6 +678,7 @@ def calculations(text: str) -> str:
         if re.search("[A-Za-z]", line) and not VARIABLE.search(line):
             pieces = re.split(r"[^-+*/=()^<>%.\d]+", line) if EXPRESSION.search(line) else []
             line = " ".join(piece.strip(".") for piece in pieces if re.search(r"\d", piece))
+            line = re.sub(" (?=[-+*/=])", "", line)         # 3 *6 =18
         found.append(line)
     return " ".join(filter(None, found)) or " ".join(text.split())
 

@@ -516,9 +516,14 @@ def test_right_solutions_differ_in_calculations():
               ["5% of 40 = 2 so"], ["10% of 40 = 2 so"], ["Then x + 3 = 7"], ["Then x - 3 = 7"],
               [r"So $3 \times 5 = 15$", "So 3 \u00b7 5 = 15"], [r"So $1 \times 5 = 15$"],
               ["so 10\u22123=7 are left", "10-3=7"], ["so 12\u22123=7 are left"],
-              ["3 and 1/2 * 2 = 7"], ["4 and 1/2 * 2 = 7"]]
+              ["3 and 1/2 * 2 = 7"], ["4 and 1/2 * 2 = 7"],
+              ["So 3 boxes * 6 pens/box = 18 pens", "3*6 = 18"], ["9 boxes * 2 pens/box = 18 pens"],
+              ["8 apples - 4 apples = 4 apples"], ["It is $8 for Tom - $4 for Ann = $5"],
+              ["Tom = 5"], ["Ann = 5"]]
     keys = [{loop.calculations(text) for text in group} for group in groups]
-    assert [len(group) for group in keys] == [1] * 19 and len(set.union(*keys)) == 19
+    assert [len(group) for group in keys] == [1] * 25 and len(set.union(*keys)) == 25
+    ending = "\nThat is all.\n#### 18"          # a line with units counts among others, too
+    assert len({loop.calculations(group[0] + ending) for group in groups[19:21]}) == 2
     tree = Tree(None, 0, [1])
     for i, text in enumerate(["So 2+3=5", "We get 2 + 3 = $5", "3+2=5", "2+2=4", "1+4=5"]):
         end = tree.add(tree.root, [i], [-1.0], NOTHING, "length" if i == 4 else "eos")
