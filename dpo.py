@@ -70,6 +70,7 @@ class Pair:
 def pit_pairs(tree: Tree, most: int = 8) -> list:
     """Self-Explore (2404.10346): rejected is the first pit alone, chosen the shortest right
     completion of the prefix before it. Steps after the pit are in neither side: they may be right.
+    A pit that is the last step keeps its end-of-text, which the paper strips.
 
         root --+- A --+- B --- C  wrong     B is the pit:  Pair([D, E], [B])
                |      `- D --- E  right
