@@ -376,7 +376,7 @@ def scaled_lr(model: GPT, lr_at_7b: float) -> float:
 def batches(rows: list, size: int, updates: int, seed: int, epochs: float = math.inf) -> list:
     """Lists of `size` rows, one an update, in shuffled epochs. At most `epochs` passes (3 in the
     papers' DPO; 13 did harm): if the rows do not suffice for all updates, the lists are shorter.
-    10 rows, size 8, 7 updates, 3 epochs -> lists of 4 4 4 5 4 4 5 rows."""
+    10 rows, size 8, 7 updates, 3 epochs -> lists of 4 4 4 5 4 4 5 rows; 64 updates -> 30 of 1."""
     rng, order = random.Random(seed), []
     wanted = int(min(size * updates, epochs * len(rows))) if rows else 0
     while len(order) < wanted:

@@ -306,7 +306,8 @@ def test_batches_are_shuffled_epochs():
     """No row comes again before all have come; at most `epochs` passes; seeds decide the order."""
     rows = list(range(10))
     for size, updates, epochs, sizes in ((8, 7, 3, [4, 4, 4, 5, 4, 4, 5]), (8, 2, 3, [8, 8]),
-                                         (16, 2, math.inf, [16, 16]), (4, 4, 1, [2, 3, 2, 3])):
+                                         (16, 2, math.inf, [16, 16]), (4, 4, 1, [2, 3, 2, 3]),
+                                         (8, 64, 3, [1] * 30)):
         found = batches(rows, size, updates, 1, epochs)
         order = sum(found, [])
         passes = [order[i:i + 10] for i in range(0, len(order), 10)]
