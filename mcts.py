@@ -293,7 +293,7 @@ class StepSampler:
         """Nodes with all their new children, in order of number: the same tree in any batch."""
         ready = []
         while self.open and not ready:
-            for ticket, sample in self.sampler.step(self.progress).items():
+            for ticket, sample in self.sampler.advance(self.progress).items():
                 node, i = self.owner.pop(ticket)
                 self.open[node][i] = sample
                 if all(self.open[node]):

@@ -1,5 +1,5 @@
 """
-A language model: open weights in, tokens out, and no token is encoded twice.
+A language model: open weights in, tokens out; the model runs once on each token of a tree.
 
 A GPT reads tokens and predicts the next one. A sampler draws from the prediction, appends what it
 drew and goes on. The files to the right (trees, critics, training) ask this one for three things:
@@ -10,7 +10,7 @@ What is different from a usual implementation:
    says which. What it does not support it rejects with an error that names the field.
 2. Files are untrusted: each gives a checked result or BadInput. Pickled weights are never opened.
 3. The sampler keeps keys and values of every token, so branches of a tree share their beginning.
-4. Random numbers belong to a sample, not to a batch: batching changes nothing but the speed.
+4. Random numbers belong to a sample, not to a batch: batching changes log-probs by rounding alone.
 Left out: dropout, tensor parallelism, quantised weights. Nothing here needs them.
 
 Chapters: 1 Files   2 Tokenizer   3 Config   4 GPT   5 Sampler   6 Program
@@ -904,12 +904,12 @@ class GPT(nn.Module):
             for name in plan.keys() & tensors.keys():
                 pieces = tensors[name].chunk(len(plan[name]), -1)       # q, k, v of GPT-2
                 for part, piece in zip(plan[name], pieces):
-                    part.copy_(piece)
                     with about(path):
-                        need(part.isfinite().all(), f"{name} holds NaN or infinity")
-        if self.config.tied:
-            twin, = plan.get(HEAD, [weights[EMBEDDING]])
-            with about(path):
+                        need(piece.isfinite().all(), f"{name} holds NaN or infinity")
+                    part.copy_(piece)
+        if self.config.tied and HEAD in plan:
+            twin, = plan[HEAD]
+            with about(files[HEAD][0]):
                 need(torch.equal(twin, weights[EMBEDDING]), f"{HEAD} differs from the embedding; "
                      'set "tie_word_embeddings": false in config.json')
 
@@ -973,11 +973,12 @@ class GPT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Sampler: continue many prefixes at once, encode no token twice
+# 5. Sampler: continue many prefixes at once, run the model on each token once
 # --------------------------------------------------------------------------------------------------
-# Shapes: P tokens in the store, R rows that are being decoded, S columns of the widest row
+# Shapes: P slots of the store, R rows, T new tokens, S columns of the widest row, L layers; others
+#         as in chapter 4. To encode a token is to run the model on it
 PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
-GRAPH_COLUMNS = 64                # widths are rounded up to a multiple, so that a graph fits many
+GRAPH_COLUMNS = 64                # widths are rounded up to a multiple of this: fewer graphs
 
 
 @dataclass
@@ -1000,25 +1001,27 @@ class Continuation:
 
 
 class _Row:
-    """A request that waits or is being decoded. It is its own ticket."""
+    """A request that waits or is being decoded. `submit` returns it as the ticket of its result."""
 
     def __init__(self, request: Request, temperature: float, to_end: bool, context: int):
         self.request, self.to_end = request, to_end
         self.temperature = 0.0 if request.greedy else temperature
-        self.most = min(request.max_tokens, context - len(request.path))    # then its end: length
+        # so many new tokens, then it ends by "length"
+        self.max_new = min(request.max_tokens, context - len(request.path))
         self.slots = []                                 # of the tokens sampled so far
-        self.line, self.read = request.line, 0          # unfinished line, without ids[read:]
+        self.line, self.read = request.line, 0          # last line of the text up to ids[:read]
 
 
-# What a step reads of each live row, as arrays: it must not take longer than the model's forward
+# What a forward needs of each live row, as arrays: a Python loop over rows is slow. align=True, for
+# torch reads a column of an array of records only if their size is a multiple of 8
 LIVE = np.dtype([
     ("row", object),                    # its _Row
     ("seed", np.uint64),                # of its draws
     ("temperature", np.float32),        # 0: argmax
-    ("last", int),                      # slot of its last token
+    ("last", int),                      # slot of its last token, which is encoded
     ("start", int),                     # length of its prefix
     ("columns", int),                   # of its text so far: how far it fills its row of the cache
-    ("most", int)], align=True)         # columns at which it stops at the latest
+    ("stop_at", int)], align=True)      # columns at which it stops at the latest
 
 
 MASK64 = (1 << 64) - 1
@@ -1027,16 +1030,16 @@ GOLDEN = 0x9E3779B97F4A7C15                             # 2**64 / the golden rat
 
 def splitmix64(z):
     """The last steps of the random number generator of that name, for an int or uint64 array."""
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK64
-    return z ^ z >> 31
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+    return z ^ (z >> 31)
 
 
 def mix(*parts: int) -> int:
     """Hash whole numbers to a 64-bit seed: mix(run, question, node, sample)."""
     z = 0
     for part in parts:
-        z = splitmix64((z ^ int(part) & MASK64) + GOLDEN & MASK64)
+        z = splitmix64(((z ^ (int(part) & MASK64)) + GOLDEN) & MASK64)
     return z
 
 
@@ -1049,14 +1052,15 @@ def uniforms(seeds, t):
 def step_rule(kind: str, tokenizer):
     """When is a step, the unit of all trees, over? Returns a function: ids so far -> bool. A line
     ends with the first token that holds a newline, a paragraph with an empty line that follows a
-    formula (a digit and a "="), the step "16" after 16 tokens. It is asked only where a newline
-    came or a length is reached (Sampler.step). BadInput for anything else."""
+    formula (a digit and a "="), kind "16" after 16 tokens. A rule must be false unless the last
+    token holds a newline or a length is reached: Sampler.advance does not ask it elsewhere.
+    BadInput: another kind."""
     newline = set(tokenizer.newline_ids)
 
     def paragraph(ids):
         """Text is made of the ids only where a newline came."""
         text = tokenizer.decode_more(ids) if ids[-1] in newline else ""
-        return text.endswith("\n\n") and "=" in text and re.search(r"\d", text)
+        return text.endswith("\n\n") and "=" in text and bool(re.search(r"\d", text))
     rules = dict(line=lambda ids: ids[-1] in newline, paragraph=paragraph)
     if kind.isdecimal() and int(kind) > 0:
         return lambda ids: len(ids) >= int(kind)
@@ -1069,7 +1073,7 @@ def record(work, beside):
     """Run `work`, then record its CUDA kernels as a graph. graph.replay() runs them again on the
     same addresses, with what is stored there by then. beside: a graph whose scratch memory this one
     may share, or None."""
-    work()                              # makes what cannot be made while a graph is recorded
+    work()                              # cuBLAS takes its workspace, which a recording may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=beside and beside.pool()):
         work()
@@ -1085,12 +1089,13 @@ class Sampler:
         question  0 1 2 3 --+-- 4 5 6      path of the upper branch: 0 1 2 3 4 5 6
                             `-- 7 8        path of the lower one:    0 1 2 3 7 8
 
-    To continue a path, its keys and values are copied to a row of the working cache, and each new
-    token is appended to both. So a token is encoded once, however many branches hang from it, and
-    the last token of a leaf never. `reset` after every change of the weights.
+    To continue a path, its keys and values are copied into a row of the working cache. Those of a
+    new token go into that row and into the store. So a token is encoded once, however many branches
+    hang from it. Texts that are given (`prompt`, `follow`) share slots; two samples never do.
+    `reset` after every change of the weights. Bind the model to the tokenizer before.
 
-    slots: tokens to hold at first. rows: rows that are decoded at once. finished(line) -> bool is
-    asked for each completed line: is the solution over? step: see `step_rule`."""
+    slots: size of the store at first. rows: rows that are decoded at once. finished(line) -> bool:
+    is the solution over with this line? step: see `step_rule`."""
 
     def __init__(self, model: GPT, tokenizer, slots: int, rows=256, finished=None, step="line"):
         self.model, self.tokenizer, self.rows = model, tokenizer, rows
@@ -1099,7 +1104,7 @@ class Sampler:
         self.step_over = step_rule(step, tokenizer)
         # a step has at most so many tokens; a line or a paragraph may fill the context
         self.step_tokens = int(step) if step.isdecimal() else model.config.max_positions
-        self.counts = dict(prompt=0, sampled=0, processed=0)            # tokens
+        self.counts = dict(prompt=0, sampled=0, encoded=0)              # tokens
         self.use_graphs = model.device.type == "cuda"   # see `_replay`
         self.reset(slots)
 
@@ -1107,22 +1112,22 @@ class Sampler:
         """Forget all tokens; the counts stay. slots: the new size of the store; `reset(1)` before
         a training frees its memory."""
         c = self.model.config
-        # not raw memory: a masked column has weight 0, and 0 * NaN would be NaN
+        # not torch.empty: a masked column has weight 0, and 0 * NaN would be NaN
         zeros = partial(torch.zeros, dtype=self.model.dtype, device=self.model.device)
         if slots is not None:
-            self.store = zeros(2, c.layers, slots, c.kv_heads, c.head_dim)          # P slots
+            self.store = zeros(2, c.layers, slots, c.kv_heads, c.head_dim)  # (2, L, P, G, D)
             self.hidden = zeros(slots, c.hidden_size)   # (P, C)
             self.ids = np.zeros(slots, np.int64)        # (P,)
             self.logps = np.zeros(slots, np.float32)    # (P,) of the sampled ones
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
-        self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot} of prompts
+        self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot}
         self.waiting = deque()                          # of _Row
         self.live = np.zeros(0, LIVE)                   # (R,), in the order of the rows of `work`
         # ids at which a row may stop before its last column
         self.may_stop = np.isin(np.arange(c.vocab_size), [*self.newline | self.model.stop_ids])
         if slots is not None or not self.use_graphs:
-            # on a CPU always: from width 0 on the same work gives the same bytes. CUDA keeps graphs
-            self.work = zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)
+            # CPU: from width 0 again, so a rerun gives the same bytes. CUDA: graphs need `work`
+            self.work = zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)    # S = 0
             self.graphs = {}                            # (rows, columns): (numbers, graph)
 
     def prompt(self, ids):
@@ -1136,12 +1141,13 @@ class Sampler:
 
     def follow(self, path, ids):
         """Slots of `path` and of a given text behind it, such as a judge's question: (length,).
-        Example: follow([0, 1], [65, 66]) is [0, 1, 2, 3], and then follow([0, 1], [65, 67]) is
-        [0, 1, 2, 4]. BadInput: an id without a row in the model, or a text beyond the context."""
+        Example: behind slots 0 1 the ids [65, 66] give 0 1 2 3, and then the ids [65, 67] give
+        0 1 2 4. BadInput: an id without a row in the model, or a text beyond the context."""
         c, length = self.model.config, len(path) + len(ids)
-        if length > c.max_positions or max(ids, default=0) >= c.vocab_size:
-            raise BadInput(f"A text of {length} tokens with ids up to {max(ids)} does not fit a "
-                           f"model of {c.max_positions} positions and {c.vocab_size} ids.")
+        most = max(ids, default=0)
+        if length > c.max_positions or most >= c.vocab_size:
+            raise BadInput(f"A text of {length} tokens with ids up to {most} does not fit "
+                           f"a model of {c.max_positions} positions and {c.vocab_size} ids.")
         path = path.tolist()
         for token in ids:
             place = (path[-1] if path else -1, token)
@@ -1152,36 +1158,37 @@ class Sampler:
         return np.array(path)
 
     def unfinished_line(self, ids) -> str:
-        """The text behind the last newline of a solution: a token of "\\n####" begins a line."""
+        """The text after the last newline: "####" if the last token is "\\n####"."""
         return self.tokenizer.decode_more(ids).rpartition("\n")[2]
 
     def extend(self, requests: list, temperature=1.0, to_end=True, progress=None) -> list:
-        """One continuation for each request, in their order: `submit`, and `step` until all have
-        stopped. to_end False: stop after one step. temperature 0: argmax. progress(n) is called
-        when n tokens were sampled. ValueError while others wait for what they submitted."""
+        """One continuation for each request, in their order: `submit`, and `advance` until all have
+        stopped. to_end False: stop where a step is over. temperature 0: argmax. progress(n): n
+        tokens were sampled. ValueError while others wait for what they submitted."""
         need(not (len(self.live) or self.waiting), "a search waits for answers of this sampler")
         self.encode([request.path for request in requests])             # fewer, larger forwards
         tickets = self.submit(requests, temperature, to_end)
         found = {}
         while len(found) < len(tickets):
-            found |= self.step(progress)
+            found |= self.advance(progress)
         return [found[ticket] for ticket in tickets]
 
     def submit(self, requests: list, temperature=1.0, to_end=True) -> list:
-        """Queue requests -> a ticket for each. Nothing is computed before `step`."""
+        """Queue requests -> a ticket for each. Nothing is computed before `advance`."""
         context = self.model.config.max_positions
         rows = [_Row(request, temperature, to_end, context) for request in requests]
+        need(all(row.max_new > 0 for row in rows), "a request leaves no room for a token")
         self.waiting += rows
         return rows
 
     @torch.no_grad()
-    def step(self, progress=None) -> dict:
+    def advance(self, progress=None) -> dict:
         """Sample a token for every live row -> {ticket: Continuation} of the rows that stopped.
         Waiting rows take their places, so that nobody waits for the longest row of a batch."""
         self._admit()
-        live, stopped, gone = self.live, {}, []         # gone: numbers of the rows that stop
+        live, found, gone = self.live, {}, []           # gone: places of the rows that stop
         if not len(live):
-            return stopped
+            return found
         tokens, logps = self._draw()
         slots = self._take(tokens)
         self.logps[slots] = logps
@@ -1189,13 +1196,13 @@ class Sampler:
         live["columns"] += 1
         for row, slot in zip(live["row"], slots.tolist()):
             row.slots.append(slot)
-        # no other row can stop: --max-tokens, the context and --unit 16 are in `most`
-        for i in np.flatnonzero(self.may_stop[tokens] | (live["columns"] >= live["most"])):
+        # no other row can stop: max_tokens, the context and a step of 16 tokens are in stop_at
+        for i in np.flatnonzero(self.may_stop[tokens] | (live["columns"] >= live["stop_at"])):
             row = live["row"][i]
             own = np.array(row.slots)
             why = self._why(row, self.ids[own].tolist())
             if why:
-                stopped[row] = Continuation(self.ids[own], self.logps[own], own, why)
+                found[row] = Continuation(self.ids[own], self.logps[own], own, why)
                 gone.append(i)
         self.counts["sampled"] += len(slots)
         if progress is not None:
@@ -1204,26 +1211,26 @@ class Sampler:
             self._close(gone)
         if len(self.live):
             self._decode()
-        return stopped
+        return found
 
     def _admit(self):
         """Let waiting rows in, at least an eighth of all rows or all that wait, so that one gather
         and one forward serve many rows."""
-        room = min(self.rows - len(self.live), len(self.waiting))
-        if room < max(1, min(self.rows // 8, len(self.waiting))):
+        count = min(self.rows - len(self.live), len(self.waiting))
+        if count < max(1, min(self.rows // 8, len(self.waiting))):      # too few: wait for more
             return
-        new = [self.waiting.popleft() for _ in range(room)]
+        new = [self.waiting.popleft() for _ in range(count)]
         paths = [row.request.path for row in new]
         self.encode(paths)
-        known = self._gather(paths)
-        self._widen(known.shape[4])
+        given = self._gather(paths)                     # (2, L, count, G, S, D)
+        self._widen(given.shape[4])
         first = len(self.live)
-        self.work[:, :, first:first + room, :, :known.shape[4]] = known
+        self.work[:, :, first:first + count, :, :given.shape[4]] = given
         records = []
         for row, path in zip(new, paths):
             start, seed = len(path), row.request.seed
-            most = row.most if row.to_end else min(row.most, self.step_tokens)
-            records.append((row, seed, row.temperature, path[-1], start, start, start + most))
+            stop_at = start + min(row.max_new, math.inf if row.to_end else self.step_tokens)
+            records.append((row, seed, row.temperature, path[-1], start, start, stop_at))
         self.live = np.concatenate((self.live, np.array(records, LIVE)))
 
     def _draw(self) -> tuple:
@@ -1236,9 +1243,9 @@ class Sampler:
         elif (temperature == 1).all():                  # the usual case: no second softmax
             tokens = self._pick(logps.exp())
         else:
-            t = self._there(temperature)[:, None]       # (R, 1)
-            chances = torch.softmax(logps / t.clamp(min=1e-3), -1)      # no division by 0
-            # at 1 as above, to the last bit: a row draws the same whoever else is in the batch
+            t = self._to_device(temperature)[:, None]   # (R, 1)
+            chances = torch.softmax(logps / t.clamp(min=1e-3), -1)      # below .001 counts as .001
+            # at 1 as above, for a softmax differs in the last bit: neighbours must change nothing
             tokens = self._pick(torch.where(t == 1, logps.exp(), chances))
             tokens = torch.where(t[:, 0] > 0, tokens, logps.argmax(-1))
         return tokens.cpu().numpy(), logps.gather(-1, tokens[:, None])[:, 0].cpu().numpy()
@@ -1248,8 +1255,8 @@ class Sampler:
             chances .2 .5 .3 -> sums .2 .7 1.0; u = .6 draws token 1"""
         sums, live = chances.cumsum(-1), self.live
         u = uniforms(live["seed"], live["columns"] - live["start"])
-        target = self._there(u).to(sums.dtype)[:, None] * sums[:, -1:]
-        # right=True never draws an id of chance 0; rounding may put the target on the total
+        target = self._to_device(u).to(sums.dtype)[:, None] * sums[:, -1:]
+        # right=True: no id of chance 0 is drawn. clamp: rounding may put the target on the total
         drawn = torch.searchsorted(sums, target, right=True)[:, 0]
         return drawn.clamp(max=self.model.last_id)
 
@@ -1264,7 +1271,7 @@ class Sampler:
             row.read = len(ids)
             if any(self.finished(line + "\n") for line in complete):
                 return "answer"
-        if len(ids) >= row.most:
+        if len(ids) >= row.max_new:
             return "length"
         return "step" if not row.to_end and self.step_over(ids) else ""
 
@@ -1297,20 +1304,20 @@ class Sampler:
         while True:
             runs = {}
             for path in paths:
-                done = int(self.encoded[path].sum())    # they are the first ones
+                done = int(self.encoded[path].sum())    # the first ones: a prefix comes before
                 if done < len(path):
                     runs.setdefault(path[done], (path[:done], path[done:]))
             if not runs:
                 return
-            runs = sorted(runs.values(), key=lambda run: len(run[1]))   # like lengths together
+            runs = sorted(runs.values(), key=lambda run: len(run[1]))   # the longest last
             while runs:
-                most = min(self.rows, max(1, PREFILL_TOKENS // len(runs[-1][1])))
-                self._encode_runs(runs[-most:])
-                del runs[-most:]
+                count = min(self.rows, max(1, PREFILL_TOKENS // len(runs[-1][1])))
+                self._encode_runs(runs[-count:])        # of like lengths
+                del runs[-count:]
 
     def _encode_runs(self, runs: list):
-        """Encode runs of tokens, each behind an encoded prefix: runs of (prefix, run). A short run
-        repeats its last token, which writes the same values to the same place again:
+        """Encode runs, pairs (encoded prefix, slots to encode behind it). A short run repeats its
+        last token, which writes the same values to the same place again:
             slots 4 5 6 behind 2 tokens, T = 5: slots 4 5 6 6 6, columns 2 3 4 4 4"""
         T = max(len(run) for _, run in runs)
         slots, cols = np.zeros((2, len(runs), T), np.int64)
@@ -1318,12 +1325,12 @@ class Sampler:
             places = np.minimum(np.arange(T), len(run) - 1)             # 0 1 2 2 2
             slots[i] = run[places]
             cols[i] = len(prefix) + places
-            self.counts["processed"] += len(run)
-        known = self._gather([prefix for prefix, _ in runs])
+            self.counts["encoded"] += len(run)
+        given = self._gather([prefix for prefix, _ in runs])            # (2, L, R, G, S, D)
         width = int(cols.max()) + 1
-        work = F.pad(known, (0, 0, 0, width - known.shape[4]))          # by at least one column
+        work = F.pad(given, (0, 0, 0, width - given.shape[4]))          # by at least one column
         numbers = np.stack((self.ids[slots], slots, cols))              # (3, R, T)
-        self._compute(work, self._there(numbers), width)
+        self._compute(work, self._to_device(numbers), width)
         self.encoded[slots] = True
 
     def _gather(self, paths: list):
@@ -1332,7 +1339,7 @@ class Sampler:
         slots = np.zeros((len(paths), max(map(len, paths))), np.int64)          # (R, S)
         for row, path in zip(slots, paths):
             row[:len(path)] = path
-        return self.store[:, :, self._there(slots)].transpose(3, 4)
+        return self.store[:, :, self._to_device(slots)].transpose(3, 4)
 
     def _decode(self):
         """Encode the last token of each live row. On CUDA rows and columns are rounded up, so that
@@ -1345,27 +1352,27 @@ class Sampler:
             width += -width % GRAPH_COLUMNS
         self._widen(width)
         numbers = np.zeros((3, rows, 1), np.int64)
-        numbers[1] = self.used
+        numbers[1] = self.used                          # padding rows: the next free slot
         numbers[:, :len(slots), 0] = self.ids[slots], slots, columns - 1
         if self.use_graphs:
             self._replay(numbers, width)
         else:
-            self._compute(self.work, self._there(numbers), width)
+            self._compute(self.work, self._to_device(numbers), width)
         self.encoded[slots] = True
-        self.counts["processed"] += len(slots)
+        self.counts["encoded"] += len(slots)
 
     def _replay(self, numbers, width):
-        """`_compute` on CUDA. A step of a 0.5B model is a thousand small kernels, and to launch
-        them takes longer than to run them. So a step is recorded once for each number of rows and
-        of columns, and then replayed by one launch."""
+        """`_compute` on CUDA. A forward of a 0.5B model is a thousand small kernels, which take
+        longer to launch than to run. So it is recorded once for each number of rows and of columns,
+        and then replayed by one launch."""
         size = numbers.shape[1], width
         if size not in self.graphs:
-            there = self._there(numbers)
-            compute = partial(self._compute, self.work, there, width)
+            static = self._to_device(numbers)           # the graph reads these addresses
+            compute = partial(self._compute, self.work, static, width)
             _, beside = next(iter(self.graphs.values()), (None, None))
-            self.graphs[size] = there, record(compute, beside)
-        there, graph = self.graphs[size]
-        there.copy_(torch.from_numpy(numbers))
+            self.graphs[size] = static, record(compute, beside)
+        static, graph = self.graphs[size]
+        static.copy_(torch.from_numpy(numbers))
         graph.replay()
 
     def _compute(self, work, numbers, width):
@@ -1387,8 +1394,8 @@ class Sampler:
         """Append tokens to the store -> their slots. They are encoded later."""
         slots = np.arange(self.used, self.used + len(ids))
         self.used += len(ids)
-        if self.used >= len(self.ids):                  # full: half as much again
-            self.graphs = {}
+        if self.used >= len(self.ids):                  # one slot stays free, see `_decode`
+            self.graphs = {}                            # they hold the old addresses
             more = len(ids) + len(self.ids) // 2
             self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
             self.hidden = F.pad(self.hidden, (0, 0, 0, more))
@@ -1404,9 +1411,9 @@ class Sampler:
         if columns > width:
             more = max(columns - width, width // 4)
             self.work = F.pad(self.work, (0, 0, 0, more))
-            self.graphs = {}
+            self.graphs = {}                            # they hold the old addresses
 
-    def _there(self, numbers):
+    def _to_device(self, numbers):
         """A numpy array as a tensor on the model's device."""
         return torch.from_numpy(numbers).to(self.model.device)
 
@@ -1428,7 +1435,7 @@ def main(arguments: list) -> int:
     parser = argparse.ArgumentParser(prog="model.py", allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="folder with config.json, weights and tokenizer.json")
-    add("--prompt", default="", help=r"text to continue; \n (not \nu) is a newline")
+    add("--prompt", default="", help=r"text to continue; \n is a newline unless a to z follows")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
     add("--max-tokens", type=int, default=128, help="of one continuation (default 128)")
     add("--samples", type=int, default=1, help="number of continuations (default 1)")
@@ -1474,10 +1481,10 @@ def demo():
     paths = [sampler.prompt(tokenizer.encode_prompt(text)) for text in texts]
     requests = [Request(path, mix(i, j), 30) for i, path in enumerate(paths) for j in range(8)]
     found = sampler.extend(requests)
-    written = sum(len(one.ids) - 1 for one in found)    # nobody reads a sample's last token
+    written = sum(len(one.ids) - 1 for one in found)    # a sample's last token is never encoded
     asked = sum(len(request.path) for request in requests)
-    shared, encoded = sampler.counts["prompt"], sampler.counts["processed"]
-    print(f"Three questions, eight samples of each; the samples hold {written} tokens.\n"
+    shared, encoded = sampler.counts["prompt"], sampler.counts["encoded"]
+    print(f"Three questions, eight samples of each; {written} sampled tokens are encoded.\n"
           f"without sharing {written + asked:,} tokens encoded: {asked} of questions, each whole\n"
           f"with sharing    {encoded:5,} tokens encoded: {shared} of questions, a beginning once")
 

@@ -211,7 +211,7 @@ def test_self_evaluation_is_a_plain_forward(shown):
             both.append(share[options.index("correct")].item())
         assert p == pytest.approx(sum(both) / 2, abs=1e-5)
     counts = sampler.counts
-    assert counts["processed"] <= counts["prompt"] + counts["sampled"]
+    assert counts["encoded"] <= counts["prompt"] + counts["sampled"]
     assert self_evaluation(nodes[:1], sampler, shown="x" * 600) == [.5]
     sampler.tokenizer.encode_more = lambda text: [1, 2]
     with pytest.raises(BadInput):
@@ -235,7 +235,7 @@ def test_features_are_those_of_a_plain_forward():
     short = sampler.follow(root.slots, [10])            # a step of one token
     sampler.encode([short])
     nodes.append(root.tree.add(root, [10], [-.5], short[-1:]))
-    processed = sampler.counts["processed"]
+    encoded = sampler.counts["encoded"]
     for node, row in zip(nodes, features(nodes, sampler)):
         ids = np.concatenate([step.ids for step in node.path()]).tolist()
         hidden = plain_forward(sampler, ids)[-2]
@@ -245,7 +245,7 @@ def test_features_are_those_of_a_plain_forward():
         if len(whole):
             want = [node.logps.min(), node.logps.mean(), whole.min(), whole.mean()]
         assert row[-4:].tolist() == pytest.approx(want, abs=1e-6)
-    assert sampler.counts["processed"] == processed
+    assert sampler.counts["encoded"] == encoded
 
 
 def test_labels_by_hand():
@@ -367,7 +367,7 @@ def test_rollouts(text):
     want = [logps[i - 1, ids[i]].item() for i in range(len(end.tree.root.ids), len(ids))]
     assert end.solution("logps").tolist() == pytest.approx(want, abs=1e-4)
     counts = small.counts
-    assert counts["processed"] <= counts["prompt"] + counts["sampled"]
+    assert counts["encoded"] <= counts["prompt"] + counts["sampled"]
     assert fast.tokens == counts["sampled"] > 0
     fast.room = 0
     assert fast.score(nodes) == pytest.approx(found) and len(fast.twin) < 2 * len(nodes) + 3

@@ -187,7 +187,7 @@ def test_grown_alone_as_in_a_batch(kind, searched):
             assert not sampler.newline & {*node.ids[:-1].tolist()}
             ids = [*tree.root.ids, *node.solution()]
             assert abs(node.logps - plain_log_probs(sampler.model, ids, len(node.ids))).max() < 1e-4
-    assert counts["processed"] <= counts["prompt"] + counts["sampled"]
+    assert counts["encoded"] <= counts["prompt"] + counts["sampled"]
     assert counts["sampled"] == sum(tree.tokens for tree in trees)
 
 def test_growing_goes_on_also_from_a_file():

@@ -294,7 +294,7 @@ def test_cached_is_uncached(kind):
     assert any(n > 30 - len(p) for p, n in zip(prompts, most))
     distinct = len({tuple(p[:i + 1]) for p in prompts for i in range(len(p))})
     done = distinct + sum(seen) - len(most)
-    assert sampler.counts == dict(prompt=distinct, sampled=sum(seen), processed=done)
+    assert sampler.counts == dict(prompt=distinct, sampled=sum(seen), encoded=done)
     f.logps = sampler.log_probs(path, f.slots[:-1])
     f.ids = f.ids[:-1]
     assert off(net, p, f) < 1e-4
@@ -309,7 +309,7 @@ def test_cached_is_uncached(kind):
             assert off(net, above, f) < 1e-4
             grown.append((above + f.ids.tolist(), np.concatenate((path, f.slots))))
         live = grown[::3]
-        assert sampler.counts["processed"] <= distinct + sampler.counts["sampled"]
+        assert sampler.counts["encoded"] <= distinct + sampler.counts["sampled"]
 
 
 @pytest.mark.parametrize("kind", ("llama", "gpt2"))
@@ -451,15 +451,15 @@ def test_why_it_stops():
 def test_nothing_asked_and_two_users():
     """No requests: no work, no endless loop. While answers are waited for, `extend` is refused."""
     sampler = Sampler(language_model(), Letters(), 8)
-    assert sampler.extend([]) == sampler.submit([]) == [] and sampler.step() == {}
+    assert sampler.extend([]) == sampler.submit([]) == [] and sampler.advance() == {}
     a, b, c = (sampler.prompt(p) for p in ([1, 2, 3], [1, 2, 4, 5], [1, 2]))
     assert a[:2].tolist() == b[:2].tolist() == c.tolist()
-    assert sampler.counts == dict(prompt=5, sampled=0, processed=0)
+    assert sampler.counts == dict(prompt=5, sampled=0, encoded=0)
     mine, found = sampler.submit([Request(a, 1, 3), Request(b, 2, 9)]), {}
     while len(found) < 2:
         with pytest.raises(ValueError, match="waits"):
             sampler.extend([Request(c, 3, 5)])
-        found |= sampler.step()
+        found |= sampler.advance()
     assert [len(found[ticket].ids) for ticket in mine] == [3, 9]
     assert [len(f.ids) for f in sampler.extend([Request(c, 3, 5)])] == [5]
 
