@@ -14,8 +14,8 @@ What is different from the published codes:
 4. Gradients are sums, divided once by the weight of the batch, however it is cut into parts.
 
 The reference is always the model as it stands when DPO begins: in round 1 the model that has
-imitated (RFT), then the last round's. It has also grown the trees, but for round 1 of `combined`,
-whose trees are those of the base.
+imitated (RFT), then the last round's. It has also grown the trees, except in round 1 of
+`combined`, where the base grew them.
 
 The loss of a pit pair sums over the right completion up to its end (chosen), and over the pit
 alone, one step (rejected). The sides differ in length, which the loss could exploit; the log
@@ -86,7 +86,8 @@ def pit_pairs(tree: Tree, most: int = 8) -> list:
 
 
 def pits_of(tree: Tree) -> list:
-    """All first pits of a tree. (A wrong last line beside a right one needs no completions.)"""
+    """All first pits of a tree. Without completions: wrong ends whose parent has a right end below
+    it."""
     return list(filter(None, dict.fromkeys(map(pit, tree.ends()))))     # each once, in order
 
 
@@ -167,15 +168,15 @@ def by_rate(node) -> list:
 
 def evenness(trees: list) -> float:
     """Do siblings end right about equally often? Mean of worst rate / best rate over all nodes with
-    two children or more in `by_rate` (and a best rate above 0): .5 / .8 for the node above. On
-    homework .1 if a number is graded, .7 if odd or even. It is 1 for two steps that are both right:
-    where most steps can be written in many right ways, it is high without any luck.
+    two children or more in `by_rate` (and a best rate above 0): .5 / .8 in rate_pairs' picture. On
+    homework .1 if a number is graded, .7 if odd or even. Two right siblings give 1, too: where most
+    steps can be written in many right ways, it is high without any luck.
 
     0 if there is less than one such node for every 20 trees: too few to judge by. (Homework has one
     for every 2 to 11 trees. GSM8K had one in 512 trees, because few steps were drawn twice.)"""
     forks = [by_rate(node) for tree in trees for node in tree.nodes]
-    shares = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
-    return sum(shares) / len(shares) if shares and 20 * len(shares) >= len(trees) else 0.0
+    ratios = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
+    return sum(ratios) / len(ratios) if ratios and 20 * len(ratios) >= len(trees) else 0.0
 
 
 def parted(one: list, other: list) -> Pair | None:
@@ -197,7 +198,7 @@ def apart(one: list, other: list) -> bool:
 @dataclass
 class Row:
     """A packed tree with masks over its tokens, so that one matrix product sums the log-probs of
-    all sides. With Packed's picture, a pair of a against b, and a imitated as well:
+    all sides. With Packed's picture, one pair (a chosen, b rejected), and a is also imitated:
 
         ids       q1 q2 a1 a2 b1        chosen     0  0  1  1  0
         learn      0  0  1  1  1        rejected   0  0  0  0  1
@@ -223,7 +224,7 @@ def tree_row(pairs=(), solutions=(), also=()) -> Row:
     masks = torch.zeros(len(groups), len(packed.ids))
     for mask, group in zip(masks, groups):
         for node in group:
-            mask[packed.span[node]] = node.parent is not None           # the question is given
+            mask[packed.span[node]] = node.parent is not None           # the root is the question
     parts = masks.split([len(chosen), len(rejected), len(imitate), 1])
     return Row(packed, *parts[:3], masks.any(0), list(pairs))
 
@@ -263,7 +264,8 @@ def log_probs(model: GPT, rows: list) -> list:
     padded = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)  # (B, T, 5), 0 on the right
     ids, position, before, unseen, learn = padded.to(model.device).unbind(-1)    # (B, T)
     B, T = ids.shape
-    # Packed's picture. The mask is made here: one for each of thousands of rows would fill memory
+    # the token in column t sees column s if s <= t < unseen[s] (mcts.Packed shows it). Made here:
+    # a mask for each of thousands of rows would fill memory
     s = torch.arange(T, device=ids.device)
     t = s[:, None]
     sees = (s <= t) & (t < unseen[:, None])                              # (B, T, T)
@@ -430,12 +432,12 @@ def make_optimizers(masters: dict, lr: float, muon: bool, shares: int) -> list:
 SAVE_EVERY = 600                        # seconds of training between two writes of the state file
 
 def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=2048, label="train",
-          state=None, shares=1, run=map) -> dict:
+          state=None, shares=1, map_fn=map) -> dict:
     """Train in place, one update a batch (a list of rows), by a loss of chapter 4 or your own.
 
     label   names the progress bar; "" for none
     tokens  a batch is cut into parts of so many padded tokens; that changes memory, not results
-    shares  an update's work is cut into so many, and `run` does them: `map` one after the other,
+    shares  an update's work is cut into so many, and map_fn does them: `map` one after the other,
             the map of a ThreadPoolExecutor at the same time. Both give the same bytes
     state   a file: every SAVE_EVERY seconds the exact state is written to it. A training that finds
             it goes on from there and ends in the same bytes. It is removed at the end.
@@ -446,7 +448,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     masters = model.masters()           # fp32: bf16 would round most of an update away
     optimizers = make_optimizers(masters, lr, muon, shares)
     ids = b"".join(row.packed.ids.tobytes() for rows in batches for row in rows)
-    # a state may be that of another stage
+    # a state with another plan is that of another stage
     plan = json.dumps([zlib.crc32(ids), len(batches), lr, muon, warmup, tokens, shares])
     counts, sums = load_state(state, plan, masters, optimizers)
     model.from_masters()
@@ -455,16 +457,16 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
                leave=False, disable=None if label else True)    # None: a bar only in a terminal
     for update in bar:
         rows = batches[update]
-        batch_sums = add_gradients(model, masters, rows, loss_fn, tokens, shares, run)
+        batch_sums = add_gradients(model, masters, rows, loss_fn, tokens, shares, map_fn)
         norm = torch.nn.utils.clip_grad_norm_([*masters.values()], 1.0).item()
         if math.isfinite(batch_sums["loss"] + norm):
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = lr * schedule(update, len(batches), warmup)
-            list(run(lambda optimizer: optimizer.step(), optimizers))
+            list(map_fn(lambda optimizer: optimizer.step(), optimizers))
             model.from_masters()
             if update <= len(batches) * 3 // 4:         # the report is on the last quarter
                 sums.clear()
-            sums.update(batch_sums, norm=norm, finite=1)
+            sums.update(batch_sums, norm=norm, finite=1)        # a Counter: update() adds
             counts["steps"] += 1
         else:
             counts["skipped"] += 1
@@ -472,7 +474,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
             raise BadInput(f"{label}: in half of the updates the loss or its gradient was not "
                            "finite; lower the learning rate.")
         counts["trained_tokens"] += sum(len(row.learn) for row in rows)
-        bar.set_postfix_str(f"loss {batch_sums['loss'] / batch_sums['weight']:.4f}", refresh=False)
+        mean = batch_sums["loss"] / (batch_sums["weight"] or 1)         # no weight: it was skipped
+        bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
         if state and time.monotonic() - saved >= SAVE_EVERY:
             save_state(state, plan, masters, optimizers, counts, sums)
             saved = time.monotonic()
@@ -481,7 +484,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     return summary(counts, sums)
 
 
-def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares, run) -> Counter:
+def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares, map_fn):
     """The gradient of a batch's mean loss, left in the masters' .grad; returns the batch's sums."""
     def gradient(share: list) -> tuple:
         """The gradient of the loss summed over some of the rows, in fp32, and their sums."""
@@ -492,11 +495,11 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares
             own = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
             for total, g in zip(found, own):
                 total += g
-            sums.update(statistics, loss=loss.item(), weight=weight)    # a Counter adds
+            sums.update(statistics, loss=loss.item(), weight=weight)
         return found, sums
     for p in masters.values():
         p.grad = None                           # frees that of the last update
-    gradients, of_shares = zip(*run(gradient, [rows[i::shares] for i in range(shares)]))
+    gradients, of_shares = zip(*map_fn(gradient, [rows[i::shares] for i in range(shares)]))
     sums = Counter()
     for own in of_shares:
         sums.update(own)

@@ -100,10 +100,10 @@ def run(s: "Settings") -> list:
         clock.append(time.time())
 
         # 3) evaluate: one greedy solution of every held-out question
-        solved = solve(lab, lab.task.eval_questions(), r)
+        solutions = solve_greedily(lab, lab.task.eval_questions(), r)
         clock.append(time.time())
 
-        log.append(report(lab, r, solved, trees, notes, clock))
+        log.append(report(lab, r, solutions, trees, notes, clock))
         write_lines(lab.folder / "log.jsonl", log)
         print(summary_line(log[-1]), flush=True)
     write_text(lab.folder / "report.html", report_page(lab.folder, lab.task))
@@ -133,17 +133,17 @@ def cached(path: Path, make, save=None, load=None):
 
 def restored(path: Path, load):
     """load(path). BadInput if a file of a run does not hold what the run wrote there."""
-    # nothing is made again of a round that is in the log
+    # a round in the log is not run again: so log.jsonl must go, too
     mend = (f"move {path} away (and log.jsonl, if its round is finished), and the same command "
             "makes it again.")
     try:
         found = load(path)
-        need(found, "it is empty")
+        need(found != [], "it is empty")
         return found
     except BadInput as error:                   # this one names the file already
         raise BadInput(f"{error}; {mend}") from error
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); {mend}") from error
+        raise BadInput(f"{path} is damaged, or its reader fails ({error!r}); {mend}") from error
 
 
 def write_lines(path: Path, items: list) -> None:
@@ -162,7 +162,8 @@ def read_lines(path: Path) -> list:
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Settings: each one is a flag, --name value; the comment beside it is the help of the flag
+# 2. Settings: each one is a flag, --name value; the comment beside it, which must be there, is the
+#    help of the flag. For yes or no take words, as --judge does
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
@@ -180,7 +181,7 @@ class Settings:
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
     preset: str = "default"     # or smoke: everything tiny, to see that all stages work
     device: str = ""            # cpu or cuda; empty: cuda where there is one
-    threads: int = 0            # CPU threads; 0: all cores; with --model, a busy machine wants 1
+    threads: int = 0            # CPU threads; 0: all cores (tiny GPT: 2). A busy machine wants 1
     workers: int = 0            # processes that sample on a CPU; 0: all cores, at most one a chunk
     # growing trees
     questions: int = 320        # training questions drawn for each round
@@ -191,7 +192,7 @@ class Settings:
     unit: str = "line"          # what a step of a solution is: line, paragraph, or so many tokens
     chunk: int = 160            # questions whose trees grow together; a finished chunk is a file
     rows: int = 0               # solutions decoded at once; 0: tiny GPT 1024, CUDA 512, else 256
-    share: float = 0.4          # part of the budget for first samples: RFT or critics learn there
+    share: float = 0.4          # part of the budget sampled first, for RFT or critics; 0: neither
     # Self-Explore and MCTS-DPO
     completions: int = 4        # k per prefix; all k fail with (1 - p)^k if each succeeds with p
     rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
@@ -204,7 +205,7 @@ class Settings:
     # learning
     steps: int = 64             # optimiser updates a round, for every recipe
     batch: int = 32             # trees in one update
-    epochs: int = 3             # most passes of a training over its data (tiny GPT: of DPO)
+    epochs: int = 3             # most passes over the data; the tiny GPT imitates without a limit
     beta: float = 0.1           # DPO: how close the policy stays to the reference
     nll: float = 1.0            # weight of the NLL term on chosen sides
     dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
@@ -356,7 +357,7 @@ def grow_imagined(lab, r, questions):
     notes = train_critics(lab, f"critic_{r}", trees)
     new = imagined_questions(lab, r, questions)
     left = s.budget * len(questions) - lab.sampled_tokens
-    # 22 questions once got 14,000 tokens each, and took minutes
+    # capped: 22 new questions once shared all that was left, 14,000 tokens each
     each = min(s.budget, left / max(1, len(new)))
     searched = grow_forest(lab, f"imagined_{r}", new, each, search_with_critic)
     kept = sum(bool(tree.chosen) for tree in searched)
@@ -364,8 +365,8 @@ def grow_imagined(lab, r, questions):
 
 
 def learn_trusted(lab, r, trees):
-    """4) Imitate the searched solutions that the critics trust, of all rounds so far. The right
-    samples are left out: some are right by luck."""
+    """4) Imitate the searched solutions that the critics trust (tree.chosen, a path or nothing), of
+    all rounds so far. The right samples are left out: some are right by luck."""
     rows = rows_of(forests_so_far(lab, r, "imagined"), solutions=lambda tree: tree.chosen[-1:])
     return imitate(lab, rows, lab.settings.steps)
 
@@ -461,23 +462,23 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
     be sent. What a process did not make, because it failed or was killed, is made here afterwards,
     and if that fails, too, here is where the error is reported.
 
-    With more threads sums round differently. So one rule holds for all files, whoever makes them:
-    one thread a file, or all threads (the tiny GPT has one, see Lab) if there is one file only, or
+    Sums round differently with more threads. So the number of threads follows from the number of
+    files alone: one a file; but all (the tiny GPT has one, see Lab) if there is a single file, or
     more than two threads for each.
 
     tokens: expected number of sampled tokens, for the progress bar."""
     threads = torch.get_num_threads()
-    apart = lab.forks and len(jobs) > 1 and 2 * len(jobs) >= threads
+    one_thread = lab.forks and len(jobs) > 1 and 2 * len(jobs) >= threads
     todo = [job for job in jobs.items() if not job[0].exists()]
-    workers = min(lab.workers, len(todo)) if apart else 1
+    workers = min(lab.workers, len(todo)) if one_thread else 1
     sampled = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()   # by each process
     bar = tqdm(total=int(tokens) or None, desc=name, unit=" tokens", unit_scale=True, leave=False,
                disable=None)
     lab.progress = bar.update
     children = []
     try:
-        torch.set_num_threads(1 if apart else threads)
-        for i in range(workers if workers > 1 else 0):
+        torch.set_num_threads(1 if one_thread else threads)
+        for i in range(workers if workers > 1 else 0):          # a single one is this process
             children.append(fork(lab, todo[i::workers], sampled[i]))
         while children:
             done, _ = os.waitpid(children[-1], os.WNOHANG)
@@ -509,7 +510,7 @@ def fork(lab, jobs: list, sampled) -> int:
         return child
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.stdout = sys.stderr = open(os.devnull, "w")         # the parent does the talking
+        sys.stdout = sys.stderr = open(os.devnull, "w")         # --workers 1 shows a print()
         lab.progress = progress
         for path, make in jobs:
             cached(path, make)
@@ -623,8 +624,8 @@ def search_with_critic(lab, trees: list, tokens: float) -> None:
 
 # HACK HERE: which solution a search without answers stands for. Also change: nothing
 def trusted_end(lab, tree: Tree):
-    """First the answer whose ends have the largest sum of returns, then its best-scored end. None
-    if nothing was found, or if that answer has less than half of the visits."""
+    """The best-scored end of the answer whose ends have the largest sum of returns. None if no end
+    states an answer, or if that one has under half the visits of all ends that state one."""
     groups = by_answer(lab, [end for end in tree.ends() if end.visits])
     winner = max(groups, key=lambda group: sum(end.value_sum for end in group), default=[])
     visits = sum(end.visits for group in groups for end in group)
@@ -701,7 +702,7 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float
 def imitate(lab, rows: list, updates: int) -> dict:
     """SFT on the solutions of these rows. Real weights soon memorise them: after six passes the
     loss of Qwen2.5-Coder-0.5B on its own solutions was .06 nats a token (.49 on references), and
-    GSM8K fell by 6 points. For the tiny GPT three passes are as good as seven."""
+    GSM8K fell by 6 points: so --epochs holds. The tiny GPT takes no harm, and has no limit."""
     epochs = lab.settings.epochs if lab.settings.model else float("inf")
     return fit(lab, rows, sft_loss, imitation_lr(lab), updates, epochs)
 
@@ -712,9 +713,9 @@ def imitation_lr(lab) -> float:
 
 
 def prefer(lab, r: int, rows: list) -> dict:
-    """DPO, with the updates of the round that RFT leaves. The reference is the model as it is now;
-    its log-probs are stored before training. The pairs are also written to a file, as other DPO
-    trainers read them."""
+    """DPO. In round 1 it has only the updates that rft_updates leaves, 16 of 64, even in a recipe
+    of yours that imitates nothing (--share 0 gives it all). The reference is the model as it is
+    now; its log-probs are stored first. The pairs are also written for other DPO trainers."""
     s, records = lab.settings, []
     store_reference(lab.model, rows, lab.part_tokens)
     text = lambda side: lab.decode(np.concatenate([node.ids for node in side]))
@@ -777,8 +778,9 @@ def rft_updates(lab, r: int) -> int:
 def train_base(lab) -> dict:
     """Round 0: SFT on the task's own examples, careless homework or --sft-data.
 
-    The base is kept beside the runs, under a name made of all that it depends on. So every recipe
-    with the same seed begins from the same base, and it is trained once."""
+    The base is kept beside the runs, and its name is a hash of settings and examples: so it is
+    trained once for all recipes of a seed. If you change the code of training, or the weights in
+    the --model folder, delete base_... first."""
     s = lab.settings
     if not s.base_steps or not lab.task.has_examples:
         return dict(steps=0)
@@ -937,7 +939,7 @@ class Lab:
     ../base_.../       train_base       all runs with the same base
     round_1/, rft/     trained          the next stage; any tool that opens HF folders
     pairs_1.jsonl      prefer           you, and other DPO trainers
-    eval_1.jsonl       solve            report
+    eval_1.jsonl       solve_greedily   report
     log.jsonl          run              you: one row for each round
     report.html        run              you: the log, the critics and three trees as a page"""
 
@@ -1021,16 +1023,16 @@ class Lab:
         return log
 
     def train(self, plan: list, loss_fn, lr: float, **options) -> dict:
-        """dpo.train, where each thread computes a share of an update if there is more than one."""
+        """dpo.train. On a CPU an update of the tiny GPT is two shares, each on its own thread."""
         with ThreadPoolExecutor(self.threads) as pool:
-            run = pool.map if self.shares > 1 else map
+            map_fn = pool.map if self.shares > 1 else map
             return train(self.model, plan, loss_fn, lr, tokens=self.part_tokens,
-                         shares=self.shares, run=run, **options)
+                         shares=self.shares, map_fn=map_fn, **options)
 
     def trained(self, name, make) -> dict:
-        """The model after a training, as a folder that other tools open. make() trains it in place
-        and returns statistics. Saved in fp32: an update of 1e-6 is below the rounding of bf16, and
-        would be lost between two rounds."""
+        """Train by make(), save the model as a folder that other tools open, and return make()'s
+        statistics. A folder that is there is only loaded. Saved in fp32, for bf16 would round an
+        update of 1e-6 away. name: a folder of this run, or an absolute path (the base)."""
         def save(folder, stats):
             self.model.save_pretrained(folder, torch.float32)
             self.tokenizer.save(folder)
@@ -1153,7 +1155,7 @@ class BuiltIn:
     def sound(self, question, text: str) -> bool | None:
         """Is every line of the solution true? None: nobody can say."""
         place = self.first_false(question, text)
-        return None if place is None else place > text.rstrip("\n").count("\n")
+        return None if place is None else place == len(text.rstrip("\n").split("\n"))
 
     def key(self, text: str) -> str:
         """Two questions with one key are the same question."""
@@ -1612,7 +1614,7 @@ class FileTask(BuiltIn):
 # --------------------------------------------------------------------------------------------------
 # 8. Evaluating, comparing, decoding
 # --------------------------------------------------------------------------------------------------
-def solve(lab, questions: list, r: int) -> list:
+def solve_greedily(lab, questions: list, r: int) -> list:
     """A record of each question: its greedy solution, and whether it is right."""
     def make(first):
         """The records of one part."""
@@ -1627,21 +1629,21 @@ def solve(lab, questions: list, r: int) -> list:
     folder = lab.folder / f"eval_{r}"
     jobs = {folder / f"{first:06d}.jsonl": partial(make, first)
             for first in range(0, len(questions), EVALUATED_AT_ONCE)}
-    solved = cached(folder.with_suffix(".jsonl"),
-                    lambda: sum(share_out(lab, "evaluate", 0, jobs, read_lines), []))
+    solutions = cached(folder.with_suffix(".jsonl"),
+                       lambda: sum(share_out(lab, "evaluate", 0, jobs, read_lines), []))
     remove(folder)                              # the parts, which are joined now
-    return solved
+    return solutions
 
 
-def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> dict:
+def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) -> dict:
     """One row of log.jsonl; the README explains every key. clock: the times before growing,
     learning and evaluating, and at the end."""
-    s, count = lab.settings, len(solved)
-    right = sum(row["right"] for row in solved)
+    s, count = lab.settings, len(solutions)
+    right = sum(row["right"] for row in solutions)
     low, high = critic.wilson(right, count)
     sound = by_luck = None
-    if solved[0]["sound"] is not None:
-        both = sum(row["right"] and row["sound"] for row in solved)
+    if solutions[0]["sound"] is not None:
+        both = sum(row["right"] and row["sound"] for row in solutions)
         sound, by_luck = both / count, 1 - both / right if right else None
     budget = s.budget * s.questions if lab.sampled_tokens else 0
     if lab.sampled_tokens > 1.1 * budget:
@@ -1652,10 +1654,10 @@ def report(lab, r: int, solved: list, trees: list, notes: dict, clock: list) -> 
         recipe=s.recipe, round=r, seed=s.seed,
         accuracy=right / count, accuracy_low=low, accuracy_high=high, questions=count,
         sound=sound, by_luck=by_luck,
-        no_answer=sum(lab.task.answer(row["solution"]) is None for row in solved) / count,
-        never_ends=sum(row["why"] == "length" for row in solved) / count,
-        mean_tokens=sum(row["tokens"] for row in solved) / count,
-        eval_tokens=sum(row["tokens"] for row in solved),
+        no_answer=sum(lab.task.answer(row["solution"]) is None for row in solutions) / count,
+        never_ends=sum(row["why"] == "length" for row in solutions) / count,
+        mean_tokens=sum(row["tokens"] for row in solutions) / count,
+        eval_tokens=sum(row["tokens"] for row in solutions),
         sampled_tokens=lab.sampled_tokens, budget_tokens=budget, rollout_tokens=lab.rollout_tokens,
         **tree_counts(trees), **notes,
         grow_seconds=grow_seconds, learn_seconds=learn_seconds, eval_seconds=eval_seconds,
@@ -1760,10 +1762,10 @@ def compare(s: Settings, names: list, seeds: int) -> None:
             one.out = str(Path(s.out, f"{name}_seed{seed}")) if s.out else default_folder(one)
             print(f"\n{name}, seed {seed}", flush=True)
             rows += run(one)
-            solved = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), read_lines)
-            hits.setdefault((name, "accuracy"), []).append([row["right"] for row in solved])
-            if solved[0]["sound"] is not None:
-                sound = [row["right"] and row["sound"] for row in solved]
+            solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), read_lines)
+            hits.setdefault((name, "accuracy"), []).append([row["right"] for row in solutions])
+            if solutions[0]["sound"] is not None:
+                sound = [row["right"] and row["sound"] for row in solutions]
                 hits.setdefault((name, "sound"), []).append(sound)
     first, measures = names[0], list(dict.fromkeys(measure for _, measure in hits))
     titles = [(measure, f"less {first}", "95% interval", "seeds") for measure in measures]
@@ -1794,8 +1796,8 @@ def evaluate(s: Settings) -> None:
     lab, start = Lab(s), time.time()
     with tempfile.TemporaryDirectory() as folder:
         lab.folder = Path(folder)
-        solved = solve(lab, lab.task.eval_questions(), 0)
-    row = report(lab, 0, solved, [], {}, [start, start, start, time.time()])
+        solutions = solve_greedily(lab, lab.task.eval_questions(), 0)
+    row = report(lab, 0, solutions, [], {}, [start, start, start, time.time()])
     print(json.dumps(row, indent=1))
 
 
@@ -1866,7 +1868,7 @@ def report_page(folder: Path, task) -> str:
             hits = row["sound"] * row["questions"]
             row["sound_low"], row["sound_high"] = critic.wilson(hits, row["questions"])
     work = log[1:] or log
-    parts = [
+    pieces = [
         "<p>The gap between the curves is luck: right answers after a false line. Thick lines are "
         "95% intervals.</p>", plot(log, ["accuracy", "sound"]),
         "<h2>Tokens</h2><p>What a round samples, learns from, and writes in its test.</p>",
@@ -1879,12 +1881,12 @@ def report_page(folder: Path, task) -> str:
         for said, true, count in found["calibration"]:
             low, high = critic.wilson(true * count, count)
             cells.append({"said": said, key: true, f"{key}_low": low, f"{key}_high": high})
-        parts += [
+        pieces += [
             f"<h2>The {head} head of the critic</h2><p>Where the curves meet, what it said came "
             "true as often as it said. It knows something if brier is below constant.</p>",
             plot(cells, ["said", key], x="said"),
             plot(work, [f"critic.{head}.{score}" for score in scores])]
-    return page(folder.name, parts + unfolding_trees(folder, task))
+    return page(folder.name, pieces + unfolding_trees(folder, task))
 
 
 def unfolding_trees(folder: Path, task) -> list:
@@ -1933,7 +1935,7 @@ def compare_page(rows: list) -> str:
         mean, low, high = critic.t_interval(values)
         ends = {f"{name}_low": max(-1, low), f"{name}_high": min(1, high)}
         return {name: mean} | (ends if len(values) > 1 else {})
-    parts = ["<p>Thick lines are 95% intervals over seeds. A bar whose line spans zero shows "
+    pieces = ["<p>Thick lines are 95% intervals over seeds. A bar whose line spans zero shows "
              "nothing.</p>"]
     for key in [key for key in ("accuracy", "sound") if rows[0].get(key) is not None]:
         rates = lambda name, r: np.array([row[key] for row in rows if row["recipe"] == name
@@ -1943,9 +1945,9 @@ def compare_page(rows: list) -> str:
             for r in range(last + 1):
                 means[r] |= spread(name, rates(name, r))
             gains |= spread(name, rates(name, last) - rates(names[0], last))
-        parts += [f"<h2>{key}</h2>", plot(means, names)]
-        parts += [f"<h2>{key}, less {names[0]}</h2>", plot([gains], names)]
-    return page("Recipes compared", parts)
+        pieces += [f"<h2>{key}</h2>", plot(means, names)]
+        pieces += [f"<h2>{key}, less {names[0]}</h2>", plot([gains], names)]
+    return page("Recipes compared", pieces)
 
 
 def plot(rows: list, keys: list, x: str = "round") -> str:

@@ -135,7 +135,7 @@ def on_two_cores(model):
         fresh, questions = itertools.count(), lab.task.eval_questions()
         rows = lab.example_rows(8 * loop.BASE_BATCH, random.Random(0))
         plan, took = loop.parts(rows, loop.BASE_BATCH), ([], [])
-        works = (lambda: loop.solve(lab, questions, next(fresh)),
+        works = (lambda: loop.solve_greedily(lab, questions, next(fresh)),
                  lambda: lab.train(plan, dpo.sft_loss, 0.0, muon=True, label=""))
         for cores in (1, 2):
             lab.workers = lab.threads = cores

@@ -369,7 +369,7 @@ def test_shares_at_once_are_shares_one_after_the_other(muon):
     with ThreadPoolExecutor(3) as pool:
         for shares, run in ((1, map), (3, map), (3, pool.map), (3, pool.map)):
             model = tiny()
-            report = train(model, data, LOSS, 1e-4, muon, shares=shares, run=run)
+            report = train(model, data, LOSS, 1e-4, muon, shares=shares, map_fn=run)
             results.append((weights(model), report))
     (whole, report), (one, one_report), *others = results
     assert_near(one, whole, 1e-5)

@@ -563,7 +563,7 @@ def test_compare(home, tmp_path, monkeypatch):
                            solution="")
         make = lambda: [row() for _ in questions]
         return loop.cached(lab.folder / f"eval_{r}.jsonl", make)
-    monkeypatch.setattr(loop, "solve", random_grades)
+    monkeypatch.setattr(loop, "solve_greedily", random_grades)
     monkeypatch.setattr(loop, "show_example", lambda *arguments: None)
     names = ("sft", "rft")
     settings = small(home, rounds=1, steps=1, questions=2, eval_questions=40, out=tmp_path)
