@@ -423,6 +423,7 @@ def stated(text: str):
     The whole text counts, as "bare", if it holds no box and its last line no mark."""
     text = tidy(text.split("\nQuestion:")[0])                           # a base model invents more
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
+    text = text.replace(". I hope it is correct", "")                   # how Minerva's prompt ends
     box = last_box(text).replace("\n", " ")
     pieces = {"####": text.split("####")[1:], "boxed": [box], "phrase": re.split(PHRASE, text)[1:]}
     for rule, found in pieces.items():
