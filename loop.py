@@ -1645,6 +1645,8 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
     if solutions[0]["sound"] is not None:
         both = sum(row["right"] and row["sound"] for row in solutions)
         sound, by_luck = both / count, 1 - both / right if right else None
+    rules = [find_answer(row["solution"], lab.task.reader)[1] for row in solutions]
+    strict = sum(row["right"] and rule in ("####", "boxed") for row, rule in zip(solutions, rules))
     budget = s.budget * s.questions if lab.sampled_tokens else 0
     if lab.sampled_tokens > 1.1 * budget:
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "
@@ -1653,7 +1655,7 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
     return dict(
         recipe=s.recipe, round=r, seed=s.seed,
         accuracy=right / count, accuracy_low=low, accuracy_high=high, questions=count,
-        sound=sound, by_luck=by_luck,
+        strict=strict / count, sound=sound, by_luck=by_luck,
         no_answer=sum(lab.task.answer(row["solution"]) is None for row in solutions) / count,
         never_ends=sum(row["why"] == "length" for row in solutions) / count,
         mean_tokens=sum(row["tokens"] for row in solutions) / count,

@@ -545,12 +545,14 @@ def test_report_by_hand():
     lab = SimpleNamespace(settings=settings, task=loop.Homework(settings, None), sampled_tokens=0,
                           rollout_tokens=0)
     rows = [("1*4=4 : 7+4-2\n#### 9", True, True, "eos"), ("#### 9", True, False, "eos"),
-            ("#### 8", False, False, "eos"), ("no end", False, False, "length")]
+            ("so 9", True, False, "eos"), ("#### 8", False, False, "eos"),
+            ("no end", False, False, "length")]
     solved = [dict(solution=solution, right=right, sound=sound, why=why, tokens=len(solution))
               for solution, right, sound, why in rows]
     row = loop.report(lab, 1, solved, [], {}, [0, 1, 3, 6])
-    assert (row["accuracy"], row["sound"], row["by_luck"]) == (0.5, 0.25, 0.5)
-    assert (row["no_answer"], row["never_ends"], row["mean_tokens"]) == (0.25, 0.25, 9.5)
+    assert (row["accuracy"], row["strict"], row["sound"]) == (0.6, 0.4, 0.2)
+    assert row["by_luck"] == pytest.approx(2 / 3)
+    assert (row["no_answer"], row["never_ends"], row["mean_tokens"]) == (0.2, 0.2, 8.4)
     assert [row[f"{stage}_seconds"] for stage in ("grow", "learn", "eval")] == [1, 2, 3]
 
 
