@@ -1408,6 +1408,8 @@ class Sampler:
     def _widen(self, columns: int):
         """Make the working cache at least so wide; what is in it stays."""
         width = self.work.shape[4]
+        if self.use_graphs:
+            columns += -columns % GRAPH_COLUMNS         # at once as `_decode` will want it
         if columns > width:
             more = max(columns - width, width // 4)
             self.work = F.pad(self.work, (0, 0, 0, more))
