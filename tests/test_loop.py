@@ -296,6 +296,14 @@ def test_killed_and_doubled_runs(home, run_of, tmp_path):
         assert base.read_bytes() == alone["round_0/model.safetensors"]
 
 
+def test_nothing_to_tell(tmp_path):
+    """A recipe may return no notes; an empty file is damaged."""
+    first = lambda path: loop.read_lines(path)[0]
+    assert loop.cached(tmp_path / "notes", lambda: [{}], load=first) == {}
+    with pytest.raises(loop.BadInput, match="it is empty"):
+        loop.cached(tmp_path / "trees", lambda: [])
+
+
 def test_another_run_is_faster(tmp_path):
     """Two runs in one folder: of the slower one the parts of an evaluation may vanish while it
     works on them, and it may be evaluating still while the other one writes its report."""

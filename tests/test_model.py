@@ -462,6 +462,8 @@ def test_nothing_asked_and_two_users():
         found |= sampler.advance()
     assert [len(found[ticket].ids) for ticket in mine] == [3, 9]
     assert [len(f.ids) for f in sampler.extend([Request(c, 3, 5)])] == [5]
+    with pytest.raises(ValueError, match="no room"):
+        sampler.extend([Request(c, 3, 0)])
 
 
 def test_program(tmp_path, capsys):
