@@ -285,6 +285,7 @@ def token_log_probs(model: GPT, hidden, targets, at_once: int = 1 << 27):
     """log p(target) over the tokenizer's ids: (M, C), (M,) -> (M,). Logits (M, V) of more than
     `at_once` entries (2,048 tokens of 128,256 ids: 1 GB) are made in slices, in backward again."""
     def of_slice(hidden, targets):
+        """The same for a part of the M tokens."""
         return -F.cross_entropy(model.token_logits(hidden), targets, reduction="none")
     size = max(1, at_once // model.config.vocab_size)
     if len(targets) <= size:
@@ -447,8 +448,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     last quarter of the updates, loss, norm (of the gradient) and the statistics of the loss."""
     masters = model.masters()           # fp32: bf16 would round most of an update away
     optimizers = make_optimizers(masters, lr, muon, shares)
+    # a state with another plan, that is of other rows or rates, belongs to another stage
     ids = b"".join(row.packed.ids.tobytes() for rows in batches for row in rows)
-    # a state with another plan is that of another stage
     plan = json.dumps([zlib.crc32(ids), len(batches), lr, muon, warmup, tokens, shares])
     counts, sums = load_state(state, plan, masters, optimizers)
     model.from_masters()

@@ -142,7 +142,7 @@ def restored(path: Path, load):
         return found
     except BadInput as error:                   # this one names the file already
         raise BadInput(f"{error}; {mend}") from error
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(f"{path} is damaged, or its reader fails ({error!r}); {mend}") from error
 
 
@@ -316,7 +316,7 @@ def grow_explored(lab, r, questions):
 
 def learn_outcome_pairs(lab, r, trees):
     """3) DPO on whole solutions, right against wrong. Reference: the model that sampled them."""
-    return prefer(lab, r, rows_of(trees, outcome_pairs))
+    return prefer(lab, r, rows_of(trees, outcome_pairs), preference_updates(lab, r))
 
 
 # self_explore: Self-Explore (Hwang et al. 2024, 2404.10346)
@@ -330,7 +330,7 @@ def grow_pits(lab, r, questions):
 def learn_pits(lab, r, trees):
     """3) DPO: the pit alone is rejected, a right completion of the prefix before it is chosen. The
     reference is the explorer, since that is the model as it stands now."""
-    return prefer(lab, r, rows_of(trees, pit_pairs))
+    return prefer(lab, r, rows_of(trees, pit_pairs), preference_updates(lab, r))
 
 
 # mcts_dpo: MCTS-DPO (Xie et al. 2024, 2405.00451)
@@ -344,7 +344,7 @@ def grow_searched(lab, r, questions):
 def learn_siblings(lab, r, trees):
     """3) DPO on siblings of different Q. The NLL term is on the better steps alone, for a right
     solution may hold wrong steps."""
-    return prefer(lab, r, rows_of(trees, sibling_pairs))
+    return prefer(lab, r, rows_of(trees, sibling_pairs), preference_updates(lab, r))
 
 
 # alphallm: AlphaLLM (Tian et al. 2024, 2404.12253)
@@ -405,12 +405,14 @@ def learn_what_helps(lab, r, trees):
     notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
     if notes["evenness"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
-    if rft_updates(lab, r):
-        notes |= imitate_right_ones(lab, r, trees)
+    preferring = preference_updates(lab, r)
+    imitating = lab.settings.steps - preferring
+    if imitating:
+        notes |= imitate_right_ones(lab, trees, imitating)
         rows = rows_of(trees, rate_pairs)
     else:
         rows = rows_of(trees, lambda tree: rate_pairs(tree) + outcome_pairs(tree))
-    return prefer(lab, r, rows) | notes
+    return prefer(lab, r, rows, preferring) | notes
 
 
 # HACK HERE: a recipe of your own is one more line, and its two functions. Also change: nothing
@@ -571,6 +573,7 @@ def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
     s, budget = lab.settings, Budget(trees, tokens)
 
     def grow_graded(wants):
+        """Sample below nodes, wants = [(node, how many)], and grade the new ends."""
         grade_ends(lab, grow(lab.sampler, wants, s.max_tokens, s.temperature, lab.progress))
     wave, taken = 1, 0
     while wave > 0:
@@ -649,6 +652,7 @@ def search_for_solution(lab, trees: list, tokens: float) -> None:
     """The search of `combined`: an end is worth its grade, 1 or 0, any other leaf the mean of the
     critics' heads. A node gets one child, and one more after every 8 visits: deep before wide."""
     def values(nodes):
+        """One number in [0, 1] for each node."""
         grade_ends(lab, [node for node in nodes if node.ended])
         others = [node for node in nodes if not node.ended]
         guess = dict(zip(others, lab.leaf_values(others, "mean")))
@@ -712,10 +716,9 @@ def imitation_lr(lab) -> float:
     return lab.settings.sft_lr or scaled_lr(lab.model, SFT_LR)
 
 
-def prefer(lab, r: int, rows: list) -> dict:
-    """DPO. In round 1 it has only the updates that rft_updates leaves, 16 of 64, even in a recipe
-    of yours that imitates nothing (--share 0 gives it all). The reference is the model as it is
-    now; its log-probs are stored first. The pairs are also written for other DPO trainers."""
+def prefer(lab, r: int, rows: list, updates: int) -> dict:
+    """DPO. The reference is the model as it is now; its log-probs are stored before training. The
+    pairs are also written to a file, as other DPO trainers read them."""
     s, records = lab.settings, []
     store_reference(lab.model, rows, lab.part_tokens)
     text = lambda side: lab.decode(np.concatenate([node.ids for node in side]))
@@ -726,7 +729,6 @@ def prefer(lab, r: int, rows: list) -> dict:
     write_lines(lab.folder / f"pairs_{r}.jsonl", records)
     loss = partial(preference_loss, beta=s.beta, nll=s.nll)
     lr = s.dpo_lr or (scaled_lr(lab.model, DPO_LR) if s.model else TINY_DPO_LR)
-    updates = s.steps - rft_updates(lab, r)
     return dict(pairs=len(records)) | fit(lab, rows, loss, lr, updates, s.epochs)
 
 
@@ -758,21 +760,23 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
     if r > 1 or not s.share:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
-    notes = lab.trained("rft", lambda: imitate_right_ones(lab, r, trees))
+    updates = s.steps - preference_updates(lab, r)
+    notes = lab.trained("rft", lambda: imitate_right_ones(lab, trees, updates))
     return s.budget - lab.sampled_tokens / len(questions), notes
 
 
-def imitate_right_ones(lab, r: int, trees: list) -> dict:
+def imitate_right_ones(lab, trees: list, updates: int) -> dict:
     """RFT before DPO; returns what it did, under names of its own."""
     rows = rows_of(trees, solutions=partial(right_solutions, lab))
-    stats = imitate(lab, rows, rft_updates(lab, r))
+    stats = imitate(lab, rows, updates)
     return dict(rft_steps=stats["steps"], rft_tokens=stats.get("trained_tokens", 0))
 
 
-def rft_updates(lab, r: int) -> int:
-    """How many of a round's optimiser updates imitate. DPO has the others."""
+def preference_updates(lab, r: int) -> int:
+    """How many of a round's optimiser updates DPO has, if RFT comes before it in round 1."""
     s = lab.settings
-    return int(s.steps * RFT_PART) if r == 1 and s.share else 0
+    imitating = int(s.steps * RFT_PART) if r == 1 and s.share else 0
+    return s.steps - imitating
 
 
 def train_base(lab) -> dict:
@@ -792,6 +796,7 @@ def train_base(lab) -> dict:
     folder = lab.bases / f"base_{name}"
 
     def make():
+        """Train the model in place; returns statistics."""
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
         plan = by_like_length(rows, BASE_BATCH, s.seed)
         print(f"training the base, {len(plan)} updates", flush=True)
@@ -868,8 +873,11 @@ def train_critic(lab, name: str, trees: list) -> tuple:
         write_safetensors(path, made[0].state_dict(), {"report": json.dumps(made[1])})
 
     def load(path):
+        """(Critic, report) from the file that save wrote; ValueError if the weights do not fit."""
         tensors, header = read_safetensors(path)
         heads = critic.Critic(size).to(device)
+        shapes = {name: weight.shape for name, weight in heads.state_dict().items()}
+        need({name: x.shape for name, x in tensors.items()} == shapes, "its weights do not fit")
         heads.load_state_dict(tensors)
         return heads, json.loads(header["report"])
     return cached(lab.folder / f"{name}.safetensors", make, save, load)
@@ -899,6 +907,7 @@ def imagined_questions(lab, r: int, old: list) -> list:
         return new + [dict(tokens=counts["sampled"] - before)]
 
     def load(path):
+        """(questions, tokens) from the lines of make."""
         *rows, last = read_lines(path)
         return [Question(row["text"], row["answer"]) for row in rows], last["tokens"]
     new, tokens = cached(lab.folder / f"questions_{r}.jsonl", make, load=load)
@@ -1034,6 +1043,7 @@ class Lab:
         statistics. A folder that is there is only loaded. Saved in fp32, for bf16 would round an
         update of 1e-6 away. name: a folder of this run, or an absolute path (the base)."""
         def save(folder, stats):
+            """What `load` and other tools read."""
             self.model.save_pretrained(folder, torch.float32)
             self.tokenizer.save(folder)
             write_lines(folder / "training.json", [stats])
@@ -1710,8 +1720,10 @@ def show_example(lab, log: list) -> None:
     improved = [place for place in range(len(records))
                 if before[place][0] not in ("", "right") and after[place][0] == "right"]
     place = improved[0] if improved else 0
-    show = lambda title, told, solution: print(
-        f"\n{title}: {told}\n\n   " + solution.replace("\n", "\n   "))
+
+    def show(title, told, solution):
+        """Print a solution below its verdict."""
+        print(f"\n{title}: {told}\n\n   " + solution.replace("\n", "\n   "))
     show("A question of round 1. The base writes", *before[place])
     print("\nWhat was tried in round 1:\n\n" + picture(records[place]))
     show(f"The model of round {r} writes", *after[place])
@@ -1899,9 +1911,11 @@ def unfolding_trees(folder: Path, task) -> list:
     erred = max(records, key=lambda record: fault(task, record)[0])
     shown = {"The example": records[0], "An error: " + fault(task, erred)[1]: erred,
              "A random one": random.Random(task.settings.seed).choice(records)}
-    return ["<h2>Three trees of round 1</h2>"] + [
-        f"<details><summary>{escape(printable(title))}</summary>"
-        f"<pre>{escape(picture(record, WHOLE))}</pre></details>" for title, record in shown.items()]
+    pieces = ["<h2>Three trees of round 1</h2>"]
+    for title, record in shown.items():
+        summary = f"<summary>{escape(printable(title))}</summary>"
+        pieces.append(f"<details>{summary}<pre>{escape(picture(record, WHOLE))}</pre></details>")
+    return pieces
 
 
 def fault(task, record: dict) -> tuple:
@@ -1938,7 +1952,7 @@ def compare_page(rows: list) -> str:
         ends = {f"{name}_low": max(-1, low), f"{name}_high": min(1, high)}
         return {name: mean} | (ends if len(values) > 1 else {})
     pieces = ["<p>Thick lines are 95% intervals over seeds. A bar whose line spans zero shows "
-             "nothing.</p>"]
+              "nothing.</p>"]
     for key in [key for key in ("accuracy", "sound") if rows[0].get(key) is not None]:
         rates = lambda name, r: np.array([row[key] for row in rows if row["recipe"] == name
                                           and row["round"] == r])           # (seeds,)

@@ -467,7 +467,7 @@ def test_mcts_dpo_imitates_no_solution(home, tmp_path, monkeypatch):
     settings = small(home, recipe="mcts_dpo", rounds=1, budget=300, out=str(tmp_path / "run"))
     assert go(**settings)[0] == 0
     lab = loop.Lab(loop.Settings(**settings))
-    monkeypatch.setattr(loop, "prefer", lambda lab, r, rows: rows)
+    monkeypatch.setattr(loop, "prefer", lambda lab, r, rows, updates: rows)
     rows = loop.learn_siblings(lab, 1, loop.forests_so_far(lab, 1, "trees"))
     assert rows and all(row.pairs and not len(row.imitate) for row in rows)
 
