@@ -163,7 +163,7 @@ def read_lines(path: Path) -> list:
 
 # --------------------------------------------------------------------------------------------------
 # 2. Settings: each one is a flag, --name value; the comment beside it, which must be there, is the
-#    help of the flag. For yes or no take words, as --judge does
+#    help of the flag. For yes or no take words, as --self-evaluation does
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
@@ -197,7 +197,7 @@ class Settings:
     completions: int = 4        # k per prefix; all k fail with (1 - p)^k if each succeeds with p
     rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
     commit: int = 0             # go on below the best child after so many simulations; 0: never
-    judge: str = "off"          # add the policy's own verdict to the return: off, plain or gold
+    self_evaluation: str = "off"    # add the policy's own verdict to the return: off, plain, gold
     # AlphaLLM
     critic: str = "weakest"     # leaf value: weakest link of the heads, their mean, or judge
     rollouts: int = 0           # fast rollouts of each leaf by a smaller policy (paper: 4)
@@ -248,7 +248,7 @@ STREAM = dict(                          # random numbers of a stage are made of 
 def check(s: Settings) -> None:
     """BadInput for settings that make no sense."""
     choices = dict(recipe=RECIPES, task=TASKS, preset=TINY, rule=("", *RULES),
-                   split=("test", "dev"), judge=("off", "plain", "gold"),
+                   split=("test", "dev"), self_evaluation=("off", "plain", "gold"),
                    critic=("weakest", "mean", "judge"))
     for name, value in asdict(s).items():
         flag, least = f"--{name.replace('_', '-')} {value}", int(name in POSITIVE)
@@ -588,16 +588,16 @@ def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
 
 def search_with_answers(lab, trees: list, tokens: float) -> None:
     """MCTS-DPO's search: a simulation goes on to an end and returns +1 or -1, plus, if asked for,
-    the policy's own judgement of the solution in [0, 1] (--judge)."""
+    the policy's own judgement of the solution in [0, 1] (--self-evaluation)."""
     s, each = lab.settings, tokens / len(trees)
 
     def returns(ends):
         """One number for each end; its grade is recorded in the tree."""
         grade_ends(lab, ends)
         verdicts = [0] * len(ends)
-        if s.judge != "off":
+        if s.self_evaluation != "off":
             # "gold" shows the judge the answer, a leak: AUC 74.7 with it, 62.0 without (paper)
-            shown = (lambda end: end.tree.question.answer) if s.judge == "gold" else ""
+            shown = (lambda end: end.tree.question.answer) if s.self_evaluation == "gold" else ""
             verdicts = critic.self_evaluation(ends, lab.sampler, shown=shown)
         return [verdict + (1.0 if end.right else -1.0) for end, verdict in zip(ends, verdicts)]
     go_on = commit_every(s.commit, each) if s.commit else until(SIMULATIONS, each)
@@ -1509,6 +1509,9 @@ class FileTask(BuiltIn):
         if both:
             print(f"{both} questions are in both {s.data} and {s.eval_data}: on these, accuracy "
                   "does not measure what was learnt")
+        if s.data and len(self.train) < s.questions:
+            print(f"{s.data} has {len(self.train)} questions, and --questions asks for "
+                  f"{s.questions}: a round takes some more than once")
 
     def read(self, file: str) -> list:
         """All questions of a file, none for "". BadInput names the item that is not one. Questions

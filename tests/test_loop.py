@@ -204,8 +204,8 @@ def test_the_explorer_is_the_rft_model(recipe, home, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(recipe="mcts_dpo", judge="gold", commit=5), dict(recipe="combined", share=0.9),
-    dict(recipe="mcts_dpo", judge="plain", rule="uct"), dict(critic="judge", rule="puct"),
+    dict(recipe="mcts_dpo", self_evaluation="gold", commit=5), dict(recipe="combined", share=0.9),
+    dict(recipe="mcts_dpo", self_evaluation="plain", rule="uct"), dict(critic="judge", rule="puct"),
     dict(recipe="outcome_dpo", unit="3"), dict(chunk=3, unit="paragraph"),
     dict(critic="mean", rollouts=1), dict(recipe="self_explore", share=0), dict(questions=1)])
 def test_switches(settings, home, tmp_path):

@@ -234,15 +234,17 @@ def test_letters_of_the_options_own(read):
 
 def test_odd_files(read, tmp_path, capsys):
     """A JSON array, a byte-order mark, CRLF, blank lines and U+2028 are fine. Questions that fill
-    the context are skipped and counted in one line; questions in both files are said."""
+    the context are skipped and counted in one line. It is said if questions are in both files, and
+    if there are fewer than a round wants."""
     long = GSM8K | dict(question="x" * 200)
     (tmp_path / "a.json").write_text(json.dumps([GSM8K, GSM8K, long, long], indent=1))
     line = json.dumps(GSM8K | dict(question="1\u2028+ 8?"), ensure_ascii=False)
     one = read("\ufeff" + line + "\r", "", json.dumps(GSM8K) + "\r", "", context=150,
                data=str(tmp_path / "a.json"))
     assert [question.text for question in one.test] == ["1\u2028+ 8?", GSM8K["question"]]
-    skipped, shared = capsys.readouterr().out.strip().split("\n")
+    skipped, shared, few = capsys.readouterr().out.strip().split("\n")
     assert len(one.train) == 2 and "a.json: 2 " in skipped and shared.startswith("2 ")
+    assert "a.json has 2 questions" in few and "320" in few
 
 
 @pytest.mark.parametrize("words, items", [
