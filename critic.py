@@ -3,9 +3,9 @@ The idea (Self-Explore, 2404.10346). Only the end of a solution can be checked. 
 that ruined it, complete each of its prefixes k times: the first step from which no completion comes
 out right is the first pit. It becomes the rejected side of a preference pair (dpo.py).
 What is different from the published codes:
-1. Completions are branches of the tree, so a right end found for one solution serves all others.
+1. Completions are branches of the tree: a right end serves all solutions that share its prefix.
 2. AlphaLLM's critics are small heads on the policy's hidden states, not language models.
-3. One function grades everywhere, by value. Where two differ, right ends make false pits.
+3. One function, `grade`, decides everywhere: ends that two graders see differently make false pits.
 Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Formulas  7 Statistics
 Try:  python critic.py      labels the first pit of one wrong solution; two seconds
 """
@@ -34,10 +34,10 @@ from model import BadInput
 # is the pit. For "the success rate drops by half", the former gives tried_right / tried (None if
 # not tried, 0 at the end), and the latter compares neighbours. Also change: tests/test_critic.py.
 def known_successes(path: list) -> list:
-    """For each step of a wrong solution the number of right ends below it, in any branch. None
-    means unknown. A 0 needs evidence: either the step ends the solution, or fresh completions of it
-    were tried and failed; the wrong solution itself was picked because it failed.
-    Right ends below A, nothing known of B and C, D the wrong end: [1, None, None, 0]."""
+    """For each step of a wrong solution the number of right samples through it. None: unknown. A 0
+    needs evidence: the step ends the solution, or fresh completions of it all failed. (The wrong
+    solution itself is no evidence against its steps: it was picked because it is wrong.)
+    One right sample through A, none through B and C, D the wrong end: [1, None, None, 0]."""
     return [node.rights if node.rights or node.tried or node.ended else None for node in path]
 
 
@@ -87,8 +87,7 @@ def label_pits(ends: list, complete, k: int, budget=None) -> None:
             return
         complete([(node, k) for node in before])
         for node, rights in before.items():
-            # other completions of this wave may lie below, too: at most k right ends are its own
-            node.tried_right += min(k, node.rights - rights)
+            node.tried_right += node.rights - rights    # no node of a wave lies below another
             node.tried += k
 
 
@@ -102,13 +101,13 @@ slots_of = lambda node: np.concatenate([step.slots for step in node.path()])    
 
 
 @torch.no_grad()
-def self_evaluation(nodes: list, sampler, question: str = JUDGE, shown="") -> list:
+def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> list:
     """The policy's own P(correct) of each solution so far, a number in (0, 1) each.
-    The question stands behind the solution, whose keys and values are used again. Models favour a
+    `template` stands behind the solution, whose keys and values are used again. Models favour a
     letter, so the mean over both orders of the options is taken: .3 with correct as (B) and .4 with
-    correct as (A) give .35. It is .5 if the question exceeds the context.
-    shown: a reference solution, as text or function node -> text. This shows the judge the answer.
-    Report it: in MCTS-DPO the AUC is 74.7 with it and 62.0 without. BadInput: split letters."""
+    correct as (A) give .35. It is .5 if solution and template do not fit into the context.
+    shown: a reference solution, as text or function node -> text. It tells the judge the answer, so
+    say when you use it: AUC .747, without .620 (MCTS-DPO). BadInput: "A" or "B" is no one token."""
     model, tokenizer = sampler.model, sampler.tokenizer
     letters = tokenizer.encode_more("A") + tokenizer.encode_more("B")
     if len(letters) != 2:
@@ -120,7 +119,7 @@ def self_evaluation(nodes: list, sampler, question: str = JUDGE, shown="") -> li
         text = shown(node) if callable(shown) else shown
         text = text and REFERENCE.format(text)
         for order, options in enumerate((("incorrect", "correct"), ("correct", "incorrect"))):
-            ids = tokenizer.encode_more(text + question.format(*options))
+            ids = tokenizer.encode_more(text + template.format(*options))
             if len(above) + len(ids) < model.config.max_positions:
                 paths.append(sampler.follow(above, ids))
                 places.append((i, order))
@@ -136,7 +135,7 @@ def self_evaluation(nodes: list, sampler, question: str = JUDGE, shown="") -> li
 # 3. Learned critics                      M nodes, C hidden size of the policy
 # --------------------------------------------------------------------------------------------------
 HEADS = ("value", "process", "outcome")
-LEAST_AUC = 0.55                        # a head that ranks worse on kept questions is not trusted
+LEAST_AUC = 0.55                        # a head that ranks worse on held-out questions: untrusted
 
 
 class Critic(torch.nn.Module):
@@ -205,8 +204,8 @@ def critic_labels(tree: Tree, k: int) -> list:
                `- f 0:1 --- g 0:1 end
 
     A step is bad (process 0) if its parent can be saved and it is a wrong end, as c, or k samples
-    below it are all wrong; f has too few. Below the pit d there is no process label. A row weighs
-    its samples, at most 8."""
+    below it are all wrong; f has too few. Below the pit d there is no process label. weight: the
+    number of samples, at most 8."""
     rows = []
     for node in tree.nodes[1:]:
         samples, good = node.rights + node.wrongs, float(node.rights > 0)
@@ -219,7 +218,8 @@ def critic_labels(tree: Tree, k: int) -> list:
 
 
 def critic_loss(critic: Critic, x, labels, weights):
-    """Weighted cross-entropy over the labels (M, 3) that exist: a .75 is learnt as .75."""
+    """Cross-entropy of the labels (M, 3) that exist, times weight, over the sum of weights (M,). A
+    soft label is learnt as it is: .75 as .75."""
     exists = weights[:, None] * ~labels.isnan()                             # (M, 3)
     return F.binary_cross_entropy_with_logits(critic(x), labels.nan_to_num(), exists,
                                               reduction="sum") / weights.sum()
@@ -267,7 +267,8 @@ def measure(said, truth) -> dict:
         note = "all held-out labels are of one kind" if n else "no held-out label"
     tenth = np.minimum(said * 10, 9).astype(int)
     calibration = []
-    for here in (tenth == i for i in np.unique(tenth)):
+    for i in np.unique(tenth):
+        here = tenth == i
         calibration.append((float(said[here].mean()), float(truth[here].mean()), int(here.sum())))
     return dict(auc=rank, brier=float(np.mean((said - truth) ** 2)) if n else None,
                 constant=float(np.var(truth)) if n else None, calibration=calibration,
@@ -281,16 +282,16 @@ def leaf_values(nodes, critic, sampler, rule="weakest", rollouts=None, known=Non
         of every step, outcome of the end. Among many samples one will fool a single head. (Best of
         64 on homework: 72% by the outcome head, 89% by the weakest link.) Set no threshold on it:
         the value of a prefix is low wherever the policy seldom succeeds.
-    mean (the paper's sum) and judge: the mean of what is said of the node alone.
+    mean and judge: the mean of what is said of the node alone (the paper: a sum).
         heads say (value, process, outcome): a (.7, .9, -), its end b (-, .8, .95)
         weakest   a: min(.7, .9) = .7        b: min(.7, .9, .8, .95) = .7
         mean      a: (.7 + .9) / 2 = .8      b: (.8 + .95) / 2 = .875
-    rollouts say one number more of a node that is no end. If nothing is said, a node is worth .5.
+    rollouts add one number for a node that is no end. If no head says anything, it is worth .5.
     known: {node: (3,)}, what the heads said; the caller keeps it through a search."""
     known = {} if known is None else known
     weakest = rule == "weakest"
-    paths = {node: weakest and node.path()[1:] or [node] for node in nodes}
-    new = {step: None for path in paths.values() for step in path if step not in known}
+    paths = {node: node.path()[1:] if weakest and node.parent else [node] for node in nodes}
+    new = dict.fromkeys(step for path in paths.values() for step in path if step not in known)
     if new:
         known.update(zip(new, critic.read(list(new), sampler)))
     rolled = rollouts.score([node for node in nodes if not node.ended]) if rollouts else {}
@@ -331,22 +332,24 @@ class Rollouts:
 
     def copy(self, node):
         """The twin of a node, made with those above it if they are missing. None: no room."""
-        if node in self.twin:
-            return self.twin[node]
-        above = self.copy(node.parent) if node.parent else None
         tokenizer, limit = self.sampler.tokenizer, self.sampler.model.config.max_positions
-        encode = tokenizer.encode_more if node.parent else tokenizer.encode_prompt
-        ids = encode(self.text(node)) if self.text else node.ids.tolist()
-        prefix = slots_of(above) if above else NOTHING
-        if (node.parent and above is None) or not 0 < len(prefix) + len(ids) < limit:
-            return None
-        if above is None:
-            twin = Tree(None, node.tree.seed + 1, ids, self.sampler.prompt(ids)).root
-        else:
-            slots = self.sampler.follow(prefix, ids)[len(prefix):]
-            twin = above.tree.add(above, ids, np.zeros(len(ids)), slots)
-            self.fresh.append(twin)
-        self.twin[node] = twin
+        twin = None
+        for step in node.path():                        # no recursion: a path may be long
+            if step in self.twin:
+                twin = self.twin[step]
+                continue
+            encode = tokenizer.encode_more if twin else tokenizer.encode_prompt
+            ids = encode(self.text(step)) if self.text else step.ids.tolist()
+            above = slots_of(twin) if twin else NOTHING
+            if not 0 < len(above) + len(ids) < limit:
+                return None
+            if twin is None:
+                twin = Tree(None, step.tree.seed + 1, ids, self.sampler.prompt(ids)).root
+            else:
+                slots = self.sampler.follow(above, ids)[len(above):]
+                twin = twin.tree.add(twin, ids, np.zeros(len(ids)), slots)
+                self.fresh.append(twin)
+            self.twin[step] = twin
         return twin
 
     def score(self, nodes: list) -> dict:
@@ -356,8 +359,8 @@ class Rollouts:
         sampler = self.sampler
         if sampler.used > self.room:
             self.forget()
-        twins = {node: twin for node, twin in zip(nodes, map(self.copy, nodes))
-                 if twin is not None and len(twin.solution()) < self.max_tokens}
+        twins = {node: twin for node in nodes
+                 if (twin := self.copy(node)) and len(twin.solution()) < self.max_tokens}
         sampler.encode([slots_of(twin) for twin in twins.values()])
         for twin in self.fresh:                         # what does the small model say of them?
             twin.logps = sampler.log_probs(slots_of(twin.parent), twin.slots)
@@ -374,13 +377,13 @@ class Rollouts:
 # --------------------------------------------------------------------------------------------------
 # The way of "So x = 10-3 = 7 apples": `grade` (chapter 6) calls `find_answer`, which asks `stated`
 # for the pieces of the text and `read_number` for what they say, 7; `same_answer` compares.
-# A false right is worse than a false wrong: a self-improving loop finds it and imitates it. So text
-# states a number only if every other token (word, number, glyph) is known to leave it as it is:
+# A false right is worse than a false wrong: a self-improving loop finds it and imitates it. So what
+# is marked is read only if all other tokens (words, numbers, glyphs) are known to leave it alone:
 #     **18** apples, as 3 > 2        18: `*` `apples` `,` are known; the reason is cut off
 #     18 or 20   18-20   1 000       unread: two numbers
 #     18k   18 - x   18²   18!       unread: k, x, ^ and ! are not known
 #     not 18   18 thousand           unread: these words change the value
-# Left out: algebra, 5k, 1e3, number words, sums in words (3 boxes * 6 = 18), 2 1/2.
+# Left out: algebra, 5k, 1e3, number words, 2 1/2; behind a mark sums in words (3 boxes * 6 = 18).
 PHRASE = r"(?i:answer|correct (?:option|choice))[*_]*\s*(?:(?i:is)\b|:)[*_:]*|<answer>\s*"
 DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{3}){1,9}(?![0-9])|[0-9]{1,99})"   # 1,000
 RATIO = r"[0-9]{1,99} ?/ ?[1-9][0-9]{0,98}(?!\.?[0-9])"                 # 1 / 2
@@ -407,7 +410,7 @@ for _ in range(4):                      # braces within braces, four deep
 
 
 def tidy(text: str) -> str:
-    r"""One spelling of signs, without $ and \text: `-18 cm` of `\(−\$18\text{ cm}\)`."""
+    r"""One spelling of signs, without $ and \text: ` - 18  cm ` of `\(−\$18\text{ cm}\)`."""
     text = text.translate(SYMBOLS)
     text = re.sub(r"\\(?:text|math|mbox|operatorname)[a-z]* *\{([^{}]*)\}", r" \1", text)
     return re.sub(r"(?<!\\)\\[()\[\]]|\\?[$€£¥]", " ", text)
@@ -419,19 +422,19 @@ def last_box(text: str) -> str:
 
 
 def stated(text: str):
-    """(rule, piece): where a text may state its answer, the surest and of a kind the last first.
+    """(mark, piece): where a text may state its answer, the surest and of a kind the last first.
     The whole text counts, as "bare", if it holds no box and its last line no mark."""
     text = tidy(text.split("\nQuestion:")[0])                           # a base model invents more
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
     text = text.replace(". I hope it is correct", "")                   # how Minerva's prompt ends
     box = last_box(text).replace("\n", " ")
     pieces = {"####": text.split("####")[1:], "boxed": [box], "phrase": re.split(PHRASE, text)[1:]}
-    for rule, found in pieces.items():
+    for mark, found in pieces.items():
         for piece in reversed(found):
             line, _, below = piece.partition("\n")
             words_first = re.match(r"\W*(?:[A-Za-z]{2}|[AaI] ).*[0-9]", line)
             if not (below and words_first):             # "#### Step 1: count" is a heading
-                yield rule, line
+                yield mark, line
     if not box and not re.search(f"####|{PHRASE}", text.split("\n")[-1]):
         yield "bare", text
 
@@ -442,21 +445,21 @@ def strange(text: str) -> list:
     return [token for token in tokens if token not in KNOWN and not WORD.fullmatch(token)]
 
 
-def read_number(piece: str, rule: str):
+def read_number(piece: str, mark: str):
     """The number that a piece states when a working before it and a reason behind it are cut off: 7
     of `7 apples`, `x = 10-3 = 7`, `7, not 8`. Else the piece as it is, which equals no number.
-    Without a mark (rule "bare") it is the result in the last line with a digit, or None."""
+    Without a mark ("bare") it is the result in the last line with a digit, 20 of 18-20, or None."""
     last = next((line for line in piece.split("\n")[::-1] if re.search("[0-9]", line)), "")
     formula = canonical(last) if re.search(r"[\\{^]", last) else ""
     if number(formula) is not None:                     # \frac12  2\frac{1}{2}  5 cm^2
         return formula
     line = REASON.split(WORKING.sub("", last, count=1))[0]
-    if rule == "bare":
+    if mark == "bare":
         line = RESULT.split(last)[-1]
     found = strange(line)
     if len(found) == 1 and re.fullmatch(NUMBER, found[0]):
         return re.sub(r"[+,\s]", "", found[0])
-    return piece.strip() if last and rule != "bare" else None
+    return piece.strip() if last and mark != "bare" else None
 
 
 def number(spelling: str) -> Fraction | None:
@@ -471,7 +474,7 @@ APART = (r"|\w[*_]*(?:[,;]| -)(?!\w)|\w \("                             # B, iro
          r"|[B-HJ-Z] (?!plus|minus)[a-z]{4,}\.?$")                      # B iron; but not A car
 
 
-def read_letter(piece: str, rule: str, options=None):
+def read_letter(piece: str, mark: str, options=None):
     """The letter of an option: B, (B), "B. iron", "(b) since"; a text of several lines has none.
     options: {letter: its text} as shown, if known. Then the text behind the letter may not be that
     of another option, and in `B, iron` and `B iron` it must be the letter's own."""
@@ -490,7 +493,7 @@ def read_letter(piece: str, rule: str, options=None):
     return letter if clear and not several else None
 
 
-def read_words(piece: str, rule: str):
+def read_words(piece: str, mark: str):
     """What is neither letter, formula nor number: `Light  BLUE.` gives `light blue`."""
     return " ".join(piece.split("\n")[0].strip(" #*_.()[]$\"'").casefold().split())
 
@@ -560,20 +563,20 @@ def split(tex: str) -> list:
     return "".join(cut).split("\n")
 
 
-def read_formula(piece: str, rule: str):
+def read_formula(piece: str, mark: str):
     """The canonical spelling of what a piece states; of prose, its number."""
-    if rule != "boxed":
+    if mark != "boxed":
         prose = re.search(r"\n|(?<![\\A-Za-z])[A-Za-z]{2,} ", piece)
-        piece = read_number(piece, rule) or ("" if prose else piece)
+        piece = read_number(piece, mark) or ("" if prose else piece)
     return canonical(piece)
 
 
 def find_answer(text: str, read=read_number) -> tuple:
-    """(answer, rule) that a text states; rule: "####", "boxed", "phrase", or unmarked "bare"."""
-    for rule, piece in stated(text):
-        answer = read(piece, rule)
+    """(answer, mark) that a text states; mark: "####", "boxed", "phrase", or unmarked "bare"."""
+    for mark, piece in stated(text):
+        answer = read(piece, mark)
         if answer:
-            return answer, rule
+            return answer, mark
     return None, None
 
 
@@ -586,7 +589,7 @@ def same_answer(a, b) -> bool:
     """Are two answers one? By value: 18 = 18.0 = $18.00; else as spelled. None equals nothing."""
     if a is None or b is None:
         return False
-    return a == b or number(a) == number(b) is not None
+    return a == b or (number(a) is not None and number(a) == number(b))
 
 
 # HACK HERE: what a right answer is. Also change: tests/test_grade.py. The reference decides how to
@@ -602,8 +605,8 @@ def grade(text: str, reference: str, cut: bool = False, question: str = "") -> b
     wanted = {read: find_answer(reference, read) for read in readers}
     sureness = ("####", "boxed", "phrase", "bare", None).index
     read = min(readers, key=lambda read: sureness(wanted[read][1]))     # ties: the first
-    found, rule = find_answer(text, read)
-    return same_answer(found, wanted[read][0]) and not (cut and rule == "bare")
+    found, mark = find_answer(text, read)
+    return same_answer(found, wanted[read][0]) and not (cut and mark == "bare")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ from critic import canonical, find_answer, grade
 from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, evenness, outcome_pairs, pit_pairs,
                  pits_of, preference_loss, rate_pairs, scaled_lr, sft_loss, sibling_pairs,
                  store_reference, text_row, train, tree_row)
-from mcts import (RULES, WHOLE, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
+from mcts import (RULES, UNCUT, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
                   from_json, grow, importance_width, page, printable, record_grade, search, to_json,
                   until)
 from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, about, field, mix, need,
@@ -1239,7 +1239,7 @@ class Homework(BuiltIn):
     def __init__(self, *given):
         super().__init__(*given)
         if self.settings.classes == 2:          # odd or even, and only behind ####
-            self.reader = lambda piece, rule: rule == "####" and critic.read_words(piece, rule)
+            self.reader = lambda piece, mark: mark == "####" and critic.read_words(piece, mark)
 
     def claim(self, number: int) -> str:
         """What the last line says of a value."""
@@ -1566,8 +1566,8 @@ class FileTask(BuiltIn):
 
     def over(self, line: str) -> bool:
         """Does this line end a solution? A base model goes on with the next question after it."""
-        rules = ("####",) if self.reader is critic.read_number else ("####", "boxed", "phrase")
-        return line.startswith("Question:") or find_answer(line, self.reader)[1] in rules
+        marks = ("####",) if self.reader is critic.read_number else ("####", "boxed", "phrase")
+        return line.startswith("Question:") or find_answer(line, self.reader)[1] in marks
 
     def train_questions(self, r: int) -> list:
         """The next ones of the shuffled file; every question once before any comes again."""
@@ -1658,8 +1658,8 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
     if solutions[0]["sound"] is not None:
         both = sum(row["right"] and row["sound"] for row in solutions)
         sound, by_luck = both / count, 1 - both / right if right else None
-    rules = [find_answer(row["solution"], lab.task.reader)[1] for row in solutions]
-    strict = sum(row["right"] and rule in ("####", "boxed") for row, rule in zip(solutions, rules))
+    marks = [find_answer(row["solution"], lab.task.reader)[1] for row in solutions]
+    strict = sum(row["right"] and mark in ("####", "boxed") for row, mark in zip(solutions, marks))
     budget = s.budget * s.questions if lab.sampled_tokens else 0
     if lab.sampled_tokens > 1.1 * budget:
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "
@@ -1917,7 +1917,7 @@ def unfolding_trees(folder: Path, task) -> list:
     pieces = ["<h2>Three trees of round 1</h2>"]
     for title, record in shown.items():
         summary = f"<summary>{escape(printable(title))}</summary>"
-        pieces.append(f"<details>{summary}<pre>{escape(picture(record, WHOLE))}</pre></details>")
+        pieces.append(f"<details>{summary}<pre>{escape(picture(record, UNCUT))}</pre></details>")
     return pieces
 
 

@@ -12,8 +12,8 @@ The numbers of a search, and where they are computed:
     P   node.prior    length-normalised likelihood of the step    from the log-probs of its tokens
     x   node.count    samples that took the step                  counted in `Tree.add`
 What is different from the published codes:
-1. A node holds ids and store slots: while trees grow, no token is encoded twice (model.Sampler).
-   Training and critics encode a whole tree once more. Equal steps are one node.
+1. A node holds ids and slots, their places in the sampler's store: no token of a growing tree is
+   encoded twice. Training policy or critics encodes a tree once more. Equal steps are one node.
 2. All trees are searched at once, in one large batch; no tree waits for another.
 3. One plain mean is backed up for all methods: see `backup`. Left out: virtual loss, discount.
 Chapters:  1 The tree   2 Files, budget   3 Growing   4 The search   5 Packing   6 Drawing, program
@@ -24,7 +24,7 @@ import signal
 
 if __name__ == "__main__":              # Ctrl-C and `| head` end the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)    # not on Windows
 
 import argparse
 import math
@@ -58,12 +58,12 @@ class Node:
     ended: str = ""                     # why the solution ends here: eos, answer, length; "" = open
     index: int = 0                      # order of birth in the tree; parents come before children
     children: list = field(default_factory=list, repr=False)
-    count: int = 0                      # how often this step itself was sampled; not from below it
-    drawn: int = 0                      # continuations asked for so far; the next one's number
+    count: int = 0                      # samples that took this step; those begun below it did not
+    drawn: int = 0                      # continuations asked for so far = number of the next one
     right: bool | None = None           # of an end: is the answer right? None: not graded
-    rights: int = 0                     # right samples that end at or below this step; in a search
-                                        # an end counts once
-    wrongs: int = 0                     # wrong ends, likewise
+    rights: int = 0                     # right samples that end at or below this step (a search
+                                        # grades an end once, however often it is sampled)
+    wrongs: int = 0                     # wrong samples, likewise
     tried: int = 0                      # fresh completions of it by critic.label_pits
     tried_right: int = 0                # how many of these ended right
     visits: int = 0                     # N: simulations that went through
@@ -104,22 +104,22 @@ class Tree:
         self.question, self.seed = question, seed
         self.tokens = 0                 # sampled for this tree: methods compare at equal tokens
         self.nodes = []
-        self.known = {}                 # (parent, end, ids or key of the step) -> node
+        self.known = {}                 # (parent, ended, ids or key of the step) -> node
         self.root = self.add(None, prompt_ids, NOTHING, prompt_slots)
         self.search_from = self.root    # where simulations begin (`commit_every` moves it down)
         self.last_growth = 0            # root visits when the search last sampled something
         self.last_commit = 0            # root visits when `commit_every` last moved search_from
         self.chosen = []                # AlphaLLM: path of the solution to imitate, if there is one
 
-    def add(self, parent, ids, logps, slots, end: str = "", key=None) -> Node:
+    def add(self, parent, ids, logps, slots, ended: str = "", key=None) -> Node:
         """The child with these ids. It is made if it is missing, and its count grows by one.
         Steps of equal `key` are one node, too (AlphaLLM's state merge): "so 2+3=5" and "2+3=5"."""
-        same_ids = (parent, end, tuple(ids))
-        same_key = same_ids if key is None else (parent, end, key)
+        same_ids = (parent, ended, tuple(ids))
+        same_key = same_ids if key is None else (parent, ended, key)
         node = self.known.get(same_ids) or self.known.get(same_key)
         if node is None:
             ids, logps = np.asarray(ids, np.int64), np.asarray(logps, np.float32)
-            node = Node(self, parent, ids, logps, np.asarray(slots), end, len(self.nodes))
+            node = Node(self, parent, ids, logps, np.asarray(slots), ended, len(self.nodes))
             self.nodes.append(node)
             if parent is not None:
                 parent.children.append(node)
@@ -162,7 +162,7 @@ def to_json(tree: Tree) -> dict:
 
 def from_json(saved: dict, question) -> Tree:
     """The inverse of to_json; BadInput for a damaged or foreign file. The tree can be grown further
-    once its nodes have slots (Sampler.follow gives them): it knows their ids and merges steps."""
+    once its nodes have slots (Sampler.follow): steps of equal ids merge; keys are not saved."""
     with about("a saved tree"):
         rows = model.field(saved, "nodes", list)
         need(rows, "key 'nodes' is empty: there is no root")
@@ -177,7 +177,7 @@ def from_json(saved: dict, question) -> Tree:
                         setattr(node, name, model.field(row, name, kind))
         chosen = _numbers(saved, "chosen", int, 0, len(rows) - 1, [])
     tree.chosen = [tree.nodes[i] for i in chosen]
-    tree.last_growth = tree.last_commit = tree.root.visits
+    tree.last_growth = tree.last_commit = tree.root.visits      # patience and commits start anew
     return tree
 
 
@@ -200,7 +200,7 @@ def _numbers(row, key: str, kind, low=0, high=2 ** 31, default=None) -> list:
 
 
 class Budget:
-    """How many tokens a set of trees may still sample. Trees are held to their tokens here:
+    """How many tokens a set of trees may still sample. What each recipe spends them on:
 
         rft                  | samples                                                 |
         outcome_dpo          | samples for RFT (round 1) | samples                     |
@@ -211,9 +211,9 @@ class Budget:
         sft                  | nothing                                                 |
 
     Who asks: loop.sample for samples, critic.label_pits for labels, `until` and `commit_every` for
-    a search (one Budget a tree, so that no tree depends on the others). Three things do not ask:
-    the first sample or simulation of each question, the policy writing new questions (counted
-    afterwards, in loop.imagined_questions), and rollouts of a smaller model (counted apart)."""
+    a search (one Budget a tree, so that no tree depends on the others). The first simulation of a
+    question asks for one token. Three do not ask: the first sample of each question, the policy
+    writing questions (counted afterwards, imagined_questions), and rollouts (counted apart)."""
 
     def __init__(self, trees: list, tokens: float):
         self.trees = trees
@@ -257,8 +257,8 @@ def attach(node: Node, sample, step_over, key=None) -> Node:
         if final or step_over(sample.ids[first:last].tolist()):
             ids, logps = sample.ids[first:last], sample.logps[first:last]
             slots = sample.slots[first:last]
-            end = sample.why if final and sample.why != "step" else ""
-            node = node.tree.add(node, ids, logps, slots, end, key and key(ids))
+            ended = sample.why if final and sample.why != "step" else ""
+            node = node.tree.add(node, ids, logps, slots, ended, key and key(ids))
             first = last
     return node
 
@@ -290,7 +290,7 @@ class StepSampler:
             self.owner[ticket] = node, i
 
     def answers(self) -> list:
-        """Nodes with all their new children, in order of number: the same tree in any batch."""
+        """Nodes that have all they asked for; children in order of sample number, in any batch."""
         ready = []
         while self.open and not ready:
             for ticket, sample in self.sampler.advance(self.progress).items():
@@ -313,7 +313,8 @@ class StepSampler:
 # Also change: RULES (and import random for chance). Then try `python mcts.py --rule NAME`.
 def puct(parent: Node, child: Node, c: float = 1.0) -> float:
     """Q + c P sqrt(N(parent)) / (1 + N(child)): AlphaZero's rule; MCTS-DPO (2405.00451) eq. 1."""
-    return child.q + c * child.prior * math.sqrt(max(1, parent.visits)) / (1 + child.visits)
+    visits = max(1, parent.visits)              # with 0, P would not count in the first choice
+    return child.q + c * child.prior * math.sqrt(visits) / (1 + child.visits)
 
 
 def uct(parent: Node, child: Node, c: float = 0.1) -> float:
@@ -328,7 +329,7 @@ RULES = dict(puct=puct, uct=uct)
 
 def fixed_width(root: int = 5, below: int = 3, every: int = 8):
     """MCTS-DPO's width: 5 steps at the root, 3 below. A low-entropy policy repeats itself, so every
-    8 visits a node gets as many again: 5, then 10 from visit 8, 15 from 16. (every=0: never.)"""
+    8 visits a node gets as many again: 5, from visit 8 on 10, from 16 on 15. (every=0: never.)"""
     waves = lambda node: 1 + node.visits // every if every else 1
     return lambda node: waves(node) * (below if node.parent else root)
 
@@ -372,9 +373,11 @@ def backup(node: Node, value: float) -> None:
 def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), to_end=True) -> None:
     """Monte-Carlo tree search of many trees at once.
 
-    proposer          ask(node, k) asks for k more steps; answers() -> nodes that have got theirs
+    proposer          ask(node, k) asks for k more steps; answers() -> nodes that got theirs, or []
     evaluate(nodes)   a number for each node, higher is better; asked once a node
     go_on(tree)       asked before every simulation: shall there be one?
+    choose, width     choose(node, child): the child of the largest number is visited;
+                      width(node): how many continuations a node should have drawn by now
     to_end            True: a simulation goes on until a solution ends (MCTS-DPO). False: it ends at
                       the first node without a visit (AlphaLLM, whose critics judge half solutions)
 
@@ -413,10 +416,10 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
 
 
 def until(simulations: float, tokens: float = math.inf, patience: float = math.inf):
-    """A stop rule: go_on(tree) is False after so many simulations of a tree, after `patience` in a
-    row without sampling, or when the next one may not fit into the tree's `tokens`. It is
-    expected to cost twice the mean so far. Example: tokens = 30. Three simulations took 24, 8 each.
-    The next may cost 16, and only 6 are left: stop."""
+    """A stop rule: go_on(tree) is False when a tree has so many simulations (those in its file
+    included), after `patience` in a row that sampled nothing, or when the next one may not fit into
+    `tokens` from the first call on. It may cost twice the mean so far. Example: tokens = 30. Three
+    simulations took 24, 8 each. The next may cost 16, and only 6 are left: stop."""
     started = {}                        # tree -> (budget, tokens, visits) at the first call
 
     def go_on(tree):
@@ -432,7 +435,7 @@ def until(simulations: float, tokens: float = math.inf, patience: float = math.i
 
 
 def commit_every(simulations: int, tokens: float = math.inf):
-    """MCTS-DPO: after every K simulations the search moves on to the best child, up to an end."""
+    """MCTS-DPO: after every K simulations the search moves to the best child, down to an end."""
     affordable = until(math.inf, tokens)
 
     def go_on(tree):
@@ -445,7 +448,7 @@ def commit_every(simulations: int, tokens: float = math.inf):
 
 
 def best_child(node: Node) -> Node | None:
-    """The most visited child, then the one of higher Q, then the first-born. None: no visits."""
+    """The most visited child; among equals that of highest Q, the first-born. None: no visits."""
     visited = [child for child in node.children if child.visits]
     return max(visited, key=lambda child: (child.visits, child.q), default=None)
 
@@ -466,8 +469,8 @@ class Packed:
     """Some nodes of a tree and all their ancestors in one row of T tokens, branch after branch:
 
         tree   q1 q2 --+-- a1 a2      row       q1 q2 a1 a2 b1           sees      q1 q2 a1 a2 b1
-                       `-- b1         position   0  1  2  3  2   depth         q1   x
-                                      before    -1  0  1  2  1   not a2        q2   x  x
+                       `-- b1         position   0  1  2  3  2                 q1   x
+                                      before    -1  0  1  2  1                 q2   x  x
                                       unseen     5  5  4  4  5                 a1   x  x  x
                                                                                a2   x  x  x  x
                                                                                b1   x  x        x
@@ -487,7 +490,7 @@ class Packed:
 def pack(nodes) -> Packed:
     """Lay nodes of one tree and their ancestors in a row, branch after branch."""
     keep = {step for node in nodes for step in node.path()}
-    keep = sorted(keep, key=lambda node: [step.index for step in node.path()])
+    keep = sorted(keep, key=lambda node: [step.index for step in node.path()])  # depth first
     ids = np.concatenate([node.ids for node in keep])                       # (T,)
     position, unseen = np.zeros_like(ids), np.zeros_like(ids)
     before = np.arange(-1, len(ids) - 1)                                    # the left neighbour ...
@@ -507,7 +510,7 @@ def pack(nodes) -> Packed:
 # --------------------------------------------------------------------------------------------------
 # 6. Drawing, and the program
 # --------------------------------------------------------------------------------------------------
-WHOLE = 10_000                          # columns of a step on a page, where nothing is cut
+UNCUT = 10_000                          # columns of a step on a page, where nothing is cut
 SHEET = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --light: 36% }  p { margin: .2em 0 }  .grid { stroke: #8884 }
@@ -540,8 +543,8 @@ def _notes(node: Node, chosen, pits, prior: bool) -> str:
 
 
 def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) -> str:
-    """The tree for a terminal, with a legend; text(node) -> str. Shown are the `limit` nodes that
-    matter most: chosen, pits, often visited, often sampled. Steps are cut at `width` columns.
+    """The tree for a terminal, with legend; text(node) -> str. Paths are added until `limit` nodes
+    are shown: first chosen, pits, often visited, often sampled. Steps are cut at `width` columns.
     prior: show P, which only PUCT uses."""
     weight = lambda node: (node in chosen, node in pits, node.visits, node.count, -node.index)
     shown, lines = set(), []
@@ -609,7 +612,7 @@ def show(flags) -> None:
     text, prior = lambda node: str(texts[node.index]), flags.rule == "puct"
     print(draw(tree, text, tree.chosen, pits, prior=prior))
     if flags.html:
-        whole = draw(tree, text, tree.chosen, pits, len(texts), WHOLE, prior)
+        whole = draw(tree, text, tree.chosen, pits, len(texts), UNCUT, prior)
         write_text(flags.html, page(text(tree.root), [f"<pre>{escape(whole)}</pre>"]))
 
 

@@ -1,6 +1,6 @@
 """Pairs, packed rows, losses and training against oracles: hand numbers, plain causal rows, finite
 differences, formulas written a second time, and the same training done in another way. Models are
-fp32 or float64 unless a test is about bf16, so that no tolerance depends on the machine."""
+fp32 unless a test is about bf16, so that no tolerance depends on the machine."""
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,9 +15,8 @@ from dpo import (Muon, Pair, batches, dpo_loss, log_probs, evenness, outcome_pai
                  store_reference, text_row, token_log_probs, train, tree_row)
 from mcts import NOTHING, Tree, record_grade
 from model import GPT, BadInput, GPTConfig
-from test_mcts import grown
+from test_mcts import V, grown
 
-V = 40                                  # ids of the models made here
 LOSS = partial(preference_loss, beta=0.3, nll=0.7)
 near = partial(torch.allclose, rtol=0, atol=1e-5)
 
@@ -409,7 +408,8 @@ def test_updates_that_are_not_finite(how):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_interrupted_training_ends_in_the_same_bytes(dtype, tmp_path, monkeypatch):
-    """Stopped and gone on with in a new model: the same; a state of another rate is not used."""
+    """Stopped and gone on with by a model of other weights (seed 7): the same. A state of another
+    rate is not used: the training begins anew, so the model must be that of `whole` (seed 0)."""
     monkeypatch.setattr(dpo, "SAVE_EVERY", 0)
     data, state, stop = some_batches(5), tmp_path / "state", None
 

@@ -60,10 +60,10 @@ def evaluate(nodes):
     assert len({*nodes}) == len(nodes) and all(node.score is None for node in nodes)
     return [node.tree.question.value(moves_to(node)) for node in nodes]
 
-def play(games, rule, seed=0, **how):
+def play(games, go_on, seed=0, **how):
     """Search one tree for each game."""
     trees = [Tree(game, i, [0]) for i, game in enumerate(games)]
-    search(trees, Scrambled(seed), evaluate, rule, **how)
+    search(trees, Scrambled(seed), evaluate, go_on, **how)
     return trees
 
 def assert_backed_up(tree, to_end):
@@ -123,11 +123,11 @@ SCORES = dict(
 @pytest.mark.parametrize("to_end", (False, True))
 @pytest.mark.parametrize("commit", (False, True))
 def test_equals_the_recursive_reference(name, to_end, commit):
-    """Every N, W, P, count and the path of 960 random games are those of the recursion."""
+    """Every N, W, P, count and the path of 120 searches of random games are the recursion's."""
     for c, simulations in ((0.0, 1), (0.0, 13), (0.5, 4), (0.5, 13), (2.0, 4), (2.0, 13)):
         games = [Game(seed, depth=2 + seed % 5) for seed in range(int(c), 60, 3)]
-        rule = commit_every(simulations) if commit else until(simulations)
-        trees = play(games, rule, simulations, choose=partial(RULES[name], c=c),
+        go_on = commit_every(simulations) if commit else until(simulations)
+        trees = play(games, go_on, simulations, choose=partial(RULES[name], c=c),
                      width=fixed_width(5, 3, every=0), to_end=to_end)
         for game, tree in zip(games, trees):
             assert_sound(tree)
@@ -146,10 +146,10 @@ def test_equals_the_recursive_reference(name, to_end, commit):
 def test_batch_equals_alone():
     """A game among 30, answered in any order, is the game alone; so it is across a file."""
     games = [Game(seed) for seed in range(30)]
-    for rule in (lambda: commit_every(9), lambda: until(9), lambda: until(50, tokens=40)):
-        trees = play(games, rule(), seed=4, width=importance_width(), to_end=False)
+    for make in (lambda: commit_every(9), lambda: until(9), lambda: until(50, tokens=40)):
+        trees = play(games, make(), seed=4, width=importance_width(), to_end=False)
         for i in (0, 7, 29):
-            alone, = play(games[i:i + 1], rule(), width=importance_width(), to_end=False)
+            alone, = play(games[i:i + 1], make(), width=importance_width(), to_end=False)
             assert to_json(alone)["nodes"] == to_json(trees[i])["nodes"]
             assert_backed_up(alone, to_end=False)
     trees = [from_json(to_json(tree), tree.question) for tree in play(games, until(9))]
@@ -160,11 +160,11 @@ def test_budget_and_patience():
     """The next simulation may cost twice the mean; patience counts those without a new sample."""
     for tokens, spent, visits, more in ((30, 24, 3, False), (30, 18, 3, True), (30, 19, 3, False),
                                         (1, 0, 0, True), (0, 0, 0, False), (30, 0, 50, False)):
-        tree, rule = Tree(None, 0, [0]), until(50, tokens)
+        tree, go_on = Tree(None, 0, [0]), until(50, tokens)
         tree.tokens = 7                         # those sampled before do not count
-        assert rule(tree) == (tokens > 0)
+        assert go_on(tree) == (tokens > 0)
         tree.tokens, tree.root.visits = 7 + spent, visits
-        assert rule(tree) == more
+        assert go_on(tree) == more
     budget = Budget([tree], 10)
     assert budget.left() == 10 and budget.affords(10) and not budget.affords(11)
     tree.tokens += 10
@@ -173,7 +173,7 @@ def test_budget_and_patience():
     assert patient.root.visits == 5
 
 def test_docstring_examples():
-    """The four simulations of `search` and the telescoping Q of `backup`, as they are written."""
+    """The four simulations of `search` as written; the telescoping Q of `backup`, on ten games."""
     moves = {(): [((0,), (math.log(.6),), ""), ((1,), (math.log(.4),), "")]}
     game = Game(0)
     game.moves = lambda path, count: moves.get(path, [((len(path) + 1,), (-1.0,), "")])
@@ -195,7 +195,7 @@ def test_docstring_examples():
         assert not node.visits or abs(value(node) + state(node) - node.q) < 1e-9
 
 def test_known_values():
-    """27 ends of which two win: 400 simulations find one, and leave a lost first move alone."""
+    """27 ends, one or two win: 400 simulations find one, and leave a lost first move alone."""
     for seed in range(6):
         game, lost, rng = Game(seed), seed % 3, random.Random(seed)
         start = ((lost + 1 + seed % 2) % 3,)
@@ -223,8 +223,8 @@ def test_widths():
     for i, score in enumerate((0.9, 0.4)):
         child = tree.add(node, [i], [-1.0], NOTHING)
         assert width(node) == node.drawn                # not tried yet
-        child.score, child.visits = score, 1
-        node.drawn += 1
-    assert width(node) == 3
-    node.drawn = 5
-    assert width(node) == 5                             # I = .4, n = 5
+        child.score, child.visits, node.drawn = score, 1, i + 1
+    for node.drawn, n in ((2, 3), (99, 5)):             # one more; at most n = 5, as I = .4
+        assert width(node) == n
+    tree.root.score, tree.root.drawn = 0.3, 99
+    assert width(tree.root) == 5                        # I = .2, n = 3; at least 5 at the root
