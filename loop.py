@@ -39,7 +39,6 @@ if __name__ == "__main__":              # Ctrl-C while torch is imported ends wi
 import argparse
 import glob
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -201,7 +200,7 @@ class Settings:
     # AlphaLLM
     critic: str = "weakest"     # leaf value: weakest link of the heads, their mean, or judge
     rollouts: int = 0           # fast rollouts of each leaf by a smaller policy (paper: 4)
-    rollout_model: str = ""     # folder of that policy; empty: a base with one layer
+    rollout_model: str = ""     # its folder, trained as the base is; empty: a base with one layer
     # learning
     steps: int = 64             # optimiser updates a round, for every recipe
     batch: int = 32             # trees in one update
@@ -232,7 +231,8 @@ TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
 TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens in a forward; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
-FREE = ("rounds", "out", "device", "threads", "workers", "rows")    # may differ in the next call
+FREE = {"rounds", "out", "device", "threads", "workers", "rows"}    # may differ in the next call
+OF_TASK = {"task", "traps", "classes", "split", "model", "template", "data", "eval_data"}
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
             "batch", "epochs", "eval_questions")
 STREAM = dict(                          # random numbers of a stage are made of the seed and this
@@ -255,12 +255,14 @@ def check(s: Settings) -> None:
         if value not in choices.get(name, [value]):
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
         if not isinstance(value, str) and not least <= value < 1e12:
-            raise BadInput(f"{flag}: give a number from {least} on.")
+            raise BadInput(f"{flag}: give a number from {least} to a million million.")
     if s.share >= 1 or s.traps > 3 or s.classes == 1 or s.threads > 1024:
         raise BadInput("--share must lie below 1; --traps may be 3 at most, --threads 1024, "
                        "--classes 0, 2, 3 ...")
     if s.sft_data and not s.data or s.data and not (s.eval_data and s.model):
         raise BadInput("--data needs --eval-data and --model; --sft-data needs all three.")
+    if s.template and not s.eval_data or s.rollout_model and not s.rollouts:
+        raise BadInput("--template needs --eval-data; --rollout-model needs --rollouts.")
     if s.template and (s.template.count("{question}") != 1 or "{{question}}" in s.template):
         raise BadInput("--template needs {question} once, in single braces, where a question goes.")
     if s.rollouts and s.model and not s.rollout_model:
@@ -993,17 +995,15 @@ class Lab:
             raise BadInput(f"--recipe {mine['recipe']} cannot make up questions with options: take "
                            "rft, self_explore, mcts_dpo or combined.")
         if mine["rollouts"] and (small := mine["rollout_model"]):   # it is used hours later
-            GPT.from_pretrained(small, "cpu").bind(Tokenizer.from_pretrained(small))
+            tokenizer = Tokenizer.from_pretrained(small)
+            GPT.from_pretrained(small, "cpu").bind(tokenizer)
+        self.task.train_questions(1)            # are there enough?
         for name in ("data", "eval_data", "sft_data"):
             mine[name + "_hash"] = file_hash(mine[name])
         with about(f"give another --out, for no folder can be made at {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        saved = cached(self.folder / "settings.json", lambda: [mine])[0]
-        changed = [name for name in mine if name not in FREE and saved.get(name) != mine[name]]
-        said = [f"--{name.replace('_', '-')} was {saved.get(name)!r}" for name in changed]
-        if changed:                             # --data-hash: the contents of the --data file
-            raise BadInput(f"{self.folder} was begun with other settings or files "
-                           f"({'; '.join(said)}): give the old ones, or another --out.")
+        cached(self.folder / "settings.json", lambda: [mine])
+        same_settings(self.folder, mine, mine.keys() - FREE)
         sweep(self.folder, "**/*.[0-9]*.tmp")
         sweep(self.bases, "base_*.[0-9]*.tmp")
 
@@ -1080,6 +1080,16 @@ class Lab:
     def decode(self, ids) -> str:
         """Ids -> text, without end-of-text."""
         return self.tokenizer.decode_more(int(i) for i in ids if i not in self.model.stop_ids)
+
+
+def same_settings(folder: Path, mine: dict, names) -> None:
+    """BadInput unless these settings are those that the run in a folder was begun with."""
+    saved = restored(folder / "settings.json", read_lines)[0]
+    said = [f"--{name.replace('_', '-')} was {saved.get(name)!r}"       # --data-hash: of the file
+            for name in mine if name in names and saved.get(name) != mine[name]]
+    if said:
+        raise BadInput(f"{folder} was begun with other settings or files ({'; '.join(said)}): give "
+                       "the old ones or another --out, or move this folder away.")
 
 
 def default_folder(s: Settings) -> str:
@@ -1593,7 +1603,7 @@ class FileTask(BuiltIn):
             if len(prompt) + len(solution) < self.context:
                 found.append((prompt, solution))
         if not found:
-            raise BadInput(f"None of {len(order)} reference solutions fits the model's context of "
+            raise BadInput(f"None of the reference solutions fits the model's context of "
                            f"{self.context} tokens; give shorter ones.")
         if len(found) < len(order):
             print(f"{len(order) - len(found)} of {len(order)} reference solutions exceed the "
@@ -1663,7 +1673,8 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
     budget = s.budget * s.questions if lab.sampled_tokens else 0
     if lab.sampled_tokens > 1.1 * budget:
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "
-              f"{budget:,}: each stage begins with one sample or simulation of every question")
+              f"{budget:,}: a stage begins with one sample or simulation of every question, and "
+              "later ones are planned by the mean cost of those before")
     grow_seconds, learn_seconds, eval_seconds = np.diff(clock).tolist()
     return dict(
         recipe=s.recipe, round=r, seed=s.seed,
@@ -1827,6 +1838,7 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
     folder, lab.folder = lab.folder / f"round_{r}", lab.folder / f"decode_{r}"
     if not folder.exists():
         raise BadInput(f"--decode {r}: there is no {folder}; give a run's flags, and its round.")
+    same_settings(folder.parent, asdict(s), OF_TASK)
     lab.load(folder)
     lab.claim_folder()                          # other flags need another folder than decode_R
     graded = grow_forest(lab, "samples", lab.task.train_questions(1), s.share * s.budget, sample)
@@ -2031,7 +2043,8 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a model on its own solutions.",
                                      allow_abbrev=False, exit_on_error=False)
     group, default = parser, asdict(Settings())
-    for line in inspect.getsource(Settings).split("\n"):
+    source = Path(__file__).read_text(encoding="utf-8")
+    for line in re.search(r"class Settings:.*?def ", source, re.DOTALL)[0].split("\n"):
         if title := re.fullmatch(r"    # (.*)", line):
             group = parser.add_argument_group(title[1])
         elif found := re.fullmatch(r"    (\w+): \w+ = \S+ +# (.*)", line):
@@ -2061,7 +2074,7 @@ def main(arguments: list) -> int:
         if parsed.evaluate == "":
             raise BadInput("--evaluate is empty: give a folder with a model.")
         if parsed.evaluate is not None:
-            evaluate(replace(s, model=parsed.evaluate))
+            evaluate(replace(s, model=parsed.evaluate, rollouts=0, rollout_model=""))
         elif s.eval_data and not s.data:
             raise BadInput("--eval-data without --data: give a file of training questions, too.")
         elif parsed.decode is not None:
@@ -2081,7 +2094,7 @@ def main(arguments: list) -> int:
     except argparse.ArgumentError as error:
         message = f"{error}; see --help"
     except OSError as error:
-        message = (f"{error.filename or 'a file'}: {error.strerror or error}; mend it, and the "
+        message = (f"{error.filename or 'the output'}: {error.strerror or error}; mend it, and the "
                    "same command goes on where it stopped")
     except (MemoryError, RuntimeError) as error:        # on a CPU only its text tells it apart
         if isinstance(error, RuntimeError) and not re.search("(allocate|of) memory", str(error)):

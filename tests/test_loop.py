@@ -619,6 +619,8 @@ def test_evaluate_and_decode(home, run_of, monkeypatch):
     assert table(out)["greedy"][1::2] == greedy and counts[0] > counts[1] > 0
     spent = [float(cells[0].replace(",", "")) for cells in table(out).values()]
     assert 0 < spent[0] < spent[1] == spent[2] == spent[3] and 0 < spent[4] <= 1.1 * spent[1]
+    code, _, err = go(**settings | dict(decode=1, traps=1))
+    assert code == 2 and "--traps was 0" in err, err        # another task than the run's
 
 
 # -- the command line, files, source ---------------------------------------------------------------
@@ -636,7 +638,9 @@ FILES = "--model m --data {} --eval-data {}"
     ("single", FILES.format("good", "good") + " --template {{question}}"),
     ("xyz", "--compare rft,xyz"), ("nowhere", "--evaluate nowhere"), ("once", "--compare rft,rft"),
     ("nobody", "--recipe alphallm --rollouts 1 --rollout-model nobody"),
-    ("1024", f"--threads {10 ** 10}"),
+    ("1024", f"--threads {10 ** 10}"), ("million", f"--seed {10 ** 20}"),
+    ("ask for fewer", "--task countdown --questions 9999"), ("--rollouts", "--rollout-model m"),
+    ("--eval-data", "--template {question}"),
     ("--seeds", "--compare rft --seeds 0"), ("--out", "--questions 2")])
 def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):
     """Exit code 2, one line that names what is wrong, and no run folder."""
