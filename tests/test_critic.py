@@ -199,6 +199,7 @@ def test_self_evaluation_is_a_plain_forward(shown):
     """P equals a plain forward, with and without the gold leak; nothing is encoded twice."""
     sampler = language_model()
     nodes = [node for tree in grown(sampler, 3) for node in tree.nodes]
+    nodes[-1].ended = "eos"                             # judged before its end-of-text
     for node, p in zip(nodes, self_evaluation(nodes, sampler, shown=shown)):
         ids = np.concatenate([step.ids for step in node.path()]).tolist()
         ids, both = ids[:-1] if node.ended == "eos" else ids, []
@@ -269,6 +270,7 @@ def test_heads_learn_and_are_calibrated():
     sure, soft = (x[:, :1] > 0).float(), torch.where(x[:, 1:2] > 0, .5, .02)
     labels, kept = torch.cat((sure, soft, sure), 1), torch.arange(160) >= 128
     first, report = fit_critic(x, labels, torch.ones(160), kept, 100, 1)
+    torch.rand(1)                                       # others may draw random numbers
     second, _ = fit_critic(x, labels, torch.ones(160), kept, 100, 1)
     assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
     assert report["value"]["auc"] == 1 and first.trusted.tolist() == [1, 1, 1]
@@ -298,6 +300,8 @@ def test_report_by_hand():
     assert report["constant"] == .25
     tenths = [(.1, 0, 1), (.35, 1, 1), (.85, 0, 1), (.9, 1, 1)]
     assert [pytest.approx(row) for row in tenths] == report["calibration"]
+    report = measure(np.array([.31, .39, .95, 1]), np.array([1, 0, 1, 0.]))     # AUC .5
+    assert [count for *_, count in report["calibration"]] == [2, 2] and not report["trusted"]
 
 
 class Told:

@@ -347,6 +347,19 @@ def some_batches(updates, size=2):
     """A batch of different trees for every update."""
     return [[row_of(size * i + j) for j in range(size)] for i in range(updates)]
 
+def test_adamw():
+    """Three updates equal a textbook without weight decay; the third gradient is cut to norm 1."""
+    model, m, v, moved = tiny(hidden=8), 0, 0, 0
+    start, n = weights(model), sum(p.numel() for p in model.parameters())
+    slopes = iter((0.001, 0.005, 1e3))
+    pull = lambda model, rows: (next(slopes) * sum(p.sum() for p in model.parameters()), 1, {})
+    train(model, [[text_row([1], [2])]] * 3, pull, 1e-3, warmup=0)
+    for i, g in enumerate((0.001, 0.005, n ** -0.5)):
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        fraction = m / (1 - 0.9 ** (i + 1)) / (v / (1 - 0.95 ** (i + 1))) ** 0.5
+        moved += 1e-3 * schedule(i, 3, 0) * fraction
+    assert all((p - start[name] + moved).abs().max() < 1e-6 for name, p in weights(model).items())
+
 @pytest.mark.parametrize("muon", (False, True))
 def test_one_part_of_eight_is_eight_parts_of_one(muon, capfd):
     """Parts change neither weights nor report; no progress is written where no terminal is."""
@@ -462,3 +475,12 @@ def test_masters_keep_small_updates(trainings):
         master = model.masters()[name].detach()
         assert (master - (start[name].float() - 50e-5)).abs().max() < 1e-5
         assert torch.equal(p.detach(), master.bfloat16())
+
+
+def test_at_most_eight_pairs_a_tree():
+    """So that a tree of many ends does not outweigh the others."""
+    tree = Tree(None, 0, [9])
+    for i in range(20):
+        record_grade(add(tree, tree.root, [i], "eos"), i % 2 == 0)
+    pairs = outcome_pairs(tree)
+    assert len(pit_pairs(tree)) == len(pairs) == len({pair.rejected[0] for pair in pairs}) == 8

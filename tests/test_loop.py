@@ -156,6 +156,38 @@ def test_a_run_leaves_what_it_says(run_of):
     assert pairs == log[1]["pairs"] + log[2]["pairs"] > 4
 
 
+def test_stages_have_their_own_seeds(run_of):
+    """No two trees of two rounds share a seed."""
+    found = [tree["seed"] for r in (1, 2) for tree in trees(run_of("rft"), f"trees_{r}")]
+    assert len({*found}) == len(found) == 16
+
+
+def test_examples_end(home, tmp_path):
+    """Each example has the end-of-text at which sampling stops."""
+    lab = loop.Lab(loop.Settings(**small(home, out=str(tmp_path / "run"))))
+    row, = lab.example_rows(1, random.Random(0))
+    assert row.packed.ids[-1] == lab.model.end_id and row.learn[-1]
+
+
+@pytest.mark.parametrize("real", (False, True))
+def test_how_the_base_is_trained(real, home, tmp_path, monkeypatch):
+    """The tiny GPT from scratch by Muon at 6e-3, real weights by AdamW at --sft-lr."""
+    monkeypatch.setattr(loop, "train", train := Mock(return_value=dict(steps=1)))
+    model = home / "m" if real else ""
+    assert go(**small(home, model=model, sft_lr=0.5, rounds=0, out=tmp_path / "run"))[0] == 0
+    (_, _, _, lr), how = train.call_args
+    assert (lr, how["muon"], how["warmup"]) == (0.5 if real else 6e-3, not real, 50)
+
+
+def test_cut_answers_do_not_count(home, tmp_path):
+    """A held-out solution that is right as far as it goes and ran into the limit is wrong."""
+    assert go(**small(home, recipe="rft", rounds=0, max_tokens=4, out=tmp_path / "run"))[0] == 0
+    row, = loop.read_lines(tmp_path / "run" / "log.jsonl")
+    solved = loop.read_lines(tmp_path / "run" / "eval_0.jsonl")
+    assert {one["solution"] for one in solved} == {"+\n=0"}
+    assert (row["accuracy"], row["never_ends"]) == (0, 1)
+
+
 def test_the_lab_lists_the_files(run_of):
     """The names in Lab's docstring are those in the folders of the seven recipes."""
     stem = lambda name: re.sub(r"_\d+", "", name.partition(".")[0])

@@ -278,6 +278,17 @@ def small_tree():
     mcts.backup(tree.ends()[0], 1.0)
     return tree, lambda node: "".join(map(chr, node.ids)), tree.nodes[3]
 
+def test_steps_go_on_where_they_stopped():
+    """A step knows the unfinished line before it, and is sampled at the search's temperature."""
+    sampler = Sampler(language_model(), Letters(), 16)
+    tree = Tree("q", 1, [3, 4], sampler.prompt([3, 4]))
+    slots = sampler.follow(tree.root.slots, [5, 8, 9])[2:]
+    node = tree.add(tree.root, [5, 8, 9], [-1.0] * 3, slots)            # "F\nJ"
+    assert mcts.requests(node, 1, 9, sampler)[0].line == "J"
+    steps = StepSampler(sampler, 12, temperature=0)
+    steps.ask(node, 4)
+    assert steps.answers() == [node] and len(node.children) == 1
+
 def test_draw_and_page():
     """The exact text of a small tree; long trees say what they hide. Nothing that a model wrote
     acts on terminal or browser, and a page loads nothing."""

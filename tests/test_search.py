@@ -208,7 +208,7 @@ def test_known_values():
         assert tree.root.children[lost].visits < 40
 
 def test_widths():
-    """With `every`, a node draws again at every so many visits; the example of the other width."""
+    """With `every`, a node draws again at every so many visits."""
     for every in (8, 10 ** 9):
         games = [Game(seed, depth=3) for seed in range(10)]
         for tree in play(games, until(60), width=fixed_width(4, 2, every)):
@@ -217,6 +217,9 @@ def test_widths():
                 waves = 1 + (node.visits - 1) // every
                 drawn = (2 if node.parent else 4) * waves
                 assert node.drawn == sum(child.count for child in node.children) == drawn
+
+def test_importance_width():
+    """The docstring's example. n lies in 1..10, at the root in 5..40; times 1 + visits // 8."""
     tree, width = Tree(None, 0, [0]), importance_width()
     node = tree.add(tree.root, [1], [-1.0], NOTHING)
     node.score, node.visits = 0.5, 1
@@ -226,5 +229,20 @@ def test_widths():
         child.score, child.visits, node.drawn = score, 1, i + 1
     for node.drawn, n in ((2, 3), (99, 5)):             # one more; at most n = 5, as I = .4
         assert width(node) == n
-    tree.root.score, tree.root.drawn = 0.3, 99
-    assert width(tree.root) == 5                        # I = .2, n = 3; at least 5 at the root
+    tree.root.drawn = 999
+    for mine, theirs, visits, n in ((0.3, 0.5, 7, 5), (0.3, 0.5, 15, 10), (-9, 0.5, 7, 40),
+                                    (-9, 0.5, 16, 120)):
+        tree.root.score, node.score, tree.root.visits = mine, theirs, visits
+        assert width(tree.root) == n
+    for mine, visits, n in ((0.4, 7, 6), (9.0, 7, 10), (9.0, 8, 20)):
+        node.score, node.visits = mine, visits
+        assert width(node) == n
+
+def test_rules_by_hand():
+    """The constants: c = 1 for PUCT, .1 for UCT."""
+    tree = Tree(None, 0, [9])
+    child = tree.add(tree.root, [1], [-0.5], NOTHING)
+    tree.root.visits, child.visits, child.value_sum = 100, 4, 2.0
+    puct, uct = RULES["puct"](tree.root, child), RULES["uct"](tree.root, child)
+    assert puct == pytest.approx(0.5 + math.exp(-0.5) * 10 / 5)
+    assert uct == pytest.approx(0.5 + 0.1 * math.sqrt(2 * math.log(100) / 4))
