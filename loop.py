@@ -1603,7 +1603,7 @@ class FileTask(BuiltIn):
             if len(prompt) + len(solution) < self.context:
                 found.append((prompt, solution))
         if not found:
-            raise BadInput(f"None of the reference solutions fits the model's context of "
+            raise BadInput("None of the reference solutions fits the model's context of "
                            f"{self.context} tokens; give shorter ones.")
         if len(found) < len(order):
             print(f"{len(order) - len(found)} of {len(order)} reference solutions exceed the "

@@ -313,7 +313,7 @@ def test_training_questions_and_references(read, tmp_path, capsys):
     assert "3 of 6 reference solutions exceed the model's context" in capsys.readouterr().out
     assert len(one.examples(2, random.Random(0))) == 1
     one.references = one.references[:1]
-    with pytest.raises(BadInput, match="None of 3 reference"):
+    with pytest.raises(BadInput, match="None of the reference"):
         one.examples(3, random.Random(0))
 
 
