@@ -300,7 +300,7 @@ def test_report_by_hand():
     assert report["constant"] == .25
     tenths = [(.1, 0, 1), (.35, 1, 1), (.85, 0, 1), (.9, 1, 1)]
     assert [pytest.approx(row) for row in tenths] == report["calibration"]
-    report = measure(np.array([.31, .39, .95, 1]), np.array([1, 0, 1, 0.]))     # AUC .5
+    report = measure(np.array([.31, .39, .95, 1]), np.array([0, 1, 1, 0.]))     # AUC .5
     assert [count for *_, count in report["calibration"]] == [2, 2] and not report["trusted"]
 
 

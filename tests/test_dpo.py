@@ -85,7 +85,8 @@ def test_pit_pairs_by_hand():
     ends = [add(tree, parent, ids, "eos") for parent, ids in
             ((b, [3]), (a, [6] * 4), (d, [5, 5]), (tree.root, [7]))]
     add(tree, tree.root, [8], "length")                 # never graded: in no pair
-    for end in ends:
+    cut = add(tree, a, [6], "length")                   # right, shorter, but without an end
+    for end in (*ends, cut):
         record_grade(end, end.parent is not b)
     pair, = pit_pairs(tree)
     assert pair.chosen == [d, ends[2]] and pair.rejected == [b]
