@@ -86,8 +86,8 @@ def pit_pairs(tree: Tree, most: int = 8) -> list:
 
 
 def pits_of(tree: Tree) -> list:
-    """All first pits of a tree. Without completions: wrong ends whose parent has a right end below
-    it."""
+    """All first pits of a tree. Without completions: wrong ends whose parent is the question, or
+    has a right end below it."""
     return list(filter(None, dict.fromkeys(map(pit, tree.ends()))))     # each once, in order
 
 
@@ -430,7 +430,8 @@ def make_optimizers(masters: dict, lr: float, muon: bool, shares: int) -> list:
 # --------------------------------------------------------------------------------------------------
 # 6. Training: one loop for every loss
 # --------------------------------------------------------------------------------------------------
-SAVE_EVERY = 600                        # seconds of training between two writes of the state file
+SAVE_EVERY = 30                         # seconds of training between two writes of the state file;
+                                        # 30 times as long as a write takes, if that is more
 
 def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=2048, label="train",
           state=None, shares=1, map_fn=map) -> dict:
@@ -440,8 +441,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     tokens  a batch is cut into parts of so many padded tokens; that changes memory, not results
     shares  an update's work is cut into so many, and map_fn does them: `map` one after the other,
             the map of a ThreadPoolExecutor at the same time. Both give the same bytes
-    state   a file: every SAVE_EVERY seconds the exact state is written to it. A training that finds
-            it goes on from there and ends in the same bytes. It is removed at the end.
+    state   a file: the exact state is written to it (SAVE_EVERY). A training that finds it goes on
+            from there and ends in the same bytes. It is removed at the end.
 
     An update whose loss or gradient is not finite is skipped; BadInput if half of them are. Returns
     steps (updates made), skipped, trained_tokens (of rows, without padding) and, as means over the
@@ -453,7 +454,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     plan = json.dumps([zlib.crc32(ids), len(batches), lr, muon, warmup, tokens, shares])
     counts, sums = load_state(state, plan, masters, optimizers)
     model.from_masters()
-    saved = time.monotonic()
+    save_at = time.monotonic() + SAVE_EVERY
     bar = tqdm(range(counts["steps"] + counts["skipped"], len(batches)), desc=label, unit="update",
                leave=False, disable=None if label else True)    # None: a bar only in a terminal
     for update in bar:
@@ -477,9 +478,10 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
         counts["trained_tokens"] += sum(len(row.learn) for row in rows)
         mean = batch_sums["loss"] / (batch_sums["weight"] or 1)         # no weight: it was skipped
         bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
-        if state and time.monotonic() - saved >= SAVE_EVERY:
+        if state and (began := time.monotonic()) >= save_at:
             save_state(state, plan, masters, optimizers, counts, sums)
-            saved = time.monotonic()
+            done = time.monotonic()
+            save_at = done + SAVE_EVERY * max(1.0, done - began)
     if state:
         Path(state).unlink(missing_ok=True)
     return summary(counts, sums)

@@ -71,8 +71,8 @@ from mcts import (RULES, UNCUT, Budget, StepSampler, Tree, commit_every, draw, f
                   from_json, grow, importance_width, page, printable, record_grade, search, to_json,
                   until)
 from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, about, field, mix, need,
-                   pick_device, read_json, read_safetensors, start_console, write_safetensors,
-                   write_text)
+                   pick_device, read_json, read_safetensors, start_console, with_newlines,
+                   write_safetensors, write_text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def cached(path: Path, make, save=None, load=None):
     result is read back from the disk as well, so that a run that was never interrupted continues
     from the same numbers as one that was. Two runs in one folder do no harm: each writes under a
     temporary name that holds its process id, and both make the same. Inside a training, dpo.train
-    keeps its state every ten minutes."""
+    keeps its state every half minute."""
     if not path.exists():
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -174,7 +174,7 @@ class Settings:
     data: str = ""              # training questions: JSON lines of GSM8K, MATH, SciQ, ARC ...
     eval_data: str = ""         # held-out questions of the same kind
     sft_data: str = ""          # reference solutions that the base is trained on in round 0
-    template: str = ""          # chat prompt with {question}; \n is a newline unless a to z follows
+    template: str = ""          # chat prompt with {question}; \n is a newline (not in \neq, \nu)
     rounds: int = 3             # a finished run goes on when this is raised
     seed: int = 0               # of everything: questions, samples, training
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
@@ -699,7 +699,9 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float
     to batches of one row: 10 rows and 3 epochs give 30 updates at most."""
     s = lab.settings
     if not rows:
-        print("nothing to learn from was found: this training is left out")
+        kind = "right solutions" if loss_fn is sft_loss else "preference pairs"
+        print(f"no {kind} were found to learn from, so this training is left out: raise --budget, "
+              "or give easier questions")
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
     return lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
@@ -744,7 +746,8 @@ def right_solutions(lab, tree: Tree, most: int = 8) -> list:
 
 
 def rows_of(trees: list, pairs=lambda tree: [], solutions=lambda tree: []) -> list:
-    """A row for each tree that has something to learn from: pairs(tree), or solutions(tree)."""
+    """A row for each tree that has something to learn from: pairs(tree), a list of dpo.Pair, or
+    solutions(tree), the ends (nodes) of solutions to imitate."""
     found = [(pairs(tree), solutions(tree)) for tree in trees]
     return [tree_row(*sides) for sides in found if any(sides)]
 
@@ -1003,7 +1006,8 @@ class Lab:
         with about(f"give another --out, for no folder can be made at {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
         cached(self.folder / "settings.json", lambda: [mine])
-        same_settings(self.folder, mine, mine.keys() - FREE)
+        same_settings(self.folder, mine, mine.keys() - FREE,
+                      "give the old ones or another --out, or move this folder away.")
         sweep(self.folder, "**/*.[0-9]*.tmp")
         sweep(self.bases, "base_*.[0-9]*.tmp")
 
@@ -1082,14 +1086,17 @@ class Lab:
         return self.tokenizer.decode_more(int(i) for i in ids if i not in self.model.stop_ids)
 
 
-def same_settings(folder: Path, mine: dict, names) -> None:
+def same_settings(folder: Path, mine: dict, names, mend: str) -> None:
     """BadInput unless these settings are those that the run in a folder was begun with."""
-    saved = restored(folder / "settings.json", read_lines)[0]
-    said = [f"--{name.replace('_', '-')} was {saved.get(name)!r}"       # --data-hash: of the file
-            for name in mine if name in names and saved.get(name) != mine[name]]
+    saved, said = restored(folder / "settings.json", read_lines)[0], []
+    for name in [name for name in mine if name in names and saved.get(name) != mine[name]]:
+        flag = "--" + name.removesuffix("_hash").replace("_", "-")
+        changed = name.endswith("_hash") and saved.get(name)
+        said.append(f"the file of {flag} has changed" if changed else
+                    f"{flag} was {saved.get(name)!r}")
     if said:
-        raise BadInput(f"{folder} was begun with other settings or files ({'; '.join(said)}): give "
-                       "the old ones or another --out, or move this folder away.")
+        raise BadInput(f"{folder} was begun with other settings or files ({'; '.join(said)}): "
+                       f"{mend}")
 
 
 def default_folder(s: Settings) -> str:
@@ -1136,7 +1143,8 @@ class Question:
 
 
 # HACK HERE: a built-in task of your own is a class with draw, vary and solve, and a line in TASKS.
-# Also change: `reward` if a right number is not enough, `key` if two texts can be one question.
+# Also change: `reward` if a right number is not enough, `key` if two texts can be one question,
+# `first_false` if lines can be checked: it gives `sound`.
 class BuiltIn:
     """An endless stream of questions, split in three by a hash, and a corpus for the base."""
     letters = False                     # are questions answered by the letter of an option?
@@ -1507,18 +1515,18 @@ class FileTask(BuiltIn):
     def __init__(self, s: Settings, tokenizer, context: int):
         super().__init__(s, tokenizer, context)
         self.reader = None
-        # a shell cannot type a newline; but the \n of \neq and \nu begins a LaTeX command
-        template = re.sub(r"\\n(?![a-z])", "\n", s.template) or "Question: {question}\nAnswer:"
+        template = with_newlines(s.template) or "Question: {question}\nAnswer:"
         self.before, _, self.after = template.partition("{question}")
         self.test = self.read(s.eval_data)
         self.train = self.read(s.data)
         self.references = self.read(s.sft_data)
         self.has_examples, self.letters = bool(self.references), self.reader is critic.read_letter
         held_out = {question.text for question in self.test}
-        both = sum(question.text in held_out for question in self.train)
-        if both:
-            print(f"{both} questions are in both {s.data} and {s.eval_data}: on these, accuracy "
-                  "does not measure what was learnt")
+        for file, questions in ((s.data, self.train), (s.sft_data, self.references)):
+            both = sum(question.text in held_out for question in questions)
+            if both:
+                print(f"{both} questions are in both {file} and {s.eval_data}: on these, accuracy "
+                      "does not measure what was learnt")
         if s.data and len(self.train) < s.questions:
             print(f"{s.data} has {len(self.train)} questions, and --questions asks for "
                   f"{s.questions}: a round takes some more than once")
@@ -1538,7 +1546,7 @@ class FileTask(BuiltIn):
                 text, reference = self.read_item(item)
                 need(text, "the question is empty")
                 need(self.answer(reference) is not None and grade(reference, reference),
-                     "the reference holds no answer to grade by")
+                     r"the reference holds no answer to grade by, such as #### 18 or \boxed{18}")
             question = Question(text, reference)
             if len(self.prompt_ids(question)) < self.context:
                 found.append(question)
@@ -1718,7 +1726,8 @@ def show_example(lab, log: list) -> None:
     model's solution. If there is one, it is a question on which the base errs and the last model
     does not."""
     if lab.settings.preset == "smoke":
-        print("A smoke run shows that all stages work; nothing can be learnt at this size.")
+        print("A smoke run is too small to find right solutions. It shows that sampling, files and "
+              "evaluation work; a training that found nothing to learn from was left out.")
     records, r = first_trees(lab.folder)[:100], log[-1]["round"]
     if not records:                             # sft grows no trees
         return
@@ -1826,7 +1835,10 @@ def evaluate(s: Settings) -> None:
         lab.folder = Path(folder)
         solutions = solve_greedily(lab, lab.task.eval_questions(), 0)
     row = report(lab, 0, solutions, [], {}, [start, start, start, time.time()])
-    print(json.dumps(row, indent=1))
+    of_runs = ("recipe", "round", "seed", "sampled_tokens", "budget_tokens", "rollout_tokens",
+               "solved", "sampled_accuracy", "pits", "grow_seconds", "learn_seconds", "seconds")
+    row = {key: value for key, value in row.items() if key not in of_runs}
+    print(json.dumps(dict(model=s.model, questions_of=s.eval_data or s.task) | row, indent=1))
 
 
 def decode(s: Settings, r: int, n: int = 16) -> None:
@@ -1838,7 +1850,7 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
     folder, lab.folder = lab.folder / f"round_{r}", lab.folder / f"decode_{r}"
     if not folder.exists():
         raise BadInput(f"--decode {r}: there is no {folder}; give a run's flags, and its round.")
-    same_settings(folder.parent, asdict(s), OF_TASK)
+    same_settings(folder.parent, asdict(s), OF_TASK, "give the run's own flags, too.")
     lab.load(folder)
     lab.claim_folder()                          # other flags need another folder than decode_R
     graded = grow_forest(lab, "samples", lab.task.train_questions(1), s.share * s.budget, sample)
@@ -1898,8 +1910,8 @@ def report_page(folder: Path, task) -> str:
             row["sound_low"], row["sound_high"] = critic.wilson(hits, row["questions"])
     work = log[1:] or log
     pieces = [
-        "<p>The gap between the curves is luck: right answers after a false line. Thick lines are "
-        "95% intervals.</p>", plot(log, ["accuracy", "sound"]),
+        "<p>Thick lines are 95% intervals. If there is a second curve, the gap is luck: right "
+        "answers after a false line.</p>", plot(log, ["accuracy", "sound"]),
         "<h2>Tokens</h2><p>What a round samples, learns from, and writes in its test.</p>",
         plot(work, ["sampled_tokens", "rollout_tokens", "rft_tokens", "trained_tokens",
                     "eval_tokens"]),
@@ -2052,9 +2064,10 @@ def flags() -> argparse.ArgumentParser:
             group.add_argument("--" + name.replace("_", "-"), type=type(default[name]),
                                help=f"{text} (default: {default[name]!r})", metavar="X")
     group = parser.add_argument_group("instead of a run")
-    group.add_argument("--evaluate", metavar="FOLDER", help="accuracy of a model folder")
-    group.add_argument("--decode", type=int, metavar="R", help="search at test time, after round R")
-    group.add_argument("--compare", metavar="RECIPES", help="recipes to run, joined by commas")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--evaluate", metavar="FOLDER", help="accuracy of a model folder")
+    one.add_argument("--decode", type=int, metavar="R", help="search at test time, after round R")
+    one.add_argument("--compare", metavar="RECIPES", help="recipes to run, joined by commas")
     group.add_argument("--seeds", type=int, default=3, help="seeds of --compare (default: 3)")
     return parser
 

@@ -544,7 +544,8 @@ def _notes(node: Node, chosen, pits, prior: bool) -> str:
 
 def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) -> str:
     """The tree for a terminal, with legend; text(node) -> str. Paths are added until `limit` nodes
-    are shown: first chosen, pits, often visited, often sampled. Steps are cut at `width` columns.
+    are shown: first chosen, pits, often visited, often sampled. Steps, but not the question, are
+    cut at `width` columns.
     prior: show P, which only PUCT uses."""
     weight = lambda node: (node in chosen, node in pits, node.visits, node.count, -node.index)
     shown, lines = set(), []
@@ -554,13 +555,15 @@ def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) 
     todo = [(tree.root, "", "")]                        # no recursion: a path may have 1,000 steps
     while todo:
         node, stem, joint = todo.pop()
-        step = (stem + joint + printable(text(node)))[:width]
+        step = stem + joint + printable(text(node))
+        if node.parent and len(step) > width:
+            step = step[:width - 3] + "..."
         lines.append((step, _notes(node, chosen, pits, prior)))
         stem += {"": "", "+- ": "|  ", "`- ": "   "}[joint]
         # the most important child is last on the stack, and is drawn first
         below = sorted(shown.intersection(node.children), key=weight)
         todo += [(child, stem, "+- " if i else "`- ") for i, child in enumerate(below)]
-    longest = max(len(step) for step, _ in lines)
+    longest = max(min(len(step), width) for step, _ in lines)
     lines = [f"{step:<{longest}}  {notes}".rstrip() for step, notes in lines]
     if hidden := len(tree.nodes) - len(shown):
         lines.append(f"... and {hidden} more steps")

@@ -507,11 +507,12 @@ class Tokenizer:
     def from_pretrained(cls, folder):
         """Open a model folder. BadInput: tokenizer.json is absent, damaged or not supported."""
         with about(folder):
-            need(Path(folder).is_dir(), "there is no such folder; give one with a model in it")
+            need(Path(folder).is_dir(), "is no folder; give one with config.json, safetensors and "
+                 "tokenizer.json (nothing is downloaded, and GGUF is not read)")
             paths = [Path(folder, name) for name in cls.FILES]
             files = {path.name: path.read_bytes() for path in paths if path.exists()}
-            need(cls.FILES[0] in files, "has no tokenizer.json; copy it from where the weights "
-                 "are, or, in the folder of a run, give one of its models, such as round_1")
+            need(cls.FILES[0] in files, "has no tokenizer.json (GGUF is not read); copy it from "
+                 "where the weights are, or, of a run, give one of its models, such as round_1")
         return cls(files, folder)
 
     def save(self, folder):
@@ -1430,6 +1431,15 @@ def start_console():
             stream.reconfigure(errors="replace")
 
 
+LATEX = ("abla|atural|e|earrow|eg|eq|ewline|exists|geq|i|leq|mid|onumber|ot|otin|parallel|u|"
+         "warrow")                      # ends of LaTeX commands that begin with \n
+
+
+def with_newlines(typed: str) -> str:
+    r"""A shell cannot type a newline, so \n becomes one: in "user\nassistant", not in x \neq 3."""
+    return re.sub(rf"\\n(?!(?:{LATEX})(?![a-z]))", "\n", typed)
+
+
 def main(arguments: list) -> int:
     """Continue a prompt with a model folder; without flags show what the sampler shares. Returns
     the exit code: 0, 2 for bad input (with one sentence), 130 after Ctrl-C."""
@@ -1437,7 +1447,7 @@ def main(arguments: list) -> int:
     parser = argparse.ArgumentParser(prog="model.py", allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="folder with config.json, weights and tokenizer.json")
-    add("--prompt", default="", help=r"text to continue; \n is a newline unless a to z follows")
+    add("--prompt", default="", help=r"text to continue; \n is a newline, but not in \neq, \nu ...")
     add("--temperature", type=float, default=1.0, help="0 is greedy (default 1.0)")
     add("--max-tokens", type=int, default=128, help="of one continuation (default 128)")
     add("--samples", type=int, default=1, help="number of continuations (default 1)")
@@ -1463,8 +1473,7 @@ def continue_prompt(flags):
     tokenizer = Tokenizer.from_pretrained(flags.model)
     model = GPT.from_pretrained(flags.model, flags.device).bind(tokenizer)
     sampler = Sampler(model, tokenizer, 4096)
-    # a shell cannot type a newline; but the \n of \neq and \nu begins a LaTeX command
-    text = re.sub(r"\\n(?![a-z])", "\n", flags.prompt)
+    text = with_newlines(flags.prompt)
     path = sampler.prompt(tokenizer.encode_prompt(text))
     requests = [Request(path, mix(flags.seed, i), flags.max_tokens) for i in range(flags.samples)]
     for found in sampler.extend(requests, flags.temperature):

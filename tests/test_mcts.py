@@ -300,6 +300,8 @@ def test_draw_and_page():
         "   `- #### 8  x1  wrong"]
     assert all(letter in lines[-1] for letter in ("x =", "N =", "Q =")) and "P =" not in lines[-1]
     assert " P 0." in draw(tree, text, prior=True)
+    narrow = draw(tree, text, width=6).split("\n")      # the question is not cut
+    assert narrow[0].startswith("2*3+1?  ") and narrow[1].startswith("+- ...  x1")
     assert "... and 2 more steps" in draw(tree, text, chosen=tree.nodes[:3], limit=3)
     evil = draw(tree, lambda node: "\x1b[2J\r3 \u202e\u6c34\n")
     assert all(c.isprintable() or c == "\n" for c in evil) and "\u6c34" in evil

@@ -472,8 +472,8 @@ def test_program(tmp_path, capsys):
     GPT(GPTConfig.tiny(tokenizer.n_ids, 32, 1, 64)).initialise(0).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     ask = ["--model", str(tmp_path), "--max-tokens", "3", "--device", "cpu", "--prompt"]
-    assert program.main([*ask, r"$\neq$\n2", "--samples", "2"]) == 0
-    assert capsys.readouterr().out.count("$\\neq$\n2") == 2
+    assert program.main([*ask, r"$\neq$\nuser", "--samples", "2"]) == 0
+    assert capsys.readouterr().out.count("$\\neq$\nuser") == 2
     wrong = [["--device", name] for name in ("tpu", "cuda", "cuda:99")]
     wrong += [["--temperature", "nan"], ["--samples", "0"], ["--prompt", "x" * 64]]
     wrong += [["--model", "nowhere"]]

@@ -119,7 +119,7 @@ SCORES = dict(
     uct=lambda c: lambda q, p, above, n: (
         q + c * math.sqrt(2 * math.log(max(above, 1)) / n) if n else math.inf))
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("to_end", (False, True))
 @pytest.mark.parametrize("commit", (False, True))
 def test_equals_the_recursive_reference(name, to_end, commit):
