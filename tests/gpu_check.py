@@ -190,7 +190,6 @@ def main(arguments):
                  torch=torch.__version__, largest_differences=LIMITS)
     signal.signal(signal.SIGALRM, signal.default_int_handler)           # raises KeyboardInterrupt
     signal.setitimer(signal.ITIMER_REAL, 60 * flags.minutes)
-    dpo.SAVE_EVERY = 120                # seconds: a training may take longer than one call
     sys.stdout = sys.stderr
     try:
         code = check(flags, out, found)
