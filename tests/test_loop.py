@@ -671,7 +671,7 @@ FILES = "--model m --data {} --eval-data {}"
     ("xyz", "--compare rft,xyz"), ("nowhere", "--evaluate nowhere"), ("once", "--compare rft,rft"),
     ("nobody", "--recipe alphallm --rollouts 1 --rollout-model nobody"),
     ("1024", f"--threads {10 ** 10}"), ("million", f"--seed {10 ** 20}"),
-    ("ask for fewer", "--task countdown --questions 9999"), ("--rollouts", "--rollout-model m"),
+    ("ask for fewer", "--task coins --questions 9999"), ("--rollouts", "--rollout-model m"),
     ("--eval-data", "--template {question}"),
     ("--seeds", "--compare rft --seeds 0"), ("--out", "--questions 2")])
 def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):
