@@ -135,7 +135,7 @@ def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> li
 # 3. Learned critics                      M nodes, C hidden size of the policy
 # --------------------------------------------------------------------------------------------------
 HEADS = ("value", "process", "outcome")
-LEAST_AUC = 0.55                        # a head that ranks worse on held-out questions: untrusted
+LEAST_AUC = 0.55                        # below it, on held-out questions, a head is not trusted
 
 
 class Critic(torch.nn.Module):

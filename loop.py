@@ -232,6 +232,7 @@ FIRST_SLOTS = 4096                      # tokens that a sampler has room for at 
 TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens in a forward; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
 FREE = {"rounds", "out", "device", "threads", "workers", "rows"}    # may differ in the next call
+# --decode wants these as the run had them: other questions or prompts would not suit its model
 OF_TASK = {"task", "traps", "classes", "split", "model", "template", "data", "eval_data"}
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
             "batch", "epochs", "eval_questions")

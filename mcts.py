@@ -13,7 +13,7 @@ The numbers of a search, and where they are computed:
     x   node.count    samples that took the step                  counted in `Tree.add`
 What is different from the published codes:
 1. A node holds ids and slots, their places in the sampler's store: no token of a growing tree is
-   encoded twice. Training policy or critics encodes a tree once more. Equal steps are one node.
+   encoded twice. Training (policy, critics) encodes a tree once more. Equal steps are one node.
 2. All trees are searched at once, in one large batch; no tree waits for another.
 3. One plain mean is backed up for all methods: see `backup`. Left out: virtual loss, discount.
 Chapters:  1 The tree   2 Files, budget   3 Growing   4 The search   5 Packing   6 Drawing, program
@@ -376,7 +376,7 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
     proposer          ask(node, k) asks for k more steps; answers() -> nodes that got theirs, or []
     evaluate(nodes)   a number for each node, higher is better; asked once a node
     go_on(tree)       asked before every simulation: shall there be one?
-    choose, width     choose(node, child): the child of the largest number is visited;
+    choose, width     choose(parent, child): the child of the largest number is visited;
                       width(node): how many continuations a node should have drawn by now
     to_end            True: a simulation goes on until a solution ends (MCTS-DPO). False: it ends at
                       the first node without a visit (AlphaLLM, whose critics judge half solutions)
