@@ -286,7 +286,7 @@ def token_log_probs(model: GPT, hidden, targets, at_once: int = 1 << 27):
     `at_once` entries (2,048 tokens of 128,256 ids: 1 GB) are made in slices, in backward again."""
     def of_slice(hidden, targets):
         """The same for a part of the M tokens."""
-        return -F.cross_entropy(model.token_logits(hidden), targets, reduction="none")
+        return -F.nll_loss(model.token_logps(hidden), targets, reduction="none")
     size = max(1, at_once // model.config.vocab_size)
     if len(targets) <= size:
         return of_slice(hidden, targets)

@@ -251,10 +251,10 @@ def attach(node: Node, sample, step_over, key=None) -> Node:
     ends at the first token for which step_over(ids of the step so far) is true. If 0 is the
     newline, 5 0 7 8 0 9 gives the steps 5 0, 7 8 0 and 9."""
     node.tree.tokens += len(sample.ids)
-    first = 0
-    for last in range(1, len(sample.ids) + 1):
-        final = last == len(sample.ids)
-        if final or step_over(sample.ids[first:last].tolist()):
+    first, written = 0, sample.ids.tolist()
+    for last in range(1, len(written) + 1):
+        final = last == len(written)
+        if final or step_over(written[first:last]):
             ids, logps = sample.ids[first:last], sample.logps[first:last]
             slots = sample.slots[first:last]
             ended = sample.why if final and sample.why != "step" else ""

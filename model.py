@@ -771,8 +771,8 @@ class GPT(nn.Module):
         self.generation = {}      # generation_config.json, if there is one
         self.saved_as = {}        # {tensor name in the file: its dtype there}
         self._masters = None      # see `masters`
-        self.stop_ids, self.end_id = frozenset(), None                  # these four: see `bind`
-        self.no_ids, self.last_id = None, config.vocab_size - 1
+        self.stop_ids, self.end_id = frozenset(), None                  # these three: see `bind`
+        self.no_ids = None
 
     def initialise(self, seed: int):
         """Random weights for training from scratch: normal with deviation 1/sqrt(fan-in). Layers
@@ -823,18 +823,17 @@ class GPT(nn.Module):
             x = block(x, turn, bias[self.config.windows[i]], i, cache)
         return self.model.norm(x)
 
-    def logits(self, hidden):
+    def logits(self, hidden, bias=None):
         """hidden (..., C) -> (..., V), also for rows of the head that are no token."""
         head = self.model.embed_tokens if self.config.tied else self.lm_head
-        return F.linear(hidden, head.weight)
+        return F.linear(hidden, head.weight, bias)
 
-    def token_logits(self, hidden):
-        """fp32 logits with -inf at ids that the tokenizer does not have. Sampling and training
-        both use these, so that log-probs mean the same in both."""
-        logits = self.logits(hidden).float()
-        if self.no_ids is None:
-            return logits
-        return logits.masked_fill_(self.no_ids.to(logits.device), -math.inf)
+    def token_logps(self, hidden):
+        """Log-probs in fp32 over the tokenizer's ids, (..., C) -> (..., V); other ids have -inf.
+        Sampling and training both use these, so that log-probs mean the same in both."""
+        # the -inf as a bias of the product: no pass of its own over V logits, nor has the cast
+        bias = None if self.no_ids is None else self.no_ids.to(hidden)
+        return self.logits(hidden, bias).log_softmax(-1, dtype=torch.float32)
 
     def bind(self, tokenizer):
         """Learn from the tokenizer which ids exist, and at which ids text ends: all that config,
@@ -845,9 +844,10 @@ class GPT(nn.Module):
         if tokenizer.base_ids > rows or not known >= {*tokenizer.begin}:
             raise BadInput(f"The tokenizer has {tokenizer.n_ids} ids and the model {rows} rows: "
                            "they do not belong together; copy the model's own tokenizer.json.")
-        absent = torch.tensor([i not in known for i in range(rows)], device=self.device)
-        self.no_ids = absent if absent.any() else None  # (V,): padding rows and holes
-        self.last_id = max(known)
+        self.no_ids = None
+        if len(known) < rows:                           # there are padding rows or holes
+            bias = [0.0 if i in known else -math.inf for i in range(rows)]
+            self.no_ids = torch.tensor(bias, device=self.device)        # (V,)
         ends = sorted(tokenizer.eos_ids)
         for source in (self.config.raw, self.generation):
             named = source.get("eos_token_id")
@@ -980,6 +980,7 @@ class GPT(nn.Module):
 #         as in chapter 4. To encode a token is to run the model on it
 PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
 GRAPH_COLUMNS = 64                # widths are rounded up to a multiple of this: fewer graphs
+GRAPH_ROWS = 16                   # fewer rows are rounded up: a forward of one takes as long
 
 
 @dataclass
@@ -1236,8 +1237,8 @@ class Sampler:
 
     def _draw(self) -> tuple:
         """Ids and log-probs at temperature 1 of the live rows' next tokens, (R,) each."""
-        hidden = self.hidden[self.live["last"]]         # (R, C)
-        logps = self.model.token_logits(hidden).log_softmax(-1)         # (R, V)
+        hidden = self.hidden[self._to_device(self.live["last"])]        # (R, C)
+        logps = self.model.token_logps(hidden)          # (R, V)
         temperature = self.live["temperature"]
         if not temperature.any():
             tokens = logps.argmax(-1)
@@ -1249,17 +1250,19 @@ class Sampler:
             # at 1 as above, for a softmax differs in the last bit: neighbours must change nothing
             tokens = self._pick(torch.where(t == 1, logps.exp(), chances))
             tokens = torch.where(t[:, 0] > 0, tokens, logps.argmax(-1))
-        return tokens.cpu().numpy(), logps.gather(-1, tokens[:, None])[:, 0].cpu().numpy()
+        drawn = logps.gather(-1, tokens[:, None])[:, 0]
+        return tokens.cpu().numpy(), drawn.cpu().numpy()
 
     def _pick(self, chances):
         """chances (R, V) -> ids (R,), each where the row's own random number falls in the sums:
             chances .2 .5 .3 -> sums .2 .7 1.0; u = .6 draws token 1"""
         sums, live = chances.cumsum(-1), self.live
         u = uniforms(live["seed"], live["columns"] - live["start"])
-        target = self._to_device(u).to(sums.dtype)[:, None] * sums[:, -1:]
-        # right=True: no id of chance 0 is drawn. clamp: rounding may put the target on the total
-        drawn = torch.searchsorted(sums, target, right=True)[:, 0]
-        return drawn.clamp(max=self.model.last_id)
+        total = sums[:, -1:]
+        target = self._to_device(u).to(sums.dtype)[:, None] * total
+        # rounding may put the target on the total; below it, right=True draws no id of chance 0
+        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(sums, target, right=True)[:, 0]
 
     def _why(self, row: _Row, ids: list) -> str:
         """Why the row stops after these ids; "" if it goes on. Length comes before step: a step
@@ -1290,7 +1293,7 @@ class Sampler:
     def log_probs(self, above, slots):
         """(n,) log-probs at temperature 1 of encoded tokens `slots` behind the path `above`."""
         before = np.concatenate((above[-1:], slots[:-1]))               # each is predicted by these
-        logps = self.model.token_logits(self.hidden[before]).log_softmax(-1)    # (n, V)
+        logps = self.model.token_logps(self.hidden[before])             # (n, V)
         return logps.cpu().numpy()[np.arange(len(slots)), self.ids[slots]]
 
     @torch.no_grad()
@@ -1349,7 +1352,7 @@ class Sampler:
         slots, columns = self.live["last"], self.live["columns"]        # (R,) each
         rows, width = len(slots), int(columns.max())
         if self.use_graphs:
-            rows = min(self.rows, 1 << (rows - 1).bit_length())         # a power of two
+            rows = min(self.rows, max(GRAPH_ROWS, 1 << (rows - 1).bit_length()))    # 16 32 64 ...
             width += -width % GRAPH_COLUMNS
         self._widen(width)
         numbers = np.zeros((3, rows, 1), np.int64)
@@ -1373,7 +1376,7 @@ class Sampler:
             _, beside = next(iter(self.graphs.values()), (None, None))
             self.graphs[size] = static, record(compute, beside)
         static, graph = self.graphs[size]
-        static.copy_(torch.from_numpy(numbers))
+        static.copy_(self._to_device(numbers))
         graph.replay()
 
     def _compute(self, work, numbers, width):
@@ -1383,13 +1386,14 @@ class Sampler:
         rows = torch.arange(len(ids), device=ids.device)[:, None]
 
         def cache(layer, k, v):
-            """Keep new keys and values, (R, T, G, D) each; return all of them as (R, G, S, D)."""
+            """Add new keys and values, (R, T, G, D) each; return all of them as (R, G, S, D)."""
             for i, new in enumerate((k, v)):
                 work[i, layer][rows, :, cols] = new
-                self.store[i, layer][slots] = new
             return work[:, layer, :len(k), :, :width]   # unpacks into keys and values
         mask = torch.arange(width, device=ids.device) <= cols[..., None]        # (R, T, S)
         self.hidden[slots] = self.model(ids, cols, mask, cache)
+        new = work[:, :, rows, :, cols]                 # (R, T, 2, L, G, D)
+        self.store[:, :, slots] = new.movedim((0, 1), (2, 3))
 
     def _take(self, ids):
         """Append tokens to the store -> their slots. They are encoded later."""
@@ -1417,8 +1421,8 @@ class Sampler:
             self.graphs = {}                            # they hold the old addresses
 
     def _to_device(self, numbers):
-        """A numpy array as a tensor on the model's device."""
-        return torch.from_numpy(numbers).to(self.model.device)
+        """A numpy array as a tensor on the model's device, without waiting for what runs there."""
+        return torch.from_numpy(numbers).to(self.model.device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ def language_model(kind="llama", seed=1):
 def plain_log_probs(model, ids, last):
     """(last,) log-probs of the last tokens: one forward of the whole text."""
     with torch.no_grad():
-        logits = model.token_logits(model(torch.tensor([ids])))[0, -last - 1:-1]
-    return torch.log_softmax(logits, -1)[torch.arange(last), torch.tensor(ids[-last:])].numpy()
+        logps = model.token_logps(model(torch.tensor([ids])))[0, -last - 1:-1]
+    return logps[torch.arange(last), torch.tensor(ids[-last:])].numpy()
 
 def random_tree(seed, adds=60):
     """A tree of short random steps, many of them equal; some ends are graded."""
