@@ -697,6 +697,11 @@ def attend(q, k, v, bias):
     return (weights @ v).view(B, H, T, D)
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """Zeros. nn.Embedding draws random numbers; on "meta" torch imports its compiler for that."""
+    return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
+
+
 class Block(nn.Module):
     """One layer: attention, then MLP, each added to the residual stream. Names as in HF's llama."""
 
@@ -760,9 +765,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.model = config, nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         if config.gpt2:
-            self.model.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+            self.model.embed_positions = embedding(config.max_positions, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.model.norm = config.norm()
         if not config.tied:
@@ -892,7 +897,7 @@ class GPT(nn.Module):
                  f"{missing[:4]}, left over {len(extra)} {extra[:4]}")
             for name, parts in plan.items():
                 _, kind, shape = files[name]
-                want = torch.cat(parts, -1).shape
+                want = *parts[0].shape[:-1], sum(part.shape[-1] for part in parts)
                 need(shape == want and kind in FLOATS, f"{name} is {kind} "
                      f"{shape}, config.json asks for floats {want}: they do not belong together")
         return {name: files[name] for name in plan}
