@@ -276,17 +276,17 @@ def log_probs(model: GPT, rows: list) -> list:
     # index_select, not hidden[row, before]: branches share a parent, and on a CPU the gradient of
     # indexing adds shared entries in an undefined order, so that two runs would differ
     parents = hidden.flatten(0, 1).index_select(0, row * T + before[row, column])   # (M, C)
-    logps = token_log_probs(model, parents, ids[row, column])           # (M,)
+    logps = target_logps(model, parents, ids[row, column])           # (M,)
     whole = torch.zeros_like(learn, dtype=logps.dtype).masked_scatter(learn, logps).cpu()   # (B, T)
     return [whole[b, :len(row.learn)] for b, row in enumerate(rows)]
 
 
-def token_log_probs(model: GPT, hidden, targets, at_once: int = 1 << 27):
+def target_logps(model: GPT, hidden, targets, at_once: int = 1 << 27):
     """log p(target) over the tokenizer's ids: (M, C), (M,) -> (M,). Logits (M, V) of more than
-    `at_once` entries (2,048 tokens of 128,256 ids: 1 GB) are made in slices, in backward again."""
+    `at_once` entries (1,046 tokens of 128,256 ids: .5 GB) are made in slices, in backward again."""
     def of_slice(hidden, targets):
         """The same for a part of the M tokens."""
-        return -F.nll_loss(model.token_logps(hidden), targets, reduction="none")
+        return -F.nll_loss(model.all_logps(hidden), targets, reduction="none")
     size = max(1, at_once // model.config.vocab_size)
     if len(targets) <= size:
         return of_slice(hidden, targets)

@@ -727,7 +727,8 @@ class Block(nn.Module):
             down_proj=nn.Linear(inner, C, c.mlp_bias)))
 
     def forward(self, x, turn, bias, layer, cache):
-        """x (B, T, C) -> (B, T, C). The cache keeps the new keys and values and returns all S."""
+        """x (B, T, C) -> (B, T, C). turn: (cos, sin) of `rotate`, None for GPT-2; bias: `attend`;
+        cache: `GPT.forward`."""
         at, mlp = self.self_attn, self.mlp
         y = self.input_layernorm(x)
         heads = (-1, self.head_dim)
@@ -777,11 +778,12 @@ class GPT(nn.Module):
         self.saved_as = {}        # {tensor name in the file: its dtype there}
         self._masters = None      # see `masters`
         self.stop_ids, self.end_id = frozenset(), None                  # these three: see `bind`
-        self.no_ids = None
+        self.id_bias = None
 
     def initialise(self, seed: int):
         """Random weights for training from scratch: normal with deviation 1/sqrt(fan-in). Layers
-        that write to the residual stream start smaller, or its variance grows with depth."""
+        that write to the residual stream start smaller, or its variance grows with depth; so do
+        embeddings, for a tied one is also the head."""
         rng = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() < 2:                             # norms are 1, biases 0
@@ -812,7 +814,7 @@ class GPT(nn.Module):
         if self.config.gpt2:
             x, turn = x + self.model.embed_positions(positions), None
         else:
-            self.frequencies = self.frequencies.to(ids.device)  # once: no graph can record a copy
+            self.frequencies = self.frequencies.to(ids.device)  # no graph records a copy from a CPU
             # (B, T, 1, D/2), in fp32: bf16 does not hold every whole number above 256
             angle = positions[..., None, None].float() * self.frequencies
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -833,11 +835,11 @@ class GPT(nn.Module):
         head = self.model.embed_tokens if self.config.tied else self.lm_head
         return F.linear(hidden, head.weight, bias)
 
-    def token_logps(self, hidden):
+    def all_logps(self, hidden):
         """Log-probs in fp32 over the tokenizer's ids, (..., C) -> (..., V); other ids have -inf.
         Sampling and training both use these, so that log-probs mean the same in both."""
-        # the -inf as a bias of the product: no pass of its own over V logits, nor has the cast
-        bias = None if self.no_ids is None else self.no_ids.to(hidden)
+        # as a bias of the product the -inf costs no pass over all logits
+        bias = None if self.id_bias is None else self.id_bias.to(hidden)
         return self.logits(hidden, bias).log_softmax(-1, dtype=torch.float32)
 
     def bind(self, tokenizer):
@@ -849,10 +851,10 @@ class GPT(nn.Module):
         if tokenizer.base_ids > rows or not known >= {*tokenizer.begin}:
             raise BadInput(f"The tokenizer has {tokenizer.n_ids} ids and the model {rows} rows: "
                            "they do not belong together; copy the model's own tokenizer.json.")
-        self.no_ids = None
+        self.id_bias = None
         if len(known) < rows:                           # there are padding rows or holes
             bias = [0.0 if i in known else -math.inf for i in range(rows)]
-            self.no_ids = torch.tensor(bias, device=self.device)        # (V,)
+            self.id_bias = torch.tensor(bias, device=self.device)       # (V,)
         ends = sorted(tokenizer.eos_ids)
         for source in (self.config.raw, self.generation):
             named = source.get("eos_token_id")
@@ -911,8 +913,8 @@ class GPT(nn.Module):
                 pieces = tensors[name].chunk(len(plan[name]), -1)       # q, k, v of GPT-2
                 for part, piece in zip(plan[name], pieces):
                     with about(path):
-                        # not isfinite().all(): it takes a CPU 20 times as long
-                        finite = all(end.isfinite() for end in piece.aminmax())
+                        # both are NaN if one is. isfinite().all() takes a CPU 20 times as long
+                        finite = all(extreme.isfinite() for extreme in piece.aminmax())
                         need(finite, f"{name} holds NaN or infinity")
                     part.copy_(piece)
         if self.config.tied and HEAD in plan:
@@ -963,8 +965,8 @@ class GPT(nn.Module):
         self.from_masters()
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config, generation_config and weights in HF's format. dtype None: names and dtypes
-        of the folder that the model came from. A dtype: all tensors in it, from the masters."""
+        """Write config, generation_config and weights (the masters') in HF's format, with the names
+        of the folder that the model came from. dtype None: with the dtypes of that folder, too."""
         config = dict(self.config.raw)
         if dtype is not None:
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -1021,13 +1023,13 @@ class _Row:
         self.line, self.read = request.line, 0          # last line of the text up to ids[:read]
 
 
-# What a forward needs of each live row, as arrays: a Python loop over rows is slow. align=True, for
+# What a step needs of each live row, as arrays: a Python loop over rows is slow. align=True, for
 # torch reads a column of an array of records only if their size is a multiple of 8
 LIVE = np.dtype([
     ("row", object),                    # its _Row
     ("seed", np.uint64),                # of its draws
     ("temperature", np.float32),        # 0: argmax
-    ("last", int),                      # slot of its last token, which is encoded
+    ("last", int),                      # slot of its last token; `_decode` encodes it
     ("start", int),                     # length of its prefix
     ("columns", int),                   # of its text so far: how far it fills its row of the cache
     ("stop_at", int)], align=True)      # columns at which it stops at the latest
@@ -1205,7 +1207,7 @@ class Sampler:
         live["columns"] += 1
         for row, slot in zip(live["row"], slots.tolist()):
             row.slots.append(slot)
-        # no other row can stop: max_tokens, the context and a step of 16 tokens are in stop_at
+        # only these can stop: stop_at covers max_tokens, the context and steps of so many tokens
         for i in np.flatnonzero(self.may_stop[tokens] | (live["columns"] >= live["stop_at"])):
             row = live["row"][i]
             own = np.array(row.slots)
@@ -1243,9 +1245,9 @@ class Sampler:
         self.live = np.concatenate((self.live, np.array(records, LIVE)))
 
     def _draw(self) -> tuple:
-        """Ids and log-probs at temperature 1 of the live rows' next tokens, (R,) each."""
+        """Ids of the live rows' next tokens, and their log-probs at temperature 1, (R,) each."""
         hidden = self.hidden[self._to_device(self.live["last"])]        # (R, C)
-        logps = self.model.token_logps(hidden)          # (R, V)
+        logps = self.model.all_logps(hidden)            # (R, V)
         temperature = self.live["temperature"]
         if not temperature.any():
             tokens = logps.argmax(-1)
@@ -1254,21 +1256,23 @@ class Sampler:
         else:
             t = self._to_device(temperature)[:, None]   # (R, 1)
             chances = torch.softmax(logps / t.clamp(min=1e-3), -1)      # below .001 counts as .001
-            # at 1 as above, for a softmax differs in the last bit: neighbours must change nothing
+            # rows at 1 exactly as above (a softmax rounds otherwise), whatever the others have
             tokens = self._pick(torch.where(t == 1, logps.exp(), chances))
             tokens = torch.where(t[:, 0] > 0, tokens, logps.argmax(-1))
-        drawn = logps.gather(-1, tokens[:, None])[:, 0]
-        return tokens.cpu().numpy(), drawn.cpu().numpy()
+        own = logps.gather(-1, tokens[:, None])[:, 0]
+        return tokens.cpu().numpy(), own.cpu().numpy()
 
     def _pick(self, chances):
         """chances (R, V) -> ids (R,), each where the row's own random number falls in the sums:
             chances .2 .5 .3 -> sums .2 .7 1.0; u = .6 draws token 1"""
-        sums, live = chances.cumsum(-1), self.live
+        live = self.live
         u = uniforms(live["seed"], live["columns"] - live["start"])
+        sums = chances.cumsum(-1)
         total = sums[:, -1:]
         target = self._to_device(u).to(sums.dtype)[:, None] * total
-        # rounding may put the target on the total; below it, right=True draws no id of chance 0
+        # u may round to 1, which would draw id V: stay below the total
         target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+        # right=True: ids of chance 0 are passed over
         return torch.searchsorted(sums, target, right=True)[:, 0]
 
     def _why(self, row: _Row, ids: list) -> str:
@@ -1288,7 +1292,7 @@ class Sampler:
 
     def _close(self, gone: list):
         """Take out the rows that stopped. Rows from the end fill the holes, so that the live rows
-        are the first ones, and a forward computes no others: A B C D without B is A D C."""
+        are the first ones, and a forward computes few others: A B C D without B is A D C."""
         left = len(self.live) - len(gone)
         holes = [i for i in gone if i < left]
         tails = sorted({*range(left, len(self.live))}.difference(gone))
@@ -1300,7 +1304,7 @@ class Sampler:
     def log_probs(self, above, slots):
         """(n,) log-probs at temperature 1 of encoded tokens `slots` behind the path `above`."""
         before = np.concatenate((above[-1:], slots[:-1]))               # each is predicted by these
-        logps = self.model.token_logps(self.hidden[before])             # (n, V)
+        logps = self.model.all_logps(self.hidden[before])             # (n, V)
         return logps.cpu().numpy()[np.arange(len(slots)), self.ids[slots]]
 
     @torch.no_grad()
@@ -1373,22 +1377,22 @@ class Sampler:
         self.counts["encoded"] += len(slots)
 
     def _replay(self, numbers, width):
-        """`_compute` on CUDA. A forward of a 0.5B model is a thousand small kernels, which take
-        longer to launch than to run. So it is recorded once for each number of rows and of columns,
-        and then replayed by one launch."""
+        """`_compute` by a CUDA graph. A forward of a 0.5B model is 700 small kernels, which take
+        longer to launch than to run. For each number of rows and of columns they are recorded, and
+        then replayed by one launch, until the store or `work` grows."""
         size = numbers.shape[1], width
         if size not in self.graphs:
             static = self._to_device(numbers)           # the graph reads these addresses
             compute = partial(self._compute, self.work, static, width)
-            _, beside = next(iter(self.graphs.values()), (None, None))
+            _, beside = next(iter(self.graphs.values()), (None, None))  # any: one runs at a time
             self.graphs[size] = static, record(compute, beside)
         static, graph = self.graphs[size]
         static.copy_(self._to_device(numbers))
         graph.replay()
 
     def _compute(self, work, numbers, width):
-        """Encode tokens in the first R rows of `work`. numbers (3, R, T), on the device: their ids,
-        their slots and their columns, which are below `width`."""
+        """Run the model on tokens in the first R rows of `work`; keep what it makes of them in the
+        store. numbers (3, R, T), on the device: ids, slots and columns, which are below `width`."""
         ids, slots, cols = numbers
         rows = torch.arange(len(ids), device=ids.device)[:, None]
 
@@ -1399,8 +1403,8 @@ class Sampler:
             return work[:, layer, :len(k), :, :width]   # unpacks into keys and values
         mask = torch.arange(width, device=ids.device) <= cols[..., None]        # (R, T, S)
         self.hidden[slots] = self.model(ids, cols, mask, cache)
-        new = work[:, :, rows, :, cols]                 # (R, T, 2, L, G, D)
-        self.store[:, :, slots] = new.movedim((0, 1), (2, 3))
+        kept = work[:, :, rows, :, cols]                # (R, T, 2, L, G, D), of all layers at once
+        self.store[:, :, slots] = kept.movedim((0, 1), (2, 3))
 
     def _take(self, ids):
         """Append tokens to the store -> their slots. They are encoded later."""

@@ -7,7 +7,7 @@
 FOLDER is in Hugging Face's format; DIR holds train.jsonl and dev.jsonl. After --minutes a call
 stops as by Ctrl-C, with exit code 130; the same command goes on, for --out keeps what is finished.
 Exit code 0: all is measured and correct; 1: numbers differ that must be equal, or an update was not
-finite; 2: no GPU.
+finite (or a traceback says what else); 2: no GPU, or bad files.
 Goals at 0.5B: share of the roof .35 (sampling) and .40 (training); 64 trees searched together 20
 times as fast as one alone; a recipe 5 points above its base."""
 import argparse
@@ -35,13 +35,14 @@ QWEN = dict(model_type="qwen2", vocab_size=151_936, hidden_size=896, num_hidden_
 REAL = SimpleNamespace(device="cuda", dtype=torch.bfloat16,
                        rows=8192, copied=1 << 30, new=128, updates=5, batch=64,
                        flags="--questions 320 --budget 1600 --chunk 320 --max-tokens 256 "
-                             "--temperature 0.7 --base-steps 234 --steps 32 --epochs 1 "
-                             "--dpo-lr 1e-6")
+                             "--temperature 0.7 --steps 32 --epochs 1 "
+                             "--sft-lr 1e-5 --dpo-lr 1e-6")
 TOY = SimpleNamespace(device="cpu", dtype=torch.float32,
                       rows=256, copied=1 << 24, new=4, updates=1, batch=2,
                       flags="--preset smoke --device cpu --threads 1 --workers 1 --questions 8 "
                             "--budget 150 --max-tokens 48 --sft-lr 0.01")
-# Relative (logits, norms of gradients) or in nats a token. bf16 knows a logit of 20 to 1/16 only
+# Relative (logits, norms of gradients), in nats a token, or prompts (greedy). bf16 knows a logit of
+# 20 to 1/16 only
 LIMITS = dict(float32=dict(logits=1e-3, greedy=0, packed=1e-3, cached=1e-3, parts=1e-3),
               bfloat16=dict(packed=.5, cached=.5, parts=.1))
 
@@ -108,7 +109,7 @@ def outputs(model, tokenizer):
 
 def laws(model, tokenizer):
     """Largest differences of log-probs: a tree in one row and its solutions each in one (packed),
-    while sampling and afterwards (cached). Of gradients: one part of 8 rows, 8 of one (parts)."""
+    while sampling and afterwards (cached). Of gradient norms: a part of 8 rows, 8 of 1 (parts)."""
     sampler, trees = planted(model, tokenizer, range(8), step="4")
     rows, packed, cached = [], [], []
     for tree in trees:
@@ -163,7 +164,7 @@ def check(flags, out, found):
         loop.write_lines(out / f"{name}.jsonl", items)
         data = out
     for stage in (speed, correctness):
-        path = out / f"{stage.__name__}.jsonl"
+        path = out / f"{stage.__name__}_{Path(folder).name}.jsonl"
         found[stage.__name__], = loop.cached(path, lambda: [stage(folder, size)])
     code, found["recipes"] = recipes(folder, size, data, out) if data else (0, {})
     found["finished"] = code == 0
@@ -187,7 +188,7 @@ def main(arguments):
     scratch = tempfile.TemporaryDirectory()             # removed at the end
     out = Path(flags.out or (scratch.name if flags.toy else "runs/gpu_check"))
     found = dict(device="CPU" if flags.toy else torch.cuda.get_device_name(), finished=False,
-                 torch=torch.__version__, largest_differences=LIMITS)
+                 torch=torch.__version__, allowed=LIMITS)
     signal.signal(signal.SIGALRM, signal.default_int_handler)           # raises KeyboardInterrupt
     signal.setitimer(signal.ITIMER_REAL, 60 * flags.minutes)
     sys.stdout = sys.stderr

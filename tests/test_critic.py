@@ -207,7 +207,7 @@ def test_self_evaluation_is_a_plain_forward(shown):
         for options in (("incorrect", "correct"), ("correct", "incorrect")):
             asked = (REFERENCE.format(text) if text else "") + JUDGE.format(*options)
             hidden = plain_forward(sampler, ids + sampler.tokenizer.encode(asked))
-            share = torch.softmax(sampler.model.token_logps(hidden)[-1, [65, 66]], 0)
+            share = torch.softmax(sampler.model.all_logps(hidden)[-1, [65, 66]], 0)
             both.append(share[options.index("correct")].item())
         assert p == pytest.approx(sum(both) / 2, abs=1e-5)
     counts = sampler.counts
@@ -367,7 +367,7 @@ def test_rollouts(text):
         assert found[node] == pytest.approx(np.mean([len(ids) % 7 / 7 for ids in mine]))
     end = fast.critic.asked[0]
     ids = np.concatenate([step.ids for step in end.path()]).tolist()
-    logps = small.model.token_logps(plain_forward(small, ids))
+    logps = small.model.all_logps(plain_forward(small, ids))
     want = [logps[i - 1, ids[i]].item() for i in range(len(end.tree.root.ids), len(ids))]
     assert end.solution("logps").tolist() == pytest.approx(want, abs=1e-4)
     counts = small.counts

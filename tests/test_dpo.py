@@ -12,7 +12,7 @@ import torch
 import dpo
 from dpo import (Muon, Pair, batches, dpo_loss, log_probs, evenness, outcome_pairs, pit_pairs,
                  preference_loss, rate_pairs, scaled_lr, schedule, sft_loss, sibling_pairs,
-                 store_reference, text_row, token_log_probs, train, tree_row)
+                 store_reference, text_row, target_logps, train, tree_row)
 from mcts import NOTHING, Tree, record_grade
 from model import GPT, BadInput, GPTConfig
 from test_mcts import V, grown
@@ -56,7 +56,7 @@ def side(model, nodes):
     """(log-prob of these nodes' tokens after their prefix, their number), by one causal row."""
     before = nodes[0].parent.path()
     ids = torch.from_numpy(np.concatenate([node.ids for node in before + nodes]))
-    logps = model.token_logps(model(ids[None]))[0]
+    logps = model.all_logps(model(ids[None]))[0]
     size = sum(len(node.ids) for node in nodes)
     columns = torch.arange(len(ids) - size, len(ids))
     return logps[columns - 1, ids[columns]].sum(), size
@@ -243,12 +243,12 @@ def test_sliced_log_probs(count):
     """Slices of four tokens give the log-softmax over ids that are tokens, and its gradient."""
     model, rng = tiny(), torch.Generator().manual_seed(0)
     fake = torch.arange(V) % 5 == 0
-    model.no_ids = torch.zeros(V).masked_fill(fake, -math.inf)
+    model.id_bias = torch.zeros(V).masked_fill(fake, -math.inf)
     targets = torch.randint(0, V // 5, (count,), generator=rng) * 5 + 1
     hidden = torch.randn(count, 32, generator=rng).requires_grad_()
     logits = (hidden @ model.lm_head.weight.T).masked_fill(fake, -math.inf)
     want = torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
-    logps = token_log_probs(model, hidden, targets, at_once=4 * V)
+    logps = target_logps(model, hidden, targets, at_once=4 * V)
     slope = [torch.autograd.grad((x * torch.arange(count)).sum(), [hidden, model.lm_head.weight])
              for x in (want, logps)]
     assert near(logps, want) and all(near(one, two) for one, two in zip(*slope))

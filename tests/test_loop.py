@@ -226,7 +226,7 @@ def test_the_explorer_is_the_rft_model(recipe, home, tmp_path):
             for end in tree.ends():
                 ids = torch.tensor([[*tree.root.ids, *end.solution()]])
                 with torch.no_grad():
-                    logps = model.token_logps(model(ids))
+                    logps = model.all_logps(model(ids))
                 said = logps[0, :-1].gather(-1, ids[0, 1:, None])[len(tree.root.ids) - 1:, 0]
                 gap = said - torch.tensor(end.solution("logps"))
                 gaps[name].append(float(gap.abs().max()))

@@ -44,7 +44,7 @@ def language_model(kind="llama", seed=1):
 def plain_log_probs(model, ids, last):
     """(last,) log-probs of the last tokens: one forward of the whole text."""
     with torch.no_grad():
-        logps = model.token_logps(model(torch.tensor([ids])))[0, -last - 1:-1]
+        logps = model.all_logps(model(torch.tensor([ids])))[0, -last - 1:-1]
     return logps[torch.arange(last), torch.tensor(ids[-last:])].numpy()
 
 def random_tree(seed, adds=60):

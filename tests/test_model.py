@@ -59,7 +59,7 @@ def language_model(kind="llama", seed=0, **more):
 def off(net, prompt, f):
     """How far a continuation's log-probs are from those of one plain forward of the whole text."""
     ids = f.ids.tolist()
-    logps = net.token_logps(net(torch.tensor([[*prompt, *ids]])))[0, len(prompt) - 1:-1]
+    logps = net.all_logps(net(torch.tensor([[*prompt, *ids]])))[0, len(prompt) - 1:-1]
     return abs(logps[range(len(ids)), ids].numpy() - f.logps).max()
 
 
@@ -418,7 +418,7 @@ def test_ids_that_do_not_exist():
             met |= {*f.ids.tolist()}
             assert off(net, prompt, f) < 1e-4
     assert met == {*real}
-    assert torch.isinf(net.token_logps(torch.ones(1, 32))[0, fake]).all()
+    assert torch.isinf(net.all_logps(torch.ones(1, 32))[0, fake]).all()
 
 
 def test_why_it_stops():
