@@ -1355,11 +1355,9 @@ class Sampler:
         one graph fits many steps. Rows beyond the live ones are padding: each sees itself alone,
         and what it computes goes to the next free slot, where the next token overwrites it."""
         slots, columns = self.live["last"], self.live["columns"]        # (R,) each
-        rows, width = len(slots), int(columns.max())
+        rows, width = len(slots), self._widen(int(columns.max()))
         if self.use_graphs:
             rows = min(self.rows, max(GRAPH_ROWS, 1 << (rows - 1).bit_length()))    # 16 32 64 ...
-            width += -width % GRAPH_COLUMNS
-        self._widen(width)
         numbers = np.zeros((3, rows, 1), np.int64)
         numbers[1] = self.used                          # padding rows: the next free slot
         numbers[:, :len(slots), 0] = self.ids[slots], slots, columns - 1
@@ -1415,15 +1413,16 @@ class Sampler:
         self.ids[slots] = ids
         return slots
 
-    def _widen(self, columns: int):
-        """Make the working cache at least so wide; what is in it stays."""
+    def _widen(self, columns: int) -> int:
+        """So many columns, on CUDA rounded up. The working cache grows to them; nothing is lost."""
         width = self.work.shape[4]
         if self.use_graphs:
-            columns += -columns % GRAPH_COLUMNS         # at once as `_decode` will want it
+            columns += -columns % GRAPH_COLUMNS
         if columns > width:
             more = max(columns - width, width // 4)
             self.work = F.pad(self.work, (0, 0, 0, more))
             self.graphs = {}                            # they hold the old addresses
+        return columns
 
     def _to_device(self, numbers):
         """A numpy array as a tensor on the model's device, without waiting for what runs there."""
