@@ -878,9 +878,8 @@ class GPT(nn.Module):
         for name, weight in weights.items():
             words = [GPT2_NAMES.get(word, word) if gpt2 else word for word in name.split(".")]
             file_name = ".".join(words).removeprefix(prefix if bare else "")
-            weight = weight.detach()
             weight = weight.t() if gpt2 and ".c_" in file_name else weight      # a bias stays
-            parts.setdefault(file_name, []).append(weight)
+            parts.setdefault(file_name, []).append(weight.detach())
         if self.config.tied and HEAD in held:           # the embedding a second time
             parts[HEAD] = [weights[EMBEDDING].detach().clone()]
         return parts
@@ -1183,8 +1182,7 @@ class Sampler:
 
     def submit(self, requests: list, to_end=True) -> list:
         """Queue requests -> a ticket for each. Nothing is computed before `advance`."""
-        context = self.model.config.max_positions
-        rows = [_Row(request, to_end, context) for request in requests]
+        rows = [_Row(request, to_end, self.model.config.max_positions) for request in requests]
         need(all(row.max_new > 0 for row in rows), "a request leaves no room for a token")
         self.waiting += rows
         return rows
