@@ -9,11 +9,6 @@ What is different from the published codes:
 Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Formulas  7 Statistics
 Try:  python critic.py      labels the first pit of one wrong solution; two seconds
 """
-import signal
-
-if __name__ == "__main__":              # Ctrl-C while torch is imported ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import math
 import re
 import statistics

@@ -24,11 +24,6 @@ therefore has the mean length of each.
 Chapters: 1 Pairs   2 Rows   3 Log-probs   4 Losses   5 Batches and optimisers   6 Training
 Try:  python dpo.py      trains a tiny random model on one preference pair; three seconds
 """
-import signal
-
-if __name__ == "__main__":              # Ctrl-C ends the demo without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import json
 import math
 import random
