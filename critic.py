@@ -311,13 +311,14 @@ class Rollouts:
     sampler, critic  of the small model
     text             node -> str, if its tokenizer is another one; None: ids are shared
     room             its store is emptied when it holds more tokens than this
-    tokens           sampled by it so far
+    tokens           sampled by the small model so far
     twin[node] is the node's copy in a tree of the small model, so no prefix is encoded twice."""
+    tokens = property(lambda self: self.sampler.counts["sampled"])
 
     def __init__(self, sampler, critic, n: int, max_tokens: int, text=None, room: int = 65536):
         self.sampler, self.critic, self.text = sampler, critic, text
         self.n, self.max_tokens, self.room = n, max_tokens, room
-        self.fresh, self.tokens = [], 0                 # fresh: twins without log-probs
+        self.fresh = []                                 # twins without log-probs
         self.forget()
 
     def forget(self):
@@ -360,9 +361,7 @@ class Rollouts:
         for twin in self.fresh:                         # what does the small model say of them?
             twin.logps = sampler.log_probs(slots_of(twin.parent), twin.slots)
         self.fresh = []
-        before = sampler.counts["sampled"]
         ends = grow(sampler, [(twin, self.n) for twin in twins.values()], self.max_tokens)
-        self.tokens += sampler.counts["sampled"] - before
         said = self.critic.read(ends, sampler)[:, 2].reshape(-1, self.n)    # (leaves, n)
         return dict(zip(twins, said.mean(1).tolist()))
 
