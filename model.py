@@ -416,11 +416,10 @@ class Tokenizer:
 
     def _spelled(self, name: str) -> bytes:
         """The bytes that a token stands for: b" the" for Ġthe or ▁the, byte 10 for <0x0A>."""
-        byte = BYTE_TOKEN.fullmatch(name)
         if self.byte_level:                             # an added token is written as it is
             letters = BYTES.keys() >= {*name}
             return bytes(map(BYTES.get, name)) if letters else name.encode("utf-8", "replace")
-        if byte:
+        if byte := BYTE_TOKEN.fullmatch(name):
             return bytes.fromhex(byte[1])
         return name.replace("▁", " ").encode("utf-8", "replace")
 
