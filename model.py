@@ -1019,8 +1019,8 @@ class _Row:
         self.line, self.read = request.line, 0          # last line of the text up to ids[:read]
 
 
-# What a step needs of each live row, as arrays: a Python loop over rows is slow. All are 8 bytes
-# wide, for torch reads a column of an array of records only if their size is a multiple of its width
+# What a step needs of each live row, as arrays: a Python loop over rows is slow. All fields have 8
+# bytes, for torch reads one of them only if the size of a record is a multiple of its own
 LIVE = np.dtype([
     ("row", object),                    # its _Row
     ("seed", np.uint64),                # of its draws
