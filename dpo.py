@@ -119,8 +119,7 @@ def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
         n --+- A  N 12  Q +.4       Pair([A], [C], smoothing = 3 / (12 + 3) = .2)
             |- B  N  5  Q +.1
             |- C  N  3  Q -.6
-            `- D  N  1  Q  -1       fewer than `least_visits`: in no pair
-    """
+            `- D  N  1  Q  -1       fewer than `least_visits`: in no pair"""
     pairs = []
     for node in tree.nodes:
         visited = [child for child in node.children if child.visits >= least_visits]
@@ -141,8 +140,7 @@ def rate_pairs(tree: Tree, gap: float = 0.3) -> list:
         n --+- A  4 of 5 right      rates .8 .5 .5: Pair([A], [B]) and Pair([A], [C])
             |- B  1 of 2
             |- C  2 of 4
-            `- D  0 of 1            one end: in no pair
-    """
+            `- D  0 of 1            one end: in no pair"""
     pairs = []
     for node in tree.nodes:
         ranked = by_rate(node)

@@ -123,8 +123,7 @@ def safetensors_header(path) -> tuple:
     """({name: (dtype, shape, begin)} in the order of the data, metadata), fully checked. dtype is
     a key of DTYPES; begin counts bytes of the file.
 
-        8 bytes: N, little-endian | N bytes of JSON | the tensors, without gaps; offset 0 is here
-    """
+        8 bytes: N, little-endian | N bytes of JSON | the tensors, without gaps; offset 0 is here"""
     with about(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(len(LFS))
@@ -260,8 +259,7 @@ def merge(ids, pairs) -> list:
 
         merges  0: l l   1: h e   2: he ll      h e l l o  ->  h e ll o  ->  he ll o  ->  hell o
 
-    A pass joins all places of one pair. It stops early if a join makes a pair of lower rank.
-    """
+    A pass joins all places of one pair. It stops early if a join makes a pair of lower rank."""
     while True:
         ranks = [pairs[pair] for pair in pairwise(ids) if pair in pairs]
         if not ranks:
@@ -290,8 +288,7 @@ def cut(pattern, text: str) -> list:
 def steps(part, known: str) -> list:
     """The steps of one part of a tokenizer.json, taken out of Sequences. ValueError: unknown type.
 
-        {"type": "Sequence", "normalizers": [{"type": "NFC"}]}  ->  [{"type": "NFC"}]
-    """
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}]}  ->  [{"type": "NFC"}]"""
     if part is None:
         return []
     if part["type"] == "Sequence":                      # each part has another word for its members
@@ -306,8 +303,7 @@ class Tokenizer:
     n_ids, base_ids  largest id + 1, with and without added tokens; a model may have more rows
     holes            ids below n_ids that stand for nothing: never sample them
     newline_ids      ids whose bytes hold a newline: they end a step
-    eos_ids, begin   ids that end a text, if the folder says so; ids that a prompt begins with
-    """
+    eos_ids, begin   ids that end a text, if the folder says so; ids that a prompt begins with"""
     FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
     def __init__(self, files: dict, folder="tokenizer"):
@@ -427,8 +423,7 @@ class Tokenizer:
         """Change and cut a text. place: "first" if a whole text begins with it, "behind" if it
         follows an added token, "" if it goes on from another text.
 
-            "the cat"  ->  ["▁the", "▁cat"] with a Metaspace,  ["the", " cat"] with GPT2_PATTERN
-        """
+            "the cat"  ->  ["▁the", "▁cat"] with a Metaspace,  ["the", " cat"] with GPT2_PATTERN"""
         for step in self.changes:
             kind = step["type"]
             if kind == "Replace":
@@ -461,8 +456,7 @@ class Tokenizer:
     def encode(self, text: str, allow_special=False, begins=True) -> list:
         """Text -> ids. Added tokens count only with allow_special: data must not open a chat turn.
         begins=False: the text goes on from another one (see encode_more).
-            with bytes_only(("<s>",)):  "2<s>"  ->  [50, 60, 115, 62],  allow_special: [50, 256]
-        """
+            with bytes_only(("<s>",)):  "2<s>"  ->  [50, 60, 115, 62],  allow_special: [50, 256]"""
         matches = self.finder.finditer(text) if allow_special else []
         ids = []
         at = 0
