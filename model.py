@@ -669,9 +669,8 @@ def pick_device(name=None) -> torch.device:
 
 def rotate(x, cos, sin):
     """Rotary positions (RoFormer, 2104.09864): x (B, T, heads, D); cos, sin (B, T, 1, D).
-    Dimension i is paired with i + D/2, as in HF files; the paper's i, i + 1 gives gibberish. For
-    the halves a, b of x the result is (a cos - b sin, b cos + a sin). The first half of `sin` comes
-    with its sign changed."""
+    Dimension i is paired with i + D/2, as in HF files; the paper's i, i + 1 gives gibberish. Halves
+    a, b of x become (a cos - b sin, b cos + a sin); `sin` comes with its first half negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -1052,9 +1051,8 @@ def uniforms(seeds, t):
 def step_rule(kind: str, tokenizer):
     """When is a step, the unit of all trees, over? Returns a function: ids so far -> bool. A line
     ends with the first token that holds a newline, a paragraph with an empty line that follows a
-    formula (a digit and a "="), kind "16" after 16 tokens. A rule must be false unless the last
-    token holds a newline or a length is reached: Sampler.advance does not ask it elsewhere.
-    BadInput: another kind."""
+    formula (a digit and a "="), kind "16" after 16 tokens. Sampler.advance asks a rule only where
+    the last token holds a newline or a length is reached. BadInput: another kind."""
     newline = set(tokenizer.newline_ids)
 
     def paragraph(ids):
@@ -1071,8 +1069,7 @@ def step_rule(kind: str, tokenizer):
 
 def record(work, beside):
     """Run `work`, then record its CUDA kernels as a graph. graph.replay() runs them again on the
-    same addresses, with what is stored there by then. beside: a graph whose scratch memory this one
-    may share, or None."""
+    same addresses, with what is there by then. beside: a graph to share scratch memory with."""
     work()                              # cuBLAS takes its workspace, which a recording may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=beside and beside.pool()):
@@ -1109,8 +1106,7 @@ class Sampler:
         self.reset(slots)
 
     def reset(self, slots=None):
-        """Forget all tokens; the counts stay. slots: the new size of the store; `reset(1)` before
-        a training frees its memory."""
+        """Forget all tokens; the counts stay. slots: new size of the store; 1 frees its memory."""
         c = self.model.config
         # not torch.empty: a masked column has weight 0, and 0 * NaN would be NaN
         zeros = partial(torch.zeros, dtype=self.model.dtype, device=self.model.device)
