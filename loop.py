@@ -305,8 +305,7 @@ def grow_samples(lab, r, questions):
 def learn_right_solutions(lab, r, trees):
     """Imitate the distinct right solutions of all rounds so far, sampled or searched for."""
     found = forests_so_far(lab, r, "trees", "more", "searched")
-    rows = rows_of(found, solutions=partial(right_solutions, lab))
-    return imitate(lab, rows, lab.settings.steps)
+    return imitate(lab, found, partial(right_solutions, lab), lab.settings.steps)
 
 
 # outcome_dpo: the control of Self-Explore. Whole solutions as pairs
@@ -319,7 +318,7 @@ def grow_explored(lab, r, questions):
 
 def learn_outcome_pairs(lab, r, trees):
     """3) DPO on whole solutions, right against wrong. Reference: the model that sampled them."""
-    return prefer(lab, r, rows_of(trees, outcome_pairs), preference_updates(lab, r))
+    return prefer(lab, r, trees, outcome_pairs)
 
 
 # self_explore: Self-Explore (Hwang et al. 2024, 2404.10346)
@@ -333,7 +332,7 @@ def grow_pits(lab, r, questions):
 def learn_pits(lab, r, trees):
     """3) DPO: the pit alone is rejected, a right completion of the prefix before it is chosen. The
     reference is the explorer, since that is the model as it stands now."""
-    return prefer(lab, r, rows_of(trees, pit_pairs), preference_updates(lab, r))
+    return prefer(lab, r, trees, pit_pairs)
 
 
 # mcts_dpo: MCTS-DPO (Xie et al. 2024, 2405.00451)
@@ -347,7 +346,7 @@ def grow_searched(lab, r, questions):
 def learn_siblings(lab, r, trees):
     """3) DPO on siblings of different Q. The NLL term is on the better steps alone, for a right
     solution may hold wrong steps."""
-    return prefer(lab, r, rows_of(trees, sibling_pairs), preference_updates(lab, r))
+    return prefer(lab, r, trees, sibling_pairs)
 
 
 # alphallm: AlphaLLM (Tian et al. 2024, 2404.12253)
@@ -370,8 +369,8 @@ def grow_imagined(lab, r, questions):
 def learn_trusted(lab, r, trees):
     """4) Imitate the searched solutions that the critics trust (tree.chosen, a path or nothing), of
     all rounds so far. The right samples are left out: some are right by luck."""
-    rows = rows_of(forests_so_far(lab, r, "imagined"), solutions=lambda tree: tree.chosen[-1:])
-    return imitate(lab, rows, lab.settings.steps)
+    found = forests_so_far(lab, r, "imagined")
+    return imitate(lab, found, lambda tree: tree.chosen[-1:], lab.settings.steps)
 
 
 # combined: ours. It asks two questions:
@@ -408,14 +407,10 @@ def learn_what_helps(lab, r, trees):
     notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
     if notes["evenness"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
-    preferring = preference_updates(lab, r)
-    imitating = lab.settings.steps - preferring
-    if imitating:
-        notes |= imitate_right_ones(lab, trees, imitating)
-        rows = rows_of(trees, rate_pairs)
-    else:
-        rows = rows_of(trees, lambda tree: rate_pairs(tree) + outcome_pairs(tree))
-    return prefer(lab, r, rows, preferring) | notes
+    if rft_updates(lab, r):
+        notes |= imitate_right_ones(lab, r, trees)
+        return prefer(lab, r, trees, rate_pairs) | notes
+    return prefer(lab, r, trees, lambda tree: rate_pairs(tree) + outcome_pairs(tree)) | notes
 
 
 # HACK HERE: a recipe of your own is one more line, and its two functions. Also change: nothing
@@ -708,10 +703,12 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float
     return lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
 
 
-def imitate(lab, rows: list, updates: int) -> dict:
-    """SFT on the solutions of these rows. Real weights soon memorise them: after six passes the
-    loss of Qwen2.5-Coder-0.5B on its own solutions was .06 nats a token (.49 on references), and
-    GSM8K fell by 6 points: so --epochs holds. The tiny GPT takes no harm, and has no limit."""
+def imitate(lab, trees: list, solutions, updates: int) -> dict:
+    """SFT on solutions(tree), a list of ends, of each tree. Real weights soon memorise them: after
+    six passes the loss of Qwen2.5-Coder-0.5B on its own solutions was .06 nats a token (.49 on
+    references), and GSM8K fell by 6 points: so --epochs holds. The tiny GPT takes no harm, and has
+    no limit."""
+    rows = [tree_row(solutions=ends) for tree in trees if (ends := solutions(tree))]
     epochs = lab.settings.epochs if lab.settings.model else float("inf")
     return fit(lab, rows, sft_loss, imitation_lr(lab), updates, epochs)
 
@@ -721,10 +718,12 @@ def imitation_lr(lab) -> float:
     return lab.settings.sft_lr or scaled_lr(lab.model, SFT_LR)
 
 
-def prefer(lab, r: int, rows: list, updates: int) -> dict:
-    """DPO. The reference is the model as it is now; its log-probs are stored before training. The
-    pairs are also written to a file, as other DPO trainers read them."""
+def prefer(lab, r: int, trees: list, pairs) -> dict:
+    """DPO on pairs(tree), a list of dpo.Pair, of each tree. The reference is the model as it is
+    now; its log-probs are stored before training. The pairs are also written to a file, as other
+    DPO trainers read them."""
     s, records = lab.settings, []
+    rows = [tree_row(found) for tree in trees if (found := pairs(tree))]
     store_reference(lab.model, rows, lab.part_tokens)
     text = lambda side: lab.decode(np.concatenate([node.ids for node in side]))
     for pair in (pair for row in rows for pair in row.pairs):
@@ -734,6 +733,7 @@ def prefer(lab, r: int, rows: list, updates: int) -> dict:
     write_lines(lab.folder / f"pairs_{r}.jsonl", records)
     loss = partial(preference_loss, beta=s.beta, nll=s.nll)
     lr = s.dpo_lr or (scaled_lr(lab.model, DPO_LR) if s.model else TINY_DPO_LR)
+    updates = s.steps - rft_updates(lab, r)
     return dict(pairs=len(records)) | fit(lab, rows, loss, lr, updates, s.epochs)
 
 
@@ -744,13 +744,6 @@ def right_solutions(lab, tree: Tree, most: int = 8) -> list:
     for path in complete_right_paths(tree):
         found.setdefault(calculations(lab.text(path[-1])), path[-1])
     return list(found.values())[:most]
-
-
-def rows_of(trees: list, pairs=lambda tree: [], solutions=lambda tree: []) -> list:
-    """A row for each tree that has something to learn from: pairs(tree), a list of dpo.Pair, or
-    solutions(tree), the ends (nodes) of solutions to imitate."""
-    found = [(pairs(tree), solutions(tree)) for tree in trees]
-    return [tree_row(*sides) for sides in found if any(sides)]
 
 
 RFT_PART = 3 / 4        # of the updates of round 1, where imitation comes before DPO
@@ -766,23 +759,20 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
     if r > 1 or not s.share:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
-    updates = s.steps - preference_updates(lab, r)
-    notes = lab.trained("rft", lambda: imitate_right_ones(lab, trees, updates))
+    notes = lab.trained("rft", lambda: imitate_right_ones(lab, r, trees))
     return s.budget - lab.sampled_tokens / len(questions), notes
 
 
-def imitate_right_ones(lab, trees: list, updates: int) -> dict:
+def imitate_right_ones(lab, r: int, trees: list) -> dict:
     """RFT before DPO; returns what it did, under names of its own."""
-    rows = rows_of(trees, solutions=partial(right_solutions, lab))
-    stats = imitate(lab, rows, updates)
+    stats = imitate(lab, trees, partial(right_solutions, lab), rft_updates(lab, r))
     return dict(rft_steps=stats["steps"], rft_tokens=stats.get("trained_tokens", 0))
 
 
-def preference_updates(lab, r: int) -> int:
-    """How many of a round's optimiser updates DPO has, if RFT comes before it in round 1."""
+def rft_updates(lab, r: int) -> int:
+    """How many of a round's optimiser updates RFT has before DPO. DPO has the others."""
     s = lab.settings
-    imitating = int(s.steps * RFT_PART) if r == 1 and s.share else 0
-    return s.steps - imitating
+    return int(s.steps * RFT_PART) if r == 1 and s.share else 0
 
 
 def train_base(lab) -> dict:

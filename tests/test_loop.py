@@ -487,7 +487,7 @@ def test_what_the_outcome_head_trusts_is_kept(home, tmp_path, monkeypatch):
         assert tree.chosen == (end.path() if said >= loop.KEEP else [])
         kept += bool(tree.chosen)
     assert 0 < kept == loop.read_lines(tmp_path / "run" / "log.jsonl")[1]["kept"] < len(searched)
-    monkeypatch.setattr(loop, "imitate", lambda lab, rows, updates: rows)
+    monkeypatch.setattr(loop, "fit", lambda lab, rows, *_: rows)
     rows = loop.learn_trusted(lab, 1, [])
     paths = [[node.index for node in tree.chosen] for tree in searched if tree.chosen]
     assert [[node.index for node in row.packed.span] for row in rows] == paths
@@ -499,17 +499,19 @@ def test_mcts_dpo_imitates_no_solution(home, tmp_path, monkeypatch):
     settings = small(home, recipe="mcts_dpo", rounds=1, budget=300, out=str(tmp_path / "run"))
     assert go(**settings)[0] == 0
     lab = loop.Lab(loop.Settings(**settings))
-    monkeypatch.setattr(loop, "prefer", lambda lab, r, rows, updates: rows)
-    rows = loop.learn_siblings(lab, 1, loop.forests_so_far(lab, 1, "trees"))
+    monkeypatch.setattr(loop, "fit", fit := Mock(return_value={}))
+    loop.learn_siblings(lab, 1, loop.forests_so_far(lab, 1, "trees"))
+    rows = fit.call_args.args[1]
     assert rows and all(row.pairs and not len(row.imitate) for row in rows)
 
 
 @pytest.mark.parametrize("model, passes", [("folder", 2), ("", 4)])
-def test_real_weights_imitate_at_most_so_often(model, passes):
+def test_real_weights_imitate_at_most_so_often(model, passes, monkeypatch):
     """3 rows, 2 epochs, 6 updates of 2 rows: real weights see a row twice, the tiny GPT 4 times."""
     lab = SimpleNamespace(settings=loop.Settings(model=model, epochs=2, batch=2, sft_lr=1.0),
                           train=lambda plan, *_, **__: plan, folder=Path(), model=None)
-    plan = loop.imitate(lab, ["a", "b", "c"], 6)
+    monkeypatch.setattr(loop, "tree_row", lambda solutions: solutions)
+    plan = loop.imitate(lab, "abc", lambda tree: tree, 6)
     assert len(plan) == 6 and Counter(chain(*plan)) == dict.fromkeys("abc", passes)
 
 

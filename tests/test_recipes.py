@@ -152,29 +152,21 @@ def test_alphallm_shares_what_is_left(new, each, monkeypatch):
     ("outcome_dpo", dpo.outcome_pairs, loop.sample), ("self_explore", dpo.pit_pairs, loop.sample),
     ("mcts_dpo", dpo.sibling_pairs, loop.search_with_answers)])
 def test_what_a_recipe_grows_and_prefers(recipe, pairs, method, monkeypatch):
-    """Each method's own trees and pairs; pits are looked for by Self-Explore alone. In round 1 a
-    quarter of the updates is left for them, later all."""
+    """Each method's own trees and pairs; pits are looked for by Self-Explore alone."""
     monkeypatch.setattr(loop, "imitate_first", lambda *_: (7, {}))
     monkeypatch.setattr(loop, "grow_forest", lambda lab, *call: call)
-    monkeypatch.setattr(loop, "rows_of", lambda trees, pairs: pairs)
-    monkeypatch.setattr(loop, "prefer", lambda lab, r, rows, updates: (rows, updates))
+    monkeypatch.setattr(loop, "prefer", lambda *call: call)
     lab, learn = SimpleNamespace(settings=Settings()), loop.RECIPES[recipe].learn
-    assert [learn(lab, r, []) for r in (1, 2)] == [(pairs, 16), (pairs, 64)]
+    assert learn(lab, 2, ["tree"]) == (lab, 2, ["tree"], pairs)
     *call, grown_by = loop.RECIPES[recipe].grow(lab, 1, ["q"])[0]
     assert call == ["trees_1", ["q"], 7] and getattr(grown_by, "func", grown_by) is method
     assert getattr(grown_by, "keywords", {}) == (dict(label=True) if "self" in recipe else {})
 
 
-@pytest.mark.parametrize("r, share, updates", [(1, 0.4, 16), (2, 0.4, 64), (1, 0, 64)])
-def test_updates_of_dpo(r, share, updates):
-    """A quarter of those of round 1, where imitation comes first; else all."""
-    assert loop.preference_updates(SimpleNamespace(settings=Settings(share=share)), r) == updates
-
-
 def test_imitating_first(monkeypatch):
     """Round 1: three quarters of the updates, and what its samples left is the method's."""
     monkeypatch.setattr(loop, "grow_forest", grow := Mock())
-    monkeypatch.setattr(loop, "imitate_right_ones", lambda lab, trees, updates: updates)
+    monkeypatch.setattr(loop, "imitate_right_ones", lambda lab, r, trees: loop.rft_updates(lab, r))
     lab = SimpleNamespace(settings=Settings(budget=100), sampled_tokens=420,
                           trained=lambda name, make: (name, make()))
     assert loop.imitate_first(lab, 1, [*range(10)]) == (58, ("rft", 48))
@@ -187,36 +179,36 @@ def test_imitation_learns_from_all_rounds_so_far(monkeypatch, tmp_path):
     for name in ("first_1", "trees_1", "more_1", "trees_2", "searched_2", "trees_3"):
         loop.write_lines(tmp_path / name / "000000.jsonl", [name])
     monkeypatch.setattr(loop, "read_trees", lambda file: (loop.read_lines(file), 0))
-    monkeypatch.setattr(loop, "rows_of", lambda found, **_: found)
-    monkeypatch.setattr(loop, "imitate", lambda lab, rows, updates: rows)
+    monkeypatch.setattr(loop, "imitate", lambda lab, found, solutions, updates: found)
     lab = SimpleNamespace(folder=tmp_path, settings=Settings())
     assert loop.learn_right_solutions(lab, 2, []) == ["trees_1", "more_1", "trees_2", "searched_2"]
 
 
-@pytest.mark.parametrize("r, want", [(1, dict(imitated=48, rows=["rate"], updates=16)),
-                                     (2, dict(rows=["rate", "whole"], updates=64))])
+@pytest.mark.parametrize("r, want", [(1, dict(imitated=1, pairs=["rate"])),
+                                     (2, dict(pairs=["rate", "whole"]))])
 def test_what_combined_prefers(r, want, monkeypatch):
     """Round 1 imitates first, then siblings; later ones have siblings and whole solutions."""
     monkeypatch.setattr(loop, "forests_so_far", lambda *_: [])
     monkeypatch.setattr(loop, "evenness", lambda trees: 1.0)
     monkeypatch.setattr(loop, "rate_pairs", lambda tree: ["rate"])
     monkeypatch.setattr(loop, "outcome_pairs", lambda tree: ["whole"])
-    monkeypatch.setattr(loop, "rows_of", lambda trees, pairs: pairs(None))
-    monkeypatch.setattr(loop, "imitate_right_ones", lambda lab, trees, n: dict(imitated=n))
-    monkeypatch.setattr(loop, "prefer", lambda lab, r, rows, n: dict(rows=rows, updates=n))
+    monkeypatch.setattr(loop, "imitate_right_ones", lambda lab, r, trees: dict(imitated=r))
+    monkeypatch.setattr(loop, "prefer", lambda lab, r, trees, pairs: dict(pairs=pairs(None)))
     lab = SimpleNamespace(settings=Settings())
     assert loop.learn_what_helps(lab, r, []) == want | dict(evenness=1.0)
 
 
-def test_prefer_passes_the_settings_on(tmp_path, monkeypatch):
-    """--beta, --nll, --dpo-lr and --epochs reach the training."""
+@pytest.mark.parametrize("r, share, updates", [(1, 0.4, 16), (2, 0.4, 64), (1, 0, 64)])
+def test_prefer_passes_the_settings_on(r, share, updates, tmp_path, monkeypatch):
+    """--beta, --nll, --dpo-lr and --epochs reach the training. A quarter of the updates of round 1,
+    where imitation comes first, is left for it; else all."""
     monkeypatch.setattr(loop, "fit", fit := Mock(return_value={}))
-    settings = Settings(beta=0.3, nll=0.7, dpo_lr=0.01, epochs=2)
+    settings = Settings(beta=0.3, nll=0.7, dpo_lr=0.01, epochs=2, share=share)
     lab = SimpleNamespace(settings=settings, folder=tmp_path, model=None, part_tokens=8,
                           decode=None)
-    loop.prefer(lab, 1, [], 5)
+    loop.prefer(lab, r, [], None)
     _, _, loss, *rest = fit.call_args.args
-    assert loss.keywords == dict(beta=0.3, nll=0.7) and rest == [0.01, 5, 2]
+    assert loss.keywords == dict(beta=0.3, nll=0.7) and rest == [0.01, updates, 2]
 
 
 def test_sft_draws_other_examples_each_round(monkeypatch):
