@@ -56,6 +56,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from html import escape
 from itertools import permutations
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -479,43 +480,37 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
     try:
         torch.set_num_threads(1 if one_thread else threads)
         for i in range(workers if workers > 1 else 0):          # a single one is this process
-            children.append(fork(lab, todo[i::workers], sampled[i]))
-        while children:
-            done, _ = os.waitpid(children[-1], os.WNOHANG)
-            if done:
-                children.pop()
+            given = (lab, todo[i::workers], sampled[i])
+            child = get_context("fork").Process(target=work, args=given)
+            child.start()
+            children.append(child)
+        while any(child.is_alive() for child in children):
             time.sleep(0.02)
             bar.update(sampled.sum().item() - bar.n)
         return [cached(path, make, load=load) for path, make in jobs.items()]
     finally:
         for child in children:                  # Ctrl-C: no orphan is left
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            child.kill()
+            child.join()
         torch.set_num_threads(threads)
         lab.progress = None
         bar.close()
 
 
-def fork(lab, jobs: list, sampled) -> int:
-    """Start a copy of this process, which makes these files and ends. Returns its number."""
-    parent = os.getpid()
+def work(lab, jobs: list, sampled) -> None:
+    """What a process of its own does: it makes these files."""
+    parent = os.getppid()
 
     def progress(tokens):
         """Count for the parent's bar. A child whose parent was killed ends, too."""
         sampled.add_(tokens)
         if os.getppid() != parent:
             os._exit(1)
-    child = os.fork()
-    if child:
-        return child
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.stdout = sys.stderr = open(os.devnull, "w")         # --workers 1 shows a print()
-        lab.progress = progress
-        for path, make in jobs:
-            cached(path, make)
-    finally:
-        os._exit(0)                             # and nothing that the parent will do at its end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout = sys.stderr = open(os.devnull, "w")     # --workers 1 shows a print()
+    lab.progress = progress
+    for path, make in jobs:
+        cached(path, make)
 
 
 def planted(lab, questions: list, stage: int, first: int = 0) -> list:
