@@ -50,7 +50,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -1778,7 +1778,7 @@ def compare(s: Settings, names: list, seeds: int) -> None:
     for name in names:
         check(replace(s, recipe=name))
     rows = []
-    hits = {}                   # (recipe, measure): for each seed whether each question counts
+    hits = defaultdict(list)    # (recipe, measure): for each seed whether each question counts
     for seed in range(s.seed, s.seed + seeds):
         for name in names:
             one = replace(s, recipe=name, seed=seed)
@@ -1786,24 +1786,21 @@ def compare(s: Settings, names: list, seeds: int) -> None:
             print(f"\n{name}, seed {seed}", flush=True)
             rows += run(one)
             solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), read_lines)
-            hits.setdefault((name, "accuracy"), []).append([row["right"] for row in solutions])
-            if solutions[0]["sound"] is not None:
-                sound = [row["right"] and row["sound"] for row in solutions]
-                hits.setdefault((name, "sound"), []).append(sound)
-    first, measures = names[0], list(dict.fromkeys(measure for _, measure in hits))
-    titles = [(measure, f"less {first}", "95% interval", "seeds") for measure in measures]
-    lines = [["recipe", *sum(titles, ())], ["---"] * (1 + 4 * len(measures))]
+            hits[name, "accuracy"].append([row["right"] for row in solutions])
+            hits[name, "sound"].append([row["right"] and row["sound"] for row in solutions])
+    write_text(Path(s.out or "runs", "compare.html"), compare_page(rows))
+    first = names[0]
+    measures = [key for key in ("accuracy", "sound") if rows[0][key] is not None]
+    titles = [f"{measure} | less {first} | 95% interval | seeds" for measure in measures]
+    print(f"\n| {' | '.join(['recipe', *titles])} |")
+    print("| --- " * (1 + 4 * len(measures)) + "|")
     for name in names:
         cells = [compared(hits[name, measure], hits[first, measure]) for measure in measures]
-        lines.append([name, *sum(cells, [])])
-    write_text(Path(s.out or "runs", "compare.html"), compare_page(rows))
-    print()
-    for line in lines:
-        print(f"| {' | '.join(line)} |")
+        print(f"| {' | '.join([name, *cells])} |")
 
 
-def compared(ours: list, theirs: list) -> list:
-    """Cells of a table: our mean, less theirs, the interval of the difference, and our seeds."""
+def compared(ours: list, theirs: list) -> str:
+    """Four cells of a table: our mean, less theirs, interval of the difference, our seeds."""
     each = 100 * np.mean(ours, axis=1)                                          # (seeds,)
     gain, interval = each - 100 * np.mean(theirs, axis=1), "-"                  # (seeds,)
     if ours is not theirs and len(ours) > 1:
@@ -1811,7 +1808,7 @@ def compared(ours: list, theirs: list) -> list:
     elif ours is not theirs:
         interval = f"McNemar p = {critic.mcnemar(ours[0], theirs[0]):.2g}"
     seeds = " ".join(f"{rate:.1f}" for rate in each)
-    return [f"{each.mean():.1f}", f"{gain.mean():+.1f}", interval, seeds]
+    return f"{each.mean():.1f} | {gain.mean():+.1f} | {interval} | {seeds}"
 
 
 def evaluate(s: Settings) -> None:
