@@ -1724,9 +1724,8 @@ def show_example(lab, log: list) -> None:
         return [(verdict(lab.task, question, text, one.why == "length"), text)
                 for question, (text, one) in zip(questions, continuations(lab, prompts))]
     before, after = answers(0), answers(r)
-    improved = [place for place in range(len(records))
-                if before[place][0] not in ("", "right") and after[place][0] == "right"]
-    place = improved[0] if improved else 0
+    place = next((place for place, (old, new) in enumerate(zip(before, after))
+                  if old[0] not in ("", "right") and new[0] == "right"), 0)
 
     def show(title, told, solution):
         """Print a solution below its verdict."""
