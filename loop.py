@@ -684,7 +684,7 @@ def calculations(text: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # 5. Learning: rows of trees, two ways to train on them, the base, the critics
 # --------------------------------------------------------------------------------------------------
-def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float = float("inf")) -> dict:
+def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dict:
     """Train the policy on rows, in place. Returns statistics for the log. If `epochs` passes over
     the rows do not fill all batches, the batches are smaller, and the number of updates stays, down
     to batches of one row: 10 rows and 3 epochs give 30 updates at most."""
