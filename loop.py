@@ -685,9 +685,7 @@ def calculations(text: str) -> str:
 # 5. Learning: rows of trees, two ways to train on them, the base, the critics
 # --------------------------------------------------------------------------------------------------
 def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dict:
-    """Train the policy on rows, in place. Returns statistics for the log. If `epochs` passes over
-    the rows do not fill all batches, the batches are smaller, and the number of updates stays, down
-    to batches of one row: 10 rows and 3 epochs give 30 updates at most."""
+    """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how)."""
     s = lab.settings
     if not rows:
         kind = "right solutions" if loss_fn is sft_loss else "preference pairs"
