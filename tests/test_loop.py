@@ -405,8 +405,7 @@ def test_a_damaged_file_of_a_run(name, key, run_of, home, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked processes")
-@pytest.mark.parametrize("dies", (False, True))
-@pytest.mark.parametrize("recipe", ("self_explore", "alphallm"))
+@pytest.mark.parametrize("recipe, dies", (("self_explore", False), ("alphallm", True)))
 def test_workers_make_the_same_files(recipe, dies, home, tmp_path, monkeypatch):
     """Two processes write the bytes of one, also if each of them fails at its second file."""
     parent, cached, done = os.getpid(), loop.cached, []
