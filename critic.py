@@ -120,7 +120,7 @@ def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> li
                 places.append((i, order))
     sampler.encode(paths)
     hidden = sampler.hidden[[path[-1] for path in paths]]               # (paths, C)
-    logps = model.all_logps(hidden)[:, letters]                       # (paths, A or B)
+    logps = model.all_logps(hidden)[:, letters]                         # (paths, A or B)
     for (i, order), share in zip(places, torch.softmax(logps, -1).tolist()):
         p[i, order] = share[1 - order]                  # "correct" is (B), then (A)
     return p.mean(1).tolist()

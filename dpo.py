@@ -269,7 +269,7 @@ def log_probs(model: GPT, rows: list) -> list:
     # index_select, not hidden[row, before]: branches share a parent, and on a CPU the gradient of
     # indexing adds shared entries in an undefined order, so that two runs would differ
     parents = hidden.flatten(0, 1).index_select(0, row * T + before[row, column])   # (M, C)
-    logps = target_logps(model, parents, ids[row, column])           # (M,)
+    logps = target_logps(model, parents, ids[row, column])              # (M,)
     whole = torch.zeros_like(learn, dtype=logps.dtype).masked_scatter(learn, logps).cpu()   # (B, T)
     return [whole[b, :len(row.learn)] for b, row in enumerate(rows)]
 
