@@ -286,14 +286,14 @@ class StepSampler:
         need(node not in self.open, f"node {node.index} still waits for the steps it asked for")
         queue = requests(node, k, self.max_tokens, self.sampler)
         self.open[node] = [None] * k
-        for i, ticket in enumerate(self.sampler.submit(queue, to_end=False)):
+        for i, ticket in enumerate(self.sampler.submit(queue, self.temperature, to_end=False)):
             self.owner[ticket] = node, i
 
     def answers(self) -> list:
         """Nodes that have all they asked for; children in order of sample number, in any batch."""
         ready = []
         while self.open and not ready:
-            for ticket, sample in self.sampler.advance(self.temperature, self.progress).items():
+            for ticket, sample in self.sampler.advance(self.progress).items():
                 node, i = self.owner.pop(ticket)
                 self.open[node][i] = sample
                 if all(self.open[node]):

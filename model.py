@@ -989,6 +989,7 @@ class Request:
     path: np.ndarray              # (length,) addresses of the prefix's tokens in the store
     seed: int                     # 64 bits; the draw of token t depends on (seed, t) alone
     max_tokens: int
+    greedy: bool = False          # argmax, whatever the temperature of the others
     line: str = ""                # text of the line that the path leaves unfinished
 
 
@@ -1004,23 +1005,25 @@ class Continuation:
 class _Row:
     """A request that waits or is being decoded. `submit` returns it as the ticket of its result."""
 
-    def __init__(self, request: Request, to_end: bool, context: int):
+    def __init__(self, request: Request, temperature: float, to_end: bool, context: int):
         self.request, self.to_end = request, to_end
+        self.temperature = 0.0 if request.greedy else temperature
         # so many new tokens, then it ends by "length"
         self.max_new = min(request.max_tokens, context - len(request.path))
         self.slots = []                                 # of the tokens sampled so far
         self.line, self.read = request.line, 0          # last line of the text up to ids[:read]
 
 
-# What a step needs of each live row, as arrays: a Python loop over rows is slow. All fields have 8
-# bytes, for torch reads one of them only if the size of a record is a multiple of its own
+# What a step needs of each live row, as arrays: a Python loop over rows is slow. align=True, for
+# torch reads a column of an array of records only if their size is a multiple of 8
 LIVE = np.dtype([
     ("row", object),                    # its _Row
     ("seed", np.uint64),                # of its draws
+    ("temperature", np.float32),        # 0: argmax
     ("last", int),                      # slot of its last token; `_decode` encodes it
     ("start", int),                     # length of its prefix
     ("columns", int),                   # of its text so far: how far it fills its row of the cache
-    ("stop_at", int)])                  # columns at which it stops at the latest
+    ("stop_at", int)], align=True)      # columns at which it stops at the latest
 
 
 MASK64 = (1 << 64) - 1
@@ -1159,33 +1162,33 @@ class Sampler:
 
     def extend(self, requests: list, temperature=1.0, to_end=True, progress=None) -> list:
         """One continuation for each request, in their order: `submit`, and `advance` until all have
-        stopped. to_end False: stop where a step is over. temperature, progress: see `advance`.
-        ValueError while others wait for what they submitted."""
+        stopped. to_end False: stop where a step is over. temperature 0: argmax. progress(n): n
+        tokens were sampled. ValueError while others wait for what they submitted."""
         need(not (len(self.live) or self.waiting), "a search waits for answers of this sampler")
         self.encode([request.path for request in requests])             # fewer, larger forwards
-        tickets = self.submit(requests, to_end)
+        tickets = self.submit(requests, temperature, to_end)
         found = {}
         while len(found) < len(tickets):
-            found |= self.advance(temperature, progress)
+            found |= self.advance(progress)
         return [found[ticket] for ticket in tickets]
 
-    def submit(self, requests: list, to_end=True) -> list:
+    def submit(self, requests: list, temperature=1.0, to_end=True) -> list:
         """Queue requests -> a ticket for each. Nothing is computed before `advance`."""
-        rows = [_Row(request, to_end, self.model.config.max_positions) for request in requests]
+        context = self.model.config.max_positions
+        rows = [_Row(request, temperature, to_end, context) for request in requests]
         need(all(row.max_new > 0 for row in rows), "a request leaves no room for a token")
         self.waiting += rows
         return rows
 
     @torch.no_grad()
-    def advance(self, temperature=1.0, progress=None) -> dict:
+    def advance(self, progress=None) -> dict:
         """Sample a token for every live row -> {ticket: Continuation} of the rows that stopped.
-        Waiting rows take their places, so that nobody waits for the longest row of a batch.
-        temperature 0: argmax. progress(n): n tokens were sampled."""
+        Waiting rows take their places, so that nobody waits for the longest row of a batch."""
         self._admit()
         live, found, gone = self.live, {}, []           # gone: places of the rows that stop
         if not len(live):
             return found
-        tokens, logps = self._draw(temperature)
+        tokens, logps = self._draw()
         slots = self._take(tokens)
         self.logps[slots] = logps
         live["last"] = slots
@@ -1226,20 +1229,24 @@ class Sampler:
         for row, path in zip(new, paths):
             start, seed = len(path), row.request.seed
             stop_at = start + min(row.max_new, math.inf if row.to_end else self.step_tokens)
-            records.append((row, seed, path[-1], start, start, stop_at))
+            records.append((row, seed, row.temperature, path[-1], start, start, stop_at))
         self.live = np.concatenate((self.live, np.array(records, LIVE)))
 
-    def _draw(self, temperature: float) -> tuple:
+    def _draw(self) -> tuple:
         """Ids of the live rows' next tokens, and their log-probs at temperature 1, (R,) each."""
         hidden = self.hidden[self._to_device(self.live["last"])]        # (R, C)
         logps = self.model.all_logps(hidden)            # (R, V)
-        if temperature == 0:
+        temperature = self.live["temperature"]
+        if not temperature.any():
             tokens = logps.argmax(-1)
-        elif temperature == 1:                          # the usual case: no second softmax
+        elif (temperature == 1).all():                  # the usual case: no second softmax
             tokens = self._pick(logps.exp())
         else:
-            t = max(temperature, 1e-3)                  # below it, a quotient could be infinite
-            tokens = self._pick(torch.softmax(logps / t, -1))
+            t = self._to_device(temperature)[:, None]   # (R, 1)
+            chances = torch.softmax(logps / t.clamp(min=1e-3), -1)      # below .001 counts as .001
+            # rows at 1 exactly as above (a softmax rounds otherwise), whatever the others have
+            tokens = self._pick(torch.where(t == 1, logps.exp(), chances))
+            tokens = torch.where(t[:, 0] > 0, tokens, logps.argmax(-1))
         own = logps.gather(-1, tokens[:, None])[:, 0]
         return tokens.cpu().numpy(), own.cpu().numpy()
 

@@ -319,7 +319,7 @@ def test_in_a_batch_as_alone(kind):
 
     def run(chosen, rows, sampler=None):
         sampler = sampler or Sampler(net, Letters(), 64, rows)
-        asks = [Request(sampler.prompt(prompts[i]), i, 4 + i) for i in chosen]
+        asks = [Request(sampler.prompt(prompts[i]), i, 4 + i, i % 4 == 0) for i in chosen]
         return sampler.extend(asks), sampler
     order = range(len(prompts))
     together, sampler = run(order, 256)
