@@ -980,7 +980,7 @@ class GPT(nn.Module):
 #         as in chapter 4. To encode a token is to run the model on it
 PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
 GRAPH_COLUMNS = 64                # widths are rounded up to a multiple of this: fewer graphs
-GRAPH_ROWS = 16                   # fewer rows are rounded up: a forward of one takes as long
+GRAPH_ROWS = 16                   # fewer rows are rounded up (64 take only 1.3 times as long as 1)
 
 
 @dataclass
@@ -1292,7 +1292,7 @@ class Sampler:
     def log_probs(self, above, slots):
         """(n,) log-probs at temperature 1 of encoded tokens `slots` behind the path `above`."""
         before = np.concatenate((above[-1:], slots[:-1]))               # each is predicted by these
-        logps = self.model.all_logps(self.hidden[before])             # (n, V)
+        logps = self.model.all_logps(self.hidden[before])               # (n, V)
         return logps.cpu().numpy()[np.arange(len(slots)), self.ids[slots]]
 
     @torch.no_grad()
