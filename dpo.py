@@ -411,7 +411,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(masters: dict, lr: float, muon: bool, shares: int) -> list:
-    """AdamW (fused: 3 to 5 times as fast); with `muon` the layers' matrices get Muon, in shares."""
+    """AdamW (fused: 3 to 5 times as fast). With `muon`: Muon for the layers' matrices, as so many
+    optimisers as there are shares, to step at the same time."""
     matrices = {n: p for n, p in masters.items() if muon and p.dim() == 2 and ".layers." in n}
     others = [p for name, p in masters.items() if name not in matrices]
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

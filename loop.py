@@ -481,7 +481,8 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
         torch.set_num_threads(1 if one_thread else threads)
         for i in range(workers if workers > 1 else 0):          # a single one is this process
             given = (lab, todo[i::workers], sampled[i])
-            child = get_context("fork").Process(target=work, args=given)
+            # daemon: also ends with this process if an error comes before the `finally`
+            child = get_context("fork").Process(target=make_files, args=given, daemon=True)
             child.start()
             children.append(child)
         while any(child.is_alive() for child in children):
@@ -497,8 +498,8 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
         bar.close()
 
 
-def work(lab, jobs: list, sampled) -> None:
-    """What a process of its own does: it makes these files."""
+def make_files(lab, jobs: list, sampled) -> None:
+    """What a worker process does. sampled: its counter, a tensor of one number."""
     parent = os.getppid()
 
     def progress(tokens):

@@ -690,7 +690,8 @@ def attend(q, k, v, bias):
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """Zeros. nn.Embedding draws random numbers; on "meta" torch imports its compiler for that."""
+    """Zeros: nn.Embedding draws random numbers, and on "meta" torch imports its compiler for that,
+    which takes two seconds."""
     return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
 
 
@@ -843,10 +844,10 @@ class GPT(nn.Module):
         if tokenizer.base_ids > rows or not known >= {*tokenizer.begin}:
             raise BadInput(f"The tokenizer has {tokenizer.n_ids} ids and the model {rows} rows: "
                            "they do not belong together; copy the model's own tokenizer.json.")
-        self.id_bias = None
-        if len(known) < rows:                           # there are padding rows or holes
+        self.id_bias = None                             # or (V,): -inf at padding rows and holes
+        if len(known) < rows:
             bias = [0.0 if i in known else -math.inf for i in range(rows)]
-            self.id_bias = torch.tensor(bias, device=self.device)       # (V,)
+            self.id_bias = torch.tensor(bias, device=self.device)
         ends = sorted(tokenizer.eos_ids)
         for source in (self.config.raw, self.generation):
             named = source.get("eos_token_id")

@@ -15,6 +15,7 @@ import json
 import signal
 import sys
 import tempfile
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,7 +165,8 @@ def check(flags, out, found):
         loop.write_lines(out / f"{name}.jsonl", items)
         data = out
     for stage in (speed, correctness):
-        path = out / f"{stage.__name__}_{Path(folder).name}.jsonl"
+        which = zlib.crc32(str(Path(folder).resolve()).encode())        # another folder: anew
+        path = out / f"{stage.__name__}_{which:08x}.jsonl"
         found[stage.__name__], = loop.cached(path, lambda: [stage(folder, size)])
     code, found["recipes"] = recipes(folder, size, data, out) if data else (0, {})
     found["finished"] = code == 0
