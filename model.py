@@ -1126,8 +1126,8 @@ class Sampler:
         # ids at which a row may stop before its last column
         self.may_stop = np.isin(np.arange(c.vocab_size), [*self.newline | self.model.stop_ids])
         if slots is not None or not self.use_graphs:
-            # CPU: from width 0 again, so a rerun gives the same bytes. CUDA: graphs need `work`
-            self.work = zeros(2, c.layers, self.rows, c.kv_heads, 0, c.head_dim)    # S = 0
+            # CPU: from size 0 again, so a rerun gives the same bytes. CUDA: graphs need `work`
+            self.work = zeros(2, c.layers, 0, c.kv_heads, 0, c.head_dim)    # R = S = 0
             self.graphs = {}                            # (rows, columns): (numbers, graph)
 
     def prompt(self, ids):
@@ -1222,16 +1222,16 @@ class Sampler:
         new = [self.waiting.popleft() for _ in range(count)]
         paths = [row.request.path for row in new]
         self.encode(paths)
-        given = self._gather(paths)                     # (2, L, count, G, S, D)
-        self._widen(given.shape[4])
-        first = len(self.live)
-        self.work[:, :, first:first + count, :, :given.shape[4]] = given
         records = []
         for row, path in zip(new, paths):
             start, seed = len(path), row.request.seed
             stop_at = start + min(row.max_new, math.inf if row.to_end else self.step_tokens)
             records.append((row, seed, row.temperature, path[-1], start, start, stop_at))
+        first = len(self.live)
         self.live = np.concatenate((self.live, np.array(records, LIVE)))
+        self._make_room()
+        given = self._gather(paths)                     # (2, L, count, G, S, D)
+        self.work[:, :, first:first + count, :, :given.shape[4]] = given
 
     def _draw(self) -> tuple:
         """Ids of the live rows' next tokens, and their log-probs at temperature 1, (R,) each."""
@@ -1346,13 +1346,11 @@ class Sampler:
         return self.store[:, :, self._to_device(slots)].transpose(3, 4)
 
     def _decode(self):
-        """Encode the last token of each live row. On CUDA rows and columns are rounded up, so that
-        one graph fits many steps. Rows beyond the live ones are padding: each sees itself alone,
-        and what it computes goes to the next free slot, where the next token overwrites it."""
+        """Encode the last token of each live row. Rows beyond the live ones are padding: each sees
+        itself alone, and what it computes goes to the next free slot, where the next token
+        overwrites it."""
         slots, columns = self.live["last"], self.live["columns"]        # (R,) each
-        rows, width = len(slots), self._widen(int(columns.max()))
-        if self.use_graphs:
-            rows = min(self.rows, max(GRAPH_ROWS, 1 << (rows - 1).bit_length()))    # 16 32 64 ...
+        rows, width = self._rounded(len(slots), int(columns.max()))
         numbers = np.zeros((3, rows, 1), np.int64)
         numbers[1] = self.used                          # padding rows: the next free slot
         numbers[:, :len(slots), 0] = self.ids[slots], slots, columns - 1
@@ -1408,16 +1406,23 @@ class Sampler:
         self.ids[slots] = ids
         return slots
 
-    def _widen(self, columns: int) -> int:
-        """So many columns, on CUDA rounded up. The working cache grows to them; nothing is lost."""
-        width = self.work.shape[4]
-        if self.use_graphs:
-            columns += -columns % GRAPH_COLUMNS
-        if columns > width:
-            more = max(columns - width, width // 4)
-            self.work = F.pad(self.work, (0, 0, 0, more))
+    def _make_room(self):
+        """Let `work` have a row for each live and waiting request, and all columns that the live
+        rows may come to fill. So it seldom grows, and each time all of it is copied."""
+        count = min(self.rows, len(self.live) + len(self.waiting))
+        rows, columns = self._rounded(count, int(self.live["stop_at"].max()))
+        more_rows = max(0, rows - self.work.shape[2])
+        more_columns = max(0, columns - self.work.shape[4])
+        if more_rows or more_columns:
+            self.work = F.pad(self.work, (0, 0, 0, more_columns, 0, 0, 0, more_rows))
             self.graphs = {}                            # they hold the old addresses
-        return columns
+
+    def _rounded(self, rows: int, columns: int) -> tuple:
+        """On CUDA both are rounded up, so that one graph fits many steps."""
+        if self.use_graphs:
+            rows = min(self.rows, max(GRAPH_ROWS, 1 << (rows - 1).bit_length()))    # 16 32 64 ...
+            columns += -columns % GRAPH_COLUMNS
+        return rows, columns
 
     def _to_device(self, numbers):
         """A numpy array as a tensor on the model's device, without waiting for what runs there."""

@@ -2,6 +2,7 @@
 differences, formulas written a second time, and the same training done in another way. Models are
 fp32 unless a test is about bf16, so that no tolerance depends on the machine."""
 import math
+import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -375,6 +376,25 @@ def test_one_part_of_eight_is_eight_parts_of_one(muon, capfd):
         assert reports[-1] == pytest.approx(reports[0], abs=1e-4)
     assert reports[0]["trained_tokens"] == sum(len(row.learn) for rows in data for row in rows)
     assert capfd.readouterr().err == ""
+
+def test_equal_shares():
+    """All rows, at most so many shares; the largest is hardly above the best cut of sorted rows."""
+    rng = random.Random(0)
+    for count in (1, 2, 3, 5, 32):
+        rows = [text_row([1], [2] * rng.randrange(1, 80)) for _ in range(count)]
+        lengths = sorted(len(row.learn) for row in rows)
+        for most in (1, 2, 3):
+            shares = [[len(row.learn) for row in share] for share in dpo.equal_shares(rows, most)]
+            assert sum(shares, []) == lengths and len(shares) <= most
+            best = min(max(len(part) * max(part, default=0) for part in parts)
+                       for parts in cuts(lengths, most))
+            assert max(len(share) * max(share) for share in shares) <= 1.02 * best
+
+def cuts(items, most):
+    """All ways to cut a list into so many pieces, empty ones included."""
+    if most == 1:
+        return [[items]]
+    return [[items[:i]] + rest for i in range(len(items) + 1) for rest in cuts(items[i:], most - 1)]
 
 @pytest.mark.parametrize("muon", (False, True))
 def test_shares_at_once_are_shares_one_after_the_other(muon):
