@@ -241,8 +241,9 @@ def by_length(rows: list, tokens: int) -> list:
 
 
 def equal_shares(rows: list, most: int) -> list:
-    """At most so many groups, each of like lengths, so that little is padded, and with about equal
-    padded tokens, so that threads end together. Lengths 3 4 5 9 9, 2 groups: [3 4 5], [9 9]."""
+    """Groups of like lengths, at most so many. Their padded tokens are about equal, so that threads
+    end together: the smallest size, to 2%, with which by_length makes so few groups. The lengths
+    3 4 5 9 9 give for 2 groups [3 4 5], [9 9]."""
     tokens = sum(len(row.learn) for row in rows) / most
     while len(groups := by_length(rows, tokens)) > most:
         tokens *= 1.02
@@ -441,8 +442,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
 
     label   names the progress bar; "" for none
     tokens  a batch is cut into parts of so many padded tokens; that changes memory, not results
-    shares  an update's work is cut into so many, and map_fn does them: `map` one after the other,
-            the map of a ThreadPoolExecutor at the same time. Both give the same bytes
+    shares  the rows of an update are cut into so many (equal_shares), and map_fn does them: `map`
+            one after the other, the map of a ThreadPoolExecutor at the same time, in the same bytes
     state   a file: the exact state is written to it (SAVE_EVERY). A training that finds it goes on
             from there and ends in the same bytes. It is removed at the end.
 

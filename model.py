@@ -1408,7 +1408,7 @@ class Sampler:
 
     def _make_room(self):
         """Let `work` have a row for each live and waiting request, and all columns that the live
-        rows may come to fill. So it seldom grows, and each time all of it is copied."""
+        rows may come to fill. To grow is to copy all of it, so it is made large enough at once."""
         count = min(self.rows, len(self.live) + len(self.waiting))
         rows, columns = self._rounded(count, int(self.live["stop_at"].max()))
         more_rows = max(0, rows - self.work.shape[2])
