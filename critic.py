@@ -357,7 +357,7 @@ class Rollouts:
             self.forget()
         twins = {node: twin for node in nodes
                  if (twin := self.copy(node)) and len(twin.solution()) < self.max_tokens}
-        sampler.encode([slots_of(twin) for twin in twins.values()])
+        sampler.encode([slots_of(twin) for twin in [*twins.values(), *self.fresh]])
         for twin in self.fresh:                         # what does the small model say of them?
             twin.logps = sampler.log_probs(slots_of(twin.parent), twin.slots)
         self.fresh = []
@@ -378,23 +378,25 @@ class Rollouts:
 #     18k   18 - x   18²   18!       unread: k, x, ^ and ! are not known
 #     not 18   18 thousand           unread: these words change the value
 # Left out: algebra, 5k, 1e3, number words, 2 1/2; behind a mark sums in words (3 boxes * 6 = 18).
-PHRASE = r"(?i:answer|correct (?:option|choice))[*_]*\s*(?:(?i:is)\b|:)[*_:]*|<answer>\s*"
+PHRASE = (r"(?i:answer|correct (?:option|choice))[*_]*\s*(?:(?i:is)\b|:)[*_:]*"
+          r"(?: +(?:therefore|thus|then|about|approximately|exactly)\b)?|<answer>\s*")
 DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{3}){1,9}(?![0-9])|[0-9]{1,99})"   # 1,000
 RATIO = r"[0-9]{1,99} ?/ ?[1-9][0-9]{0,98}(?!\.?[0-9])"                 # 1 / 2
 SIGN = r"(?:(?<![\w)\]%.+-])(?<![0-9] )[-+] *)?"                # -3, by -3; none in 10-3, 10 - 3
 NUMBER = rf"{SIGN}(?:{RATIO}|{DIGITS}(?:\.[0-9]{{1,99}})?|\.[0-9]{{1,99}})"     # -1,000.5  .5
 TOKEN = re.compile(rf"{NUMBER}|\\[A-Za-z]+|or so\b|[-/]?[A-Za-z]+(?:'s\b|[0-9]+)?|\S")
-KNOWN = set("""a I an as at be by do he in is it my of on so to up us we In It So We
-               cm ft kg km lb mg mi ml mm oz . , : ; ? ' " ( ) [ ] * _ ` % =""".split())
-CHANGES = ("and|cubed|doubled?|dozen|factorial|half|halve[ds]|hundreds?|maybe|minus|nor|not|"
-           "negative|nearly|almost|never|over|plus|point|squared|than|thirds?|thousands?|"
-           "twice|thrice|tripled?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|"
-           "divided|multiplied|sqrt|root|log|sin|cos|tan|lakhs?|crores?|[a-z]+illions?")
+KNOWN = set("""a I an as at be by do he in is it my of on so to up us we A An As At By He In Is It
+               Mr Ms My Of On So To Up We /hr cm ft hr kg km lb mg mi mL ml mm oz yd
+               . , : ; ? ' " ( ) [ ] * _ ` % = #""".split())
+CHANGES = ("and|cannot|cubed|doubled?|dozens?|factorial|half|halve[ds]|hundreds?|maybe|minus|nor|"
+           "not|negative|nearly|almost|never|over|plus|point|squared|than|thirds?|thousands?|"
+           "twice|thrice|tripled?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|unclear|"
+           "unknown|divided|multiplied|sqrt|root|log|sin|cos|tan|lakhs?|crores?|[a-z]+illions?")
 WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")      # or any other longer word
 REASON = re.compile(r"(?<!well )\b(?:because|since|as|not|given)\b(?! well)")     # 18, not 20
 WORKING = re.compile(r"(?: *[A-Za-z]\w* *=)?"                           # x = 9 + 9 = 18
                      r"(?:(?:[-+*/().%\s0-9]|,[0-9]{3}|x(?= ?[0-9])|\\times|\\cdot)*=)?")
-RESULT = re.compile(r"=|\bis +(?=[-+0-9])|[0-9] ?- ?(?=[0-9])")         # 9 * 2 is 18, pages 3-18
+RESULT = re.compile(r"(?<![<>!])=|\bis +(?=[-+0-9])|[0-9] ?- ?(?=[0-9])")   # 9 * 2 is 18, 3-18
 MINUS = "\u2212\u2013\u2014\uff0d\ufe63\u2010\u2011"
 SYMBOLS = str.maketrans(MINUS + "×·÷：≈’&", "-------**/:=',", "°")
 SYMBOLS |= str.maketrans({"²": "^2 ", "½": r"\frac12 ", "√": r"\sqrt ", "π": r"\pi "})
@@ -418,7 +420,8 @@ def last_box(text: str) -> str:
 def stated(text: str):
     """(mark, piece): where a text may state its answer, the surest and of a kind the last first.
     The whole text counts, as "bare", if it holds no box and its last line no mark."""
-    text = tidy(text.split("\nQuestion:")[0])                           # a base model invents more
+    text = text.split("\nQuestion:")[0]                                 # a base model invents more
+    text = tidy(re.sub("<<[^<>]*>>", "", text))                         # 9*2=<<9*2=18>>18
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
     text = text.replace(". I hope it is correct", "")                   # how Minerva's prompt ends
     box = last_box(text).replace("\n", " ")
@@ -426,8 +429,10 @@ def stated(text: str):
     for mark, found in pieces.items():
         for piece in reversed(found):
             line, _, below = piece.partition("\n")
-            words_first = re.match(r"\W*(?:[A-Za-z]{2}|[AaI] ).*[0-9]", line)
-            if not (below and words_first):             # "#### Step 1: count" is a heading
+            heading = re.match(r"\W*(?:[A-Za-z]{2}|[AaI] ).*[0-9]", line)    # "#### Step 1: count"
+            if mark == "####":                                              # "#### 1. Count"
+                heading = heading or re.match(r"\W*[0-9]+[.)] +\W*[A-Za-z]", line)
+            if not (below and heading):
                 yield mark, line
     if not box and not re.search(f"####|{PHRASE}", text.split("\n")[-1]):
         yield "bare", text
@@ -498,7 +503,8 @@ def read_words(piece: str, mark: str):
 # LaTeX (MATH): equal are formulas with one canonical spelling. No algebra: 1 + x is not x + 1.
 WHOLE = {                                               # for a whole answer, in this order
     r"(?<=[0-9])(?:\{,\}|,? *\\[,!] *)(?=[0-9]{3}(?![0-9]))": ",",      # 1{,}000  1,\!000
-    r"\\(?:left|right|[Bb]ig|q?quad|boxed)(?![a-z])": "", r"\\[dtc](frac|binom)": r"\\\1",
+    r"\\(?:left|right|[Bb]ig|displaystyle|q?quad|boxed)(?![a-z])": "",
+    r"\\[dtc](frac|binom)": r"\\\1",
     r"\\\\": ",|,", r"[(\[]? *\\begin\{\w+\}(?:\{[clr|]*\})?": "(",     # a matrix: (1, 2, |, 3, 4)
     r"\\end\{\w+\} *[)\]]?": ")", r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
     r"\^ *\{? *\\circ *\}?|\\?%|\\!": "", r"\\[,:; ]|~|\s+": " ",       # 90^\circ
@@ -509,7 +515,7 @@ PART = {                                                # for a part that is no 
     r"\\(sqrt *(?:\[\w*\])?|frac|binom) *([0-9A-Za-z])": r"\\\1{\2}",   # \sqrt2  \frac12
     r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\}) *([0-9A-Za-z])": r"\1{\2}",
     r"(?<=[0-9]) +(?=[0-9])": "~", " +": "", r"^[*_:;,`\"+]+|[*_:;,`\".]+$": "",    # 1 2 is not 12
-    r"^(?:\{([^{}]*)\}|\((-?[0-9./]+|[A-Za-z]+)\))$": r"\1\2",          # {72}  (72)  (A)
+    r"^(?:\{([^{}]*)\}|\(([^(),]*)\))$": r"\1\2",                      # {72}  (72)  (A)
     r"^(-?)(?:\(([^()]*)\)|((?:[^-+,()\[\]/={}]|\{[^{}]*\})+))/"        # (x+1)/2  \pi/4
     r"([0-9.]+|[A-Za-z]|\\[a-z]+|\\sqrt\{[^{}]*\})$": r"\1\\frac{\2\3}{\4}",
     r"^(-?)\\frac\{(-?[0-9.]+)\}\{([0-9.]+)\}$": r"\1\2/\3"}            # -1/2

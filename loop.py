@@ -1568,7 +1568,9 @@ class FileTask(BuiltIn):
     def over(self, line: str) -> bool:
         """Does this line end a solution? A base model goes on with the next question after it."""
         marks = ("####",) if self.reader is critic.read_number else ("####", "boxed", "phrase")
-        return line.startswith("Question:") or find_answer(line, self.reader)[1] in marks
+        # with a line below it, "#### Step 1: count" is a heading and no answer
+        mark = find_answer(line + "\n.", self.reader)[1]
+        return line.startswith("Question:") or mark in marks
 
     def train_questions(self, r: int) -> list:
         """The next ones of the shuffled file; every question once before any comes again."""

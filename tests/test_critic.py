@@ -354,6 +354,8 @@ def test_rollouts(text):
     decode = big.tokenizer.decode_more
     small = language_model(5, 16, Tokenizer.bytes_only(("<a>", "<b>")) if text else None)
     retell = (lambda node: decode(node.ids.tolist())) if text else None
+    unused = Rollouts(small, Length({}), 3, 1, retell)      # no prefix is short enough
+    assert unused.score(nodes) == {}
     fast = Rollouts(small, Length({}), 3, 40, retell)
     found = fast.score(nodes)
     ends = [end.solution().tolist() for end in fast.critic.asked]
@@ -365,11 +367,11 @@ def test_rollouts(text):
         mine = ends[3 * i:3 * i + 3]
         assert all(ids[:len(prefix)] == prefix for ids in mine)
         assert found[node] == pytest.approx(np.mean([len(ids) % 7 / 7 for ids in mine]))
-    end = fast.critic.asked[0]
-    ids = np.concatenate([step.ids for step in end.path()]).tolist()
-    logps = small.model.all_logps(plain_forward(small, ids))
-    want = [logps[i - 1, ids[i]].item() for i in range(len(end.tree.root.ids), len(ids))]
-    assert end.solution("logps").tolist() == pytest.approx(want, abs=1e-4)
+    for node in fast.critic.asked[0], unused.twin[nodes[-1]]:
+        ids = np.concatenate([step.ids for step in node.path()]).tolist()
+        logps = small.model.all_logps(plain_forward(small, ids))
+        want = [logps[i - 1, ids[i]].item() for i in range(len(node.tree.root.ids), len(ids))]
+        assert node.solution("logps").tolist() == pytest.approx(want, abs=1e-4)
     counts = small.counts
     assert counts["encoded"] <= counts["prompt"] + counts["sampled"]
     assert fast.tokens == counts["sampled"] > 0

@@ -292,8 +292,10 @@ def test_prompts(read):
 def test_where_a_solution_ends(read):
     """A line ends a solution where its answer stands in the form of the data."""
     for item, over, going in (
-            (GSM8K, ["#### 9", "Question: next"], ["\\boxed{9}", "the answer is 9", "Question"]),
-            (MATH, ["so $\\boxed{x}$.\n", "#### x"], ["\\boxed{\\frac{", "\\boxed", "x = 9"]),
+            (GSM8K, ["#### 9\n", "Question: next"], ["\\boxed{9}", "the answer is 9", "Question",
+                                                    "#### Step 1: Eggs\n", "#### 1. Eggs\n"]),
+            (MATH, ["so $\\boxed{x}$.\n", "#### x"], ["\\boxed{\\frac{", "\\boxed", "x = 9",
+                                                      "#### Step 1: Eggs\n"]),
             (SCIQ, ["#### B", "The answer is (B).\n"], ["B", "(B) iron", "The answer is blue"])):
         one = read(item)
         assert all(map(one.over, over)) and not any(map(one.over, going)), item
