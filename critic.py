@@ -29,23 +29,21 @@ from model import BadInput
 # is the pit. For "the success rate drops by half", the former gives tried_right / tried (None if
 # not tried, 0 at the end), and the latter compares neighbours. Also change: tests/test_critic.py.
 def known_successes(path: list) -> list:
-    """For each step of a wrong solution the number of right samples through it. None: unknown. A 0
-    needs evidence: the step ends the solution, or fresh completions of it all failed. (The wrong
-    solution itself is no evidence against its steps: it was picked because it is wrong.)
-    One right sample through A, none through B and C, D the wrong end: [1, None, None, 0]."""
+    """For each step of a wrong solution: how many right samples pass through it; None: unknown. A
+    count of 0 is known if the step ends the solution, or if fresh completions of it all failed.
+    (The wrong solution does not count against its steps: it was picked because it is wrong.)
+    Steps A B C D, one right sample passes through A, none through B or C: [1, None, None, 0]."""
     return [node.rights if node.rights or node.tried or node.ended else None for node in path]
 
 
 def first_pit(successes: list) -> int | None:
-    """The first step with no success (Self-Explore, 3.2): [4, 2, 0, 0] -> 2; [4, 4, 4] ->
-    None; [4, None, 0] -> None, because step 1 is unknown.
-    When it is wrong: a good step whose completions end right with chance p is called a pit with
-    probability (1 - p)^k, which is 24% at p = .3 and k = 4. A bad step with a lucky end is none."""
+    """Index, from 0, of the first step with no success (Self-Explore, 3.2): [4, 2, 0, 0] -> 2;
+    [4, 4, 4] -> None; [4, None, 0] -> None, because the step at index 1 is unknown.
+    It errs both ways: a good step whose completions end right with chance p is called a pit with
+    probability (1 - p)^k, 24% at p = .3 and k = 4; a bad step with one lucky completion is not."""
     for step, count in enumerate(successes):
-        if count is None:
-            return None
-        if count == 0:
-            return step
+        if not count:                                   # 0 or None
+            return None if count is None else step
     return None
 
 
@@ -98,9 +96,9 @@ slots_of = lambda node: np.concatenate([step.slots for step in node.path()])    
 @torch.no_grad()
 def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> list:
     """The policy's own P(correct) of each solution so far, a number in (0, 1) each.
-    `template` stands behind the solution, whose keys and values are used again. Models favour a
-    letter, so the mean over both orders of the options is taken: .3 with correct as (B) and .4 with
-    correct as (A) give .35. It is .5 if solution and template do not fit into the context.
+    `template` is appended to the solution; the cached keys and values of the solution are reused.
+    Models favour one letter, so both orders of the options are asked and averaged: .3 with correct
+    as (B) and .4 with correct as (A) give .35. An order that does not fit the context counts as .5.
     shown: a reference solution, as text or function node -> text. It tells the judge the answer, so
     say when you use it: AUC .747, without .620 (MCTS-DPO). BadInput: "A" or "B" is no one token."""
     model, tokenizer = sampler.model, sampler.tokenizer
@@ -214,9 +212,9 @@ def critic_labels(tree: Tree, k: int) -> list:
 
 def critic_loss(critic: Critic, x, labels, weights):
     """Cross-entropy of the labels (M, 3) that exist, times weight, over the sum of weights (M,). A
-    soft label is learnt as it is: .75 as .75."""
-    exists = weights[:, None] * ~labels.isnan()                             # (M, 3)
-    return F.binary_cross_entropy_with_logits(critic(x), labels.nan_to_num(), exists,
+    soft label is learnt as it is: .75 as .75. (The paper trains its value by squared error.)"""
+    weight = weights[:, None] * ~labels.isnan()         # (M, 3), 0 where there is no label
+    return F.binary_cross_entropy_with_logits(critic(x), labels.nan_to_num(), weight,
                                               reduction="sum") / weights.sum()
 
 
@@ -256,35 +254,35 @@ def measure(said, truth) -> dict:
     calibration  for each tenth of [0, 1]: (mean said, mean truth, number of nodes)
     trusted      is auc at least LEAST_AUC?  note: if not, why, in words"""
     said, truth = said[~np.isnan(truth)], truth[~np.isnan(truth)]
-    rank, n = auc(said, truth >= 0.5), len(truth)
-    note = "" if (rank or 0) >= LEAST_AUC else f"AUC below {LEAST_AUC}"
-    if rank is None:
+    area, n = auc(said, truth >= 0.5), len(truth)
+    note = "" if (area or 0) >= LEAST_AUC else f"AUC below {LEAST_AUC}"
+    if area is None:
         note = "all held-out labels are of one kind" if n else "no held-out label"
     tenth = np.minimum(said * 10, 9).astype(int)
     calibration = []
     for i in np.unique(tenth):
         here = tenth == i
         calibration.append((float(said[here].mean()), float(truth[here].mean()), int(here.sum())))
-    return dict(auc=rank, brier=float(np.mean((said - truth) ** 2)) if n else None,
+    return dict(auc=area, brier=float(np.mean((said - truth) ** 2)) if n else None,
                 constant=float(np.var(truth)) if n else None, calibration=calibration,
                 nodes=n, trusted=not note, note=note)
 
 
 # HACK HERE: what a leaf of the search is worth. Also change: the numbers in tests/test_critic.py.
-def leaf_values(nodes, critic, sampler, rule="weakest", rollouts=None, known=None) -> list:
+def leaf_values(nodes, critic, sampler, combine="weakest", rollouts=None, known=None) -> list:
     """One number in [0, 1] for each node. Heads that are not trusted are left out.
     weakest (ours): the lowest of what the heads say along the path: value of every prefix, process
         of every step, outcome of the end. Among many samples one will fool a single head. (Best of
         64 on homework: 72% by the outcome head, 89% by the weakest link.) Set no threshold on it:
         the value of a prefix is low wherever the policy seldom succeeds.
-    mean and judge: the mean of what is said of the node alone (the paper: a sum).
+    mean, judge: the mean of what is said of the node alone (the paper: a sum with weights).
         heads say (value, process, outcome): a (.7, .9, -), its end b (-, .8, .95)
         weakest   a: min(.7, .9) = .7        b: min(.7, .9, .8, .95) = .7
         mean      a: (.7 + .9) / 2 = .8      b: (.8 + .95) / 2 = .875
-    rollouts add one number for a node that is no end. If no head says anything, it is worth .5.
+    rollouts add one number for a node that is no end. With no number at all a node is worth .5.
     known: {node: (3,)}, what the heads said; the caller keeps it through a search."""
     known = {} if known is None else known
-    weakest = rule == "weakest"
+    weakest = combine == "weakest"
     paths = {node: node.path()[1:] if weakest and node.parent else [node] for node in nodes}
     new = dict.fromkeys(step for path in paths.values() for step in path if step not in known)
     if new:
@@ -297,8 +295,7 @@ def leaf_values(nodes, critic, sampler, rule="weakest", rollouts=None, known=Non
         said += [known[step][0] for step in paths[node] if value and not step.ended]
         said += [known[step][1] for step in paths[node] if process and step.parent]
         said += [known[node][2]] if outcome and node.ended else []
-        combine = min if weakest else np.mean
-        worth.append(float(combine(said)) if said else 0.5)
+        worth.append(float(min(said) if weakest else np.mean(said)) if said else 0.5)
     return worth
 
 
@@ -371,8 +368,8 @@ class Rollouts:
 # --------------------------------------------------------------------------------------------------
 # The way of "So x = 10-3 = 7 apples": `grade` (chapter 6) calls `find_answer`, which asks `stated`
 # for the pieces of the text and `read_number` for what they say, 7; `same_answer` compares.
-# A false right is worse than a false wrong: a self-improving loop finds it and imitates it. So what
-# is marked is read only if all other tokens (words, numbers, glyphs) are known to leave it alone:
+# A false right is worse than a false wrong: a self-improving loop finds it and imitates it. So a
+# number is read only if all tokens beside it are in KNOWN, or are longer words not in CHANGES:
 #     **18** apples, as 3 > 2        18: `*` `apples` `,` are known; the reason is cut off
 #     18 or 20   18-20   1 000       unread: two numbers
 #     18k   18 - x   18²   18!       unread: k, x, ^ and ! are not known
@@ -418,8 +415,8 @@ def last_box(text: str) -> str:
 
 
 def stated(text: str):
-    """(mark, piece): where a text may state its answer, the surest and of a kind the last first.
-    The whole text counts, as "bare", if it holds no box and its last line no mark."""
+    """(mark, piece) where a text may state its answer: the surest mark first, its last piece first.
+    Then the whole text, as "bare", unless it holds a box or its last line holds a mark."""
     text = text.split("\nQuestion:")[0]                                 # a base model invents more
     text = tidy(re.sub("<<[^<>]*>>", "", text))                         # 9*2=<<9*2=18>>18
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
@@ -447,7 +444,7 @@ def strange(text: str) -> list:
 def read_number(piece: str, mark: str):
     """The number that a piece states when a working before it and a reason behind it are cut off: 7
     of `7 apples`, `x = 10-3 = 7`, `7, not 8`. Else the piece as it is, which equals no number.
-    Without a mark ("bare") it is the result in the last line with a digit, 20 of 18-20, or None."""
+    Without a mark ("bare") it is the one result of the last line with a digit: 20 of 18-20."""
     last = next((line for line in piece.split("\n")[::-1] if re.search("[0-9]", line)), "")
     formula = canonical(last) if re.search(r"[\\{^]", last) else ""
     if number(formula) is not None:                     # \frac12  2\frac{1}{2}  5 cm^2
@@ -475,8 +472,8 @@ APART = (r"|\w[*_]*(?:[,;]| -)(?!\w)|\w \("                             # B, iro
 
 def read_letter(piece: str, mark: str, options=None):
     """The letter of an option: B, (B), "B. iron", "(b) since"; a text of several lines has none.
-    options: {letter: its text} as shown, if known. Then the text behind the letter may not be that
-    of another option, and in `B, iron` and `B iron` it must be the letter's own."""
+    options: {letter: its text} as shown, if known. Then the text after the letter must not be that
+    of another option. In `B, iron` and `B iron` it must be the text of option B."""
     found = LETTER.match(piece)
     if not found:
         return None
@@ -581,7 +578,7 @@ def find_answer(text: str, read=read_number) -> tuple:
 
 
 def extract_answer(text: str) -> str | None:
-    """The number that a text states, for programs that use this file; None if it states none."""
+    """What a text states, for programs that use this file: "18" of `so 9+9 = 18`, or None."""
     return find_answer(text)[0]
 
 

@@ -95,8 +95,8 @@ def complete_right_paths(tree: Tree) -> list:
 def outcome_pairs(tree: Tree, most: int = 8) -> list:
     """The control of the Self-Explore paper: each right solution is paired with one wrong solution.
     Of the wrong ones that were used least often so far, the one with the most steps that differ
-    is taken (the paper: the largest edit distance). That favours long ones: on GSM8K right sides
-    had 66 tokens and wrong ones 91, and a 0.5B model learnt to stop early (README)."""
+    is taken (the paper: the largest edit distance). That favours long ones: on GSM8K chosen sides
+    had 66 tokens, rejected ones 91, and a 0.5B model learnt to stop early."""
     right = complete_right_paths(tree)[:most]
     wrong = [end.path() for end in tree.ends() if end.right is False][:most]
     pairs, taken = [], Counter()            # taken: wrong end -> pairs that it is in
@@ -161,9 +161,9 @@ def by_rate(node) -> list:
 
 def evenness(trees: list) -> float:
     """Do siblings end right about equally often? Mean of worst rate / best rate over all nodes with
-    two children or more in `by_rate` (and a best rate above 0): .5 / .8 in rate_pairs' picture. On
-    homework .1 if a number is graded, .7 if odd or even. Two right siblings give 1, too: where most
-    steps can be written in many right ways, it is high without any luck.
+    two or more children in `by_rate` and a best rate above 0; .5 / .8 in the picture of rate_pairs.
+    On homework: .1 if a number is graded, .7 if odd or even. It is also high, without any luck,
+    where most steps can be written in several right ways: two such siblings give 1.
 
     0 if there is less than one such node for every 20 trees: too few to judge by. (Homework has one
     for every 2 to 11 trees. GSM8K had one in 512 trees, because few steps were drawn twice.)"""
@@ -205,8 +205,8 @@ class Row:
 
 
 def tree_row(pairs=(), solutions=(), also=()) -> Row:
-    """The row of one tree: pairs, ends of solutions to imitate, `also` nodes whose log-probs a loss
-    of your own wants. ValueError: a pair's sides are empty, equal or have different parents."""
+    """The row of one tree. solutions: ends, to be imitated. also: nodes whose log-probs your own
+    loss needs. ValueError: the sides of a pair are empty or equal, or have different parents."""
     for pair in pairs:
         need(apart(pair.chosen, pair.rejected), "a pair needs two different branches of one node")
     chosen = [pair.chosen for pair in pairs]
@@ -241,9 +241,9 @@ def by_length(rows: list, tokens: int) -> list:
 
 
 def equal_shares(rows: list, most: int) -> list:
-    """Groups of like lengths, at most so many. Their padded tokens are about equal, so that threads
-    end together: the smallest size, to 2%, with which by_length makes so few groups. The lengths
-    3 4 5 9 9 give for 2 groups [3 4 5], [9 9]."""
+    """At most `most` groups of rows of like length, with about equally many padded tokens, so that
+    threads end together. The token limit of by_length grows by 2% at a time until its groups are
+    few enough. With most = 2 the lengths 3 4 5 9 9 give [3 4 5], [9 9]."""
     tokens = sum(len(row.learn) for row in rows) / most
     while len(groups := by_length(rows, tokens)) > most:
         tokens *= 1.02
@@ -318,7 +318,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothi
 
     sigmoid  DPO (2305.18290 eq. 7); with label_smoothing a, a number or (J,), conservative DPO as
              in MCTS-DPO: -(1 - a) log sigmoid(beta h) - a log sigmoid(-beta h)
-    ipo      (h - 1 / (2 beta))^2 (2310.12036 eq. 17); the caller gives log-probs per token
+    ipo      (h - 1 / (2 beta))^2 (2310.12036 eq. 17), without smoothing, on log-probs per token
 
     Where the policy is the reference the loss is ln 2, or 1 / (4 beta^2). ValueError: unknown kind.
     """
@@ -341,7 +341,7 @@ def preference_loss(model: GPT, rows: list, beta=0.1, nll=1.0, kind="sigmoid") -
     IPO takes log-probs per token: its target for h is one number, whether a side has 5 tokens or
     100. The statistics are sums over pairs; `summary` divides them."""
     each = list(zip(rows, log_probs(model, rows)))
-    chosen = torch.cat([row.chosen @ logps for row, logps in each])     # (J,), J of all rows
+    chosen = torch.cat([row.chosen @ logps for row, logps in each])     # (J,), all rows' pairs
     rejected = torch.cat([row.rejected @ logps for row, logps in each])
     chosen_tokens = torch.cat([row.chosen.sum(1) for row in rows])
     rejected_tokens = torch.cat([row.rejected.sum(1) for row in rows])
@@ -421,8 +421,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(masters: dict, lr: float, muon: bool, shares: int) -> list:
-    """AdamW (fused: 3 to 5 times as fast). With `muon`: Muon for the layers' matrices, as so many
-    optimisers as there are shares, to step at the same time."""
+    """AdamW (fused: 3 to 5 times as fast). With `muon`, Muon trains the matrices of the layers: as
+    `shares` optimisers, each with a part of the matrices, so that threads can step them."""
     matrices = {n: p for n, p in masters.items() if muon and p.dim() == 2 and ".layers." in n}
     others = [p for name, p in masters.items() if name not in matrices]
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -441,9 +441,9 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     """Train in place, one update a batch (a list of rows), by a loss of chapter 4 or your own.
 
     label   names the progress bar; "" for none
-    tokens  a batch is cut into parts of so many padded tokens; that changes memory, not results
-    shares  the rows of an update are cut into so many (equal_shares), and map_fn does them: `map`
-            one after the other, the map of a ThreadPoolExecutor at the same time, in the same bytes
+    tokens  padded tokens of one forward pass; fewer save memory, and results differ by rounding
+    shares  into how many parts the rows of an update are cut (equal_shares). map_fn works them off:
+            `map` in turn, the map of a ThreadPoolExecutor at the same time; both give equal bytes
     state   a file: the exact state is written to it (SAVE_EVERY). A training that finds it goes on
             from there and ends in the same bytes. It is removed at the end.
 

@@ -5,8 +5,8 @@ The loop: a language model that improves itself on questions whose final answers
 
 Without any flag a tiny GPT is trained from scratch on arithmetic homework and then improved by
 three rounds of Self-Explore, in minutes on two CPU cores. With --model and --data the same loop
-runs on open weights and real questions. Every recipe gets the same base, questions, optimiser
-updates and number of *sampled tokens*.
+runs on open weights and real questions. Every recipe gets the same base, questions, and limits on
+optimiser updates and *sampled tokens*.
 
 Four choices hold the file together:
 1. A recipe is two functions: how its trees grow, and what is learnt from them. Each reads like the
@@ -96,7 +96,7 @@ def run(s: "Settings") -> list:
         clock.append(time.time())
 
         # 2) learn: train the model in place on what the method reads off the trees
-        notes |= lab.trained(f"round_{r}", lambda: recipe.learn(lab, r, trees))
+        notes |= lab.train_or_load(f"round_{r}", lambda: recipe.learn(lab, r, trees))
         clock.append(time.time())
 
         # 3) evaluate: one greedy solution of every held-out question
@@ -114,11 +114,11 @@ def run(s: "Settings") -> list:
 def cached(path: Path, make, save=None, load=None):
     """The result of make(), kept in a file or folder that appears whole or not at all.
 
-    This is all there is to resuming: what is there is read, what is not there is made. A fresh
-    result is read back from the disk as well, so that a run that was never interrupted continues
-    from the same numbers as one that was. Two runs in one folder do no harm: each writes under a
-    temporary name that holds its process id, and both make the same. Inside a training, dpo.train
-    keeps its state every half minute."""
+    This is how a run resumes: a file that exists is read, and a missing one is made. A new result
+    is also read back from the disk, so that an uninterrupted run continues from the same numbers
+    as a resumed one. Two runs in one folder do no harm: each writes under a temporary name that
+    holds its process id, and both make the same. Inside a training, dpo.train keeps its state every
+    half minute."""
     if not path.exists():
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -169,7 +169,7 @@ def read_lines(path: Path) -> list:
 class Settings:
     """Rarely changed numbers are constants, below or where they are used, with their reason."""
     # what to run
-    recipe: str = "self_explore"  # or sft, rft, outcome_dpo, mcts_dpo, alphallm, combined
+    recipe: str = "self_explore"  # also sft, rft, outcome_dpo, mcts_dpo, alphallm, combined
     task: str = "homework"      # built-in task: homework or countdown; --data replaces it
     model: str = ""             # folder with open weights; empty: a tiny GPT trained from scratch
     data: str = ""              # training questions: JSON lines of GSM8K, MATH, SciQ, ARC ...
@@ -193,8 +193,8 @@ class Settings:
     chunk: int = 160            # questions whose trees grow together; a finished chunk is a file
     rows: int = 0               # solutions decoded at once; 0: tiny GPT 1024, CUDA 512, else 256
     share: float = 0.4          # part of the budget sampled first, for RFT or critics; 0: neither
-    # Self-Explore and MCTS-DPO
-    completions: int = 4        # k per prefix; all k fail with (1 - p)^k if each succeeds with p
+    # pits and searches
+    completions: int = 4        # k: a step is bad if k samples below it all fail (pits, critics)
     rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
     commit: int = 0             # go on below the best child after so many simulations; 0: never
     self_evaluation: str = "off"    # add the policy's own verdict to the return: off, plain, gold
@@ -212,7 +212,7 @@ class Settings:
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
     base_steps: int = 850       # most updates of round 0 (corpus or --sft-data); 0: none
-    traps: int = 0              # homework: least number of lines on which leftmost is wrong; 0 to 3
+    traps: int = 0              # homework: least number of lines on which leftmost is wrong; 0 to 2
     classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
     eval_questions: int = 2000  # held-out questions
@@ -258,8 +258,8 @@ def check(s: Settings) -> None:
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
         if not isinstance(value, str) and not least <= value < 1e12:
             raise BadInput(f"{flag}: give a number from {least} to a million million.")
-    if s.share >= 1 or s.traps > 3 or s.classes == 1 or s.threads > 1024:
-        raise BadInput("--share must lie below 1; --traps may be 3 at most, --threads 1024, "
+    if s.share >= 1 or s.traps > 2 or s.classes == 1 or s.threads > 1024:
+        raise BadInput("--share must lie below 1; --traps may be 2 at most, --threads 1024, "
                        "--classes 0, 2, 3 ...")
     if s.sft_data and not s.data or s.data and not (s.eval_data and s.model):
         raise BadInput("--data needs --eval-data and --model; --sft-data needs all three.")
@@ -269,6 +269,8 @@ def check(s: Settings) -> None:
         raise BadInput("--template needs {question} once, in single braces, where a question goes.")
     if s.rollouts and s.model and not s.rollout_model:
         raise BadInput("--rollouts with --model needs --rollout-model: a smaller model's folder.")
+    if s.rollouts and s.critic == "judge":
+        raise BadInput("--rollouts needs --critic weakest or mean; the judge works alone.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -360,7 +362,7 @@ def grow_imagined(lab, r, questions):
     notes = train_critics(lab, f"critic_{r}", trees)
     new = imagined_questions(lab, r, questions)
     left = s.budget * len(questions) - lab.sampled_tokens
-    # capped: 22 new questions once shared all that was left, 14,000 tokens each
+    # at most one budget each: 22 new questions once had 14,000 tokens each, all that was left
     each = min(s.budget, left / max(1, len(new)))
     searched = grow_forest(lab, f"imagined_{r}", new, each, search_with_critic)
     kept = sum(bool(tree.chosen) for tree in searched)
@@ -374,11 +376,11 @@ def learn_trusted(lab, r, trees):
     return imitate(lab, found, lambda tree: tree.chosen[-1:], lab.settings.steps)
 
 
-# combined: ours. It asks two questions:
-# - Are more than two thirds of the questions unsolved after the first samples? Then each of these
-#   is searched for one right end. Otherwise all get a second tree of samples.
-# - Do siblings of the first round end right about equally often (`dpo.evenness`)? Then wrong steps
-#   often end right, and it learns from preferences; else as rft does
+# combined: ours. It makes two decisions:
+# - If more than two thirds of the questions are unsolved after the first samples, it searches each
+#   unsolved one for a right end. Otherwise every question gets a second tree of samples.
+# - If siblings in the trees of round 1 end right about equally often (`dpo.evenness`), wrong steps
+#   often end right, so it learns from preferences. Otherwise it imitates, as rft does
 SEARCH_ABOVE = 2 / 3
 PREFER_ABOVE = 1 / 2
 
@@ -399,12 +401,12 @@ def grow_unsolved(lab, r, questions):
 
 
 def learn_what_helps(lab, r, trees):
-    """3) If siblings are uneven: imitate right solutions. If they are even, imitation would copy
-    wrong steps that ended right: learn from siblings with different rates, and whole solutions.
-    The trees of round 1 decide for all rounds. Later trees look even on any task: imitation has
-    removed the steps that are usually wrong; what still fails is chance, equal below all siblings.
-    4) In round 1 imitate first all the same, with three quarters of the updates. The rest is DPO on
-    siblings alone, for the trees are those of the base, not of the model that has just imitated."""
+    """3) Siblings are uneven: imitate right solutions, as rft does.
+    4) Siblings are even: imitation would copy wrong steps that ended right. Round 1 imitates with
+    three quarters of the updates, then does DPO on siblings alone, since its trees are the base's.
+    Later rounds do DPO on siblings and on whole solutions.
+    Round 1 decides for all rounds. Later trees look even on any task, because imitation has removed
+    the steps that usually fail."""
     notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
     if notes["evenness"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
@@ -460,12 +462,13 @@ def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> 
 def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
     """The contents of files that sampling makes: jobs is {path: make}. On a CPU --workers processes
     share the files that are missing. Each process is a copy (fork) of this one, so nothing has to
-    be sent. What a process did not make, because it failed or was killed, is made here afterwards,
-    and if that fails, too, here is where the error is reported.
+    be sent. If a process fails or is killed, this one makes its missing files afterwards, and
+    reports the error if it occurs again.
 
-    Sums round differently with more threads. So the number of threads follows from the number of
-    files alone: one a file; but all (the tiny GPT has one, see Lab) if there is a single file, or
-    more than two threads for each.
+    Workers run only if there are several files and at most two threads a file. Each then has one
+    thread. Otherwise this process makes all files with all its threads (the tiny GPT has one). The
+    files that exist are counted, too: so a resumed run has the same threads, and its sums round as
+    those of a run that was left alone.
 
     tokens: expected number of sampled tokens, for the progress bar."""
     threads = torch.get_num_threads()
@@ -576,7 +579,7 @@ def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
         if label and taken > 1:
             ends = [end for tree in trees for end in tree.ends()]
             critic.label_pits(ends, grow_graded, s.completions, budget)
-        cost = sum(tree.tokens for tree in trees) / taken       # of one sample of each question
+        cost = sum(tree.tokens for tree in trees) / taken       # of a wave of 1, with its labels
         wave = min(s.samples - taken % s.samples, int(budget.left() / cost))
 
 
@@ -599,7 +602,7 @@ def search_with_answers(lab, trees: list, tokens: float) -> None:
 
 
 SIMULATIONS = 1000      # of one tree at most; the token budget nearly always ends the search before
-KEEP = 0.5              # chance to be right, by the outcome head, from which a solution is imitated
+KEEP = 0.5              # a solution is imitated if the outcome head gives it at least this chance
 
 
 def search_with_critic(lab, trees: list, tokens: float) -> None:
@@ -609,7 +612,7 @@ def search_with_critic(lab, trees: list, tokens: float) -> None:
     The chosen path is kept if the outcome head says at least KEEP, as in the paper. The weakest
     link cannot be a threshold (critic.leaf_values says why)."""
     s, known, outcome = lab.settings, {}, critic.HEADS.index("outcome")
-    values = partial(lab.leaf_values, rule=s.critic, known=known)   # known[node]: what heads said
+    values = partial(lab.leaf_values, combine=s.critic, known=known)    # {node: what heads said}
     steps = lab.step_sampler(key=lambda ids: calculations(lab.decode(ids)))
     go_on = until(SIMULATIONS, tokens / len(trees), patience=16)
     search(trees, steps, values, go_on, RULES[s.rule or "uct"], importance_width(), to_end=False)
@@ -621,8 +624,8 @@ def search_with_critic(lab, trees: list, tokens: float) -> None:
 
 # HACK HERE: which solution a search without answers stands for. Also change: nothing
 def trusted_end(lab, tree: Tree):
-    """The best-scored end of the answer whose ends have the largest sum of returns. None if no end
-    states an answer, or if that one has under half the visits of all ends that state one."""
+    """Take the answer whose ends have the largest sum of returns; return its best-scored end. None
+    if no end states an answer, or if this answer has less than half the visits of such ends."""
     groups = by_answer(lab, [end for end in tree.ends() if end.visits])
     winner = max(groups, key=lambda group: sum(end.value_sum for end in group), default=[])
     visits = sum(end.visits for group in groups for end in group)
@@ -662,9 +665,9 @@ VARIABLE = re.compile(r"\\|\b(?![aAI]\b)[A-Za-z]\b")          # x + 3 = 7, or La
 
 
 def calculations(text: str) -> str:
-    """What makes two lines or solutions distinct: their calculations, not their words. Of a line of
-    words with a calculation all numbers and signs count, of other lines of words nothing, and of a
-    line without words, or with variables, all.
+    """The calculations of lines or a solution, without the words. Equal ones are not distinct.
+    A line of words keeps its numbers and signs if it holds a calculation, else nothing. A line
+    without words, or with variables, stays whole. If nothing is left, the text itself is returned.
 
         "So 2 + 3 + 4 = $9 in all" -> "2+3+4=9"        "12-9=3 : 10 3" -> "12-9=3:10 3"
         "5% of 40 = 2 so" -> "5% 40=2"                 "Then x + 3 = 7" -> "Then x+3=7"
@@ -689,9 +692,8 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dic
     """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how)."""
     s = lab.settings
     if not rows:
-        kind = "right solutions" if loss_fn is sft_loss else "preference pairs"
-        print(f"no {kind} were found to learn from, so this training is left out: raise --budget, "
-              "or give easier questions")
+        print("nothing was found to learn from, so this training is left out: raise --budget, or "
+              "give easier questions")
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
     return lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
@@ -753,7 +755,7 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
     if r > 1 or not s.share:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
-    notes = lab.trained("rft", lambda: imitate_right_ones(lab, r, trees))
+    notes = lab.train_or_load("rft", lambda: imitate_right_ones(lab, r, trees))
     return s.budget - lab.sampled_tokens / len(questions), notes
 
 
@@ -792,11 +794,11 @@ def train_base(lab) -> dict:
         print(f"training the base, {len(plan)} updates", flush=True)
         return lab.train(plan, sft_loss, lr, label="base", muon=not s.model, warmup=50,
                          state=folder.with_suffix(".state"))
-    return lab.trained(folder, make)
+    return lab.train_or_load(folder, make)
 
 
 def by_like_length(rows: list, size: int, seed: int) -> list:
-    """Batches of rows of like length, in random order: a fifth less padding."""
+    """Batches of rows of like length, in random order: 1% of their tokens are padding, not 8%."""
     rng, found = random.Random(seed), []
     for block in parts(rows, 16 * size):
         block.sort(key=lambda row: len(row.packed.ids))
@@ -828,7 +830,7 @@ def train_critics(lab, name: str, trees: list) -> dict:
     small = Lab(replace(s, model=s.rollout_model, out=str(lab.folder / "small")), layers=1)
     torch.set_num_threads(threads)              # those that suit the larger model
     small.bases = lab.bases
-    small.trained("round_0", lambda: train_base(small))
+    small.train_or_load("round_0", lambda: train_base(small))
     questions = [tree.question for tree in trees]
     own = grow_forest(small, f"trees_{name}", questions, s.share * s.budget, sample)
     small.critic, small_found = train_critic(small, name, own)
@@ -843,7 +845,7 @@ def train_critic(lab, name: str, trees: list) -> tuple:
     s, size, device = lab.settings, lab.model.config.hidden_size, lab.model.device
 
     def make():
-        """Features of all labelled nodes. The trees are encoded once more for this."""
+        """(Critic, report) from all labelled nodes. The trees are encoded once more for this."""
         x, rows = [torch.zeros(0, size + 4, device=device)], []
         for group in parts(trees, s.chunk):
             encode_again(group, lab.sampler)
@@ -887,8 +889,7 @@ def encode_again(trees: list, sampler) -> None:
 def imagined_questions(lab, r: int, old: list) -> list:
     """AlphaLLM's made-up questions of a round. The tokens in which the policy wrote them count."""
     s, counts = lab.settings, lab.sampler.counts
-    one_line = lambda line: True
-    write = partial(continuations, lab, temperature=s.temperature, over=one_line, stage=r)
+    write = partial(continuations, lab, temperature=s.temperature, over=lambda line: True, stage=r)
 
     def make():
         """The questions, and the tokens in a last line."""
@@ -936,7 +937,7 @@ class Lab:
     decode_1/          --decode 1       the same command
     training_state...  dpo.train        the same training, after a kill
     ../base_.../       train_base       all runs with the same base
-    round_1/, rft/     trained          the next stage; any tool that opens HF folders
+    round_1/, rft/     train_or_load    the next stage; any tool that opens HF folders
     pairs_1.jsonl      prefer           you, and other DPO trainers
     eval_1.jsonl       solve_greedily   report
     log.jsonl          run              you: one row for each round
@@ -947,7 +948,7 @@ class Lab:
         device = pick_device(s.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.threads = s.threads or cores
-        # matrices of the tiny GPT are small: two threads get half a batch each, not half a product
+        # the tiny GPT's matrices are too small to split: each of two threads takes half the batch
         self.shares = 2 if device.type == "cpu" and not s.model else 1
         torch.set_num_threads(1 if self.shares > 1 else self.threads)
         self.workers = s.workers or cores
@@ -1000,7 +1001,7 @@ class Lab:
         """Two lines: what the model, its training and a sampled token take; the first prompt."""
         c, width = self.model.config, self.model.dtype.itemsize
         count = sum(p.numel() for p in self.model.parameters())
-        # of each share the gradient of a part and their sum; two moments; fp32 masters
+        # a gradient and its fp32 sum for each share; AdamW's two moments; fp32 masters below fp32
         training = count * (self.shares * (width + 4) + 8 + 4 * (width < 4))
         token = width * (2 * c.layers * c.kv_heads * c.head_dim + c.hidden_size)
         size = (f"{count:,} parameters on {self.model.device}: {count * width >> 20:,} MiB, "
@@ -1027,7 +1028,7 @@ class Lab:
             return train(self.model, plan, loss_fn, lr, tokens=self.part_tokens,
                          shares=self.shares, map_fn=map_fn, **options)
 
-    def trained(self, name, make) -> dict:
+    def train_or_load(self, name, make) -> dict:
         """Train by make(), save the model as a folder that other tools open, and return make()'s
         statistics. A folder that is there is only loaded. Saved in fp32, for bf16 would round an
         update of 1e-6 away. name: a folder of this run, or an absolute path (the base)."""
@@ -1042,7 +1043,7 @@ class Lab:
         return cached(self.folder / name, make, save, self.load)
 
     def load(self, folder: Path) -> dict:
-        """Take over the weights of a folder that `trained` wrote; returns its statistics."""
+        """Take over the weights of a folder that `train_or_load` wrote; returns its statistics."""
         self.model.load_weights(folder)
         self.sampler.reset(FIRST_SLOTS)         # its keys and values are those of other weights
         return read_lines(folder / "training.json")[0]
@@ -1052,9 +1053,9 @@ class Lab:
         s = self.settings
         return StepSampler(self.sampler, s.max_tokens, s.temperature, key, self.progress)
 
-    def leaf_values(self, nodes: list, rule: str, known=None) -> list:
+    def leaf_values(self, nodes: list, combine: str, known=None) -> list:
         """What nodes are worth by the critic of this round, and by fast rollouts if there are."""
-        return critic.leaf_values(nodes, self.critic, self.sampler, rule, self.rollouts, known)
+        return critic.leaf_values(nodes, self.critic, self.sampler, combine, self.rollouts, known)
 
     def example_rows(self, count: int, rng) -> list:
         """Rows for SFT, each with the end-of-text at which sampling stops."""
@@ -1085,7 +1086,7 @@ def same_settings(folder: Path, mine: dict, names, mend: str) -> None:
 
 
 def default_folder(s: Settings) -> str:
-    """runs/TASK_RECIPE_seedS. A smoke run has its own, so that it is in nobody's way."""
+    """runs/TASK_RECIPE_seedS; a model, a smoke run, other traps or classes are named before."""
     smoke = "smoke" if s.preset == "smoke" else ""
     model = Path(s.model).resolve().name if s.model else ""
     questions = Path(s.eval_data).stem if s.eval_data else s.task
@@ -1122,7 +1123,7 @@ def file_hash(path: str) -> str:
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Question:
-    """answer: what `reward` compares with, "" if nobody knows it."""
+    """answer: what `reward` compares with; of a file a whole reference solution; "": unknown."""
     text: str
     answer: str
 
@@ -1130,7 +1131,7 @@ class Question:
 # HACK HERE: a built-in task of your own is a class with draw, vary and solve, and a line in TASKS.
 # Also change: `reward` if a right number is not enough, `key` if two texts can be one question,
 # `first_false` if lines can be checked: it gives `sound`.
-class BuiltIn:
+class Task:
     """An endless stream of questions, split in three by a hash, and a corpus for the base."""
     letters = False                     # are questions answered by the letter of an option?
     has_examples = True                 # is there a corpus for the base?
@@ -1175,8 +1176,8 @@ class BuiltIn:
         return text
 
     def split(self, question) -> str:
-        """Never trained on are one question in eight, for tests, and one in sixteen (dev) to choose
-        learning rates and the like on."""
+        """One question in eight is kept for tests, and one in sixteen (dev) for choosing learning
+        rates and the like. Neither is ever trained on."""
         place = hashlib.sha256(self.key(question.text).encode()).digest()[0]
         return "test" if place < 32 else "dev" if place < 48 else "train"
 
@@ -1228,7 +1229,7 @@ class BuiltIn:
         return self.distinct(vary, len(old), "train", known)
 
 
-class Homework(BuiltIn):
+class Homework(Task):
     """Expressions, worked off one operation a line:   7+1*4-2?1*4=4 : 7+4-2
                                                                7+4=11 : 11-2
                                                                11-2=9 : 9
@@ -1265,7 +1266,7 @@ class Homework(BuiltIn):
                 return Question("".join(map(str, x)), self.claim(value(x)))
 
     def vary(self, text: str, rng) -> str:
-        """One number or one operator is another one."""
+        """Draw one number or one operator anew. Behind a new `*` a 1 becomes 2."""
         x = parse(text)
         i = rng.randrange(len(x))
         x[i] = rng.choice("+-" if i == 1 else "+-*") if i % 2 else rng.randint(1, 9)
@@ -1337,8 +1338,8 @@ def value(x: list, order=due) -> int | None:
 
 
 def traps(x: list) -> int:
-    """On how many lines of the right way the leftmost operation is the wrong one. 0 if always going
-    leftmost comes out right, or out of range: 7+1*4 has one trap, 7*1+4 none."""
+    """On how many lines of the right solution the leftmost operation is wrong. 0 if working
+    leftmost throughout gives the right value, or leaves 0..99: 7+1*4 has one trap, 7*1+4 none."""
     if value(x, order=lambda rest: 1) in (None, value(x)):
         return 0
     count = 0
@@ -1348,7 +1349,7 @@ def traps(x: list) -> int:
     return count
 
 
-class Countdown(BuiltIn):
+class Countdown(Task):
     """Combine all numbers into the target:   10 12 9 -> 7?12-9=3 : 10 3
                                                            10-3=7 : 7
                                                            #### 7
@@ -1492,7 +1493,7 @@ KINDS = [
 ]
 
 
-class FileTask(BuiltIn):
+class FileTask(Task):
     """Questions from files of JSON lines (or one JSON array), all of one of the KINDS."""
 
     def __init__(self, s: Settings, tokenizer, context: int):
@@ -1604,9 +1605,9 @@ class FileTask(BuiltIn):
         return found
 
     def imagine(self, old: list, rng, write) -> list:
-        """Shown three questions, the policy writes one more. It ends at its question mark, for many
-        models go on with a solution. Kept is what has one, holds a number, and shares fewer than
-        half of its word triples with any known question."""
+        """The policy sees three questions and writes one more. It is cut at its question mark, as
+        many models go on with a solution. It is kept if it has a question mark and a digit, and
+        shares fewer than half of its word triples with any known question."""
         def triples(text):
             """The word triples of a text."""
             words = text.split()
@@ -1634,14 +1635,12 @@ def solve_greedily(lab, questions: list, r: int) -> list:
     """A record of each question: its greedy solution, and whether it is right."""
     def make(first):
         """The records of one part."""
-        rows, part = [], questions[first:first + EVALUATED_AT_ONCE]
+        part = questions[first:first + EVALUATED_AT_ONCE]
         prompts = [lab.task.prompt_ids(question) for question in part]
-        for question, (text, one) in zip(part, continuations(lab, prompts)):
-            right = lab.task.reward(question, text, one.why == "length")
-            row = dict(solution=text, why=one.why, right=right, tokens=len(one.ids),
-                       sound=lab.task.sound(question, text))
-            rows.append(asdict(question) | row)
-        return rows
+        return [asdict(question) | dict(
+            solution=text, why=one.why, right=lab.task.reward(question, text, one.why == "length"),
+            tokens=len(one.ids), sound=lab.task.sound(question, text))
+            for question, (text, one) in zip(part, continuations(lab, prompts))]
     folder = lab.folder / f"eval_{r}"
     jobs = {folder / f"{first:06d}.jsonl": partial(make, first)
             for first in range(0, len(questions), EVALUATED_AT_ONCE)}
@@ -1668,7 +1667,7 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "
               f"{budget:,}: a stage begins with one sample or simulation of every question, and "
               "later ones are planned by the mean cost of those before")
-    grow_seconds, learn_seconds, eval_seconds = np.diff(clock).tolist()
+    stages = dict(zip(("grow_seconds", "learn_seconds", "eval_seconds"), np.diff(clock).tolist()))
     return dict(
         recipe=s.recipe, round=r, seed=s.seed,
         accuracy=right / count, accuracy_low=low, accuracy_high=high, questions=count,
@@ -1678,9 +1677,7 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
         mean_tokens=sum(row["tokens"] for row in solutions) / count,
         eval_tokens=sum(row["tokens"] for row in solutions),
         sampled_tokens=lab.sampled_tokens, budget_tokens=budget, rollout_tokens=lab.rollout_tokens,
-        **tree_counts(trees), **notes,
-        grow_seconds=grow_seconds, learn_seconds=learn_seconds, eval_seconds=eval_seconds,
-        seconds=clock[-1] - clock[0])
+        **tree_counts(trees), **notes, **stages, seconds=clock[-1] - clock[0])
 
 
 def tree_counts(trees: list) -> dict:
@@ -1749,8 +1746,7 @@ def verdict(task, question, text: str, cut: bool) -> str:
 
 
 def first_trees(folder: Path) -> list:
-    """The saved trees of round 1. The one to show comes first: if possible it has a pit or a chosen
-    path, and fits a screen."""
+    """The saved trees of round 1; first those with a pit or a chosen path that fit a screen."""
     files = sorted(folder.glob("*_1/*.jsonl"))         # another run may be in eval_1/
     files = [file for file in files if file.parent.name != "eval_1"]
     records = [record for file in files for record in restored(file, read_lines)]
@@ -1839,30 +1835,30 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
     questions = lab.task.eval_questions()[:300]
     print("| method | tokens | accuracy | 95% interval | sound |\n|---|---|---|---|---|")
 
-    def show(method, ends):
-        """One row of the table; `ends` are those that a method chose for `trees`, or None."""
+    def show(method, trees, ends):
+        """One row of the table; `ends` are those that a method chose for the trees, or None."""
         right, sound, tokens = [], [], sum(tree.tokens for tree in trees)
         for question, end in zip(questions, ends):
             text = lab.text(end) if end else ""
             right.append(bool(end) and lab.task.reward(question, text, end.ended == "length"))
             sound.append(lab.task.sound(question, text))
         low, high = critic.wilson(sum(right), len(right))
-        share = "-" if None in sound else f"{100 * np.mean(np.logical_and(right, sound)):.1f}"
+        cell = "-" if None in sound else f"{100 * np.mean(np.logical_and(right, sound)):.1f}"
         print(f"| {method} | {tokens / len(right):,.0f} | {100 * np.mean(right):.1f} "
-              f"| {100 * low:.1f} - {100 * high:.1f} | {share} |", flush=True)
+              f"| {100 * low:.1f} - {100 * high:.1f} | {cell} |", flush=True)
 
     trees = planted(lab, questions, STREAM["voting"])
-    show("greedy", grow(lab.sampler, [(tree.root, 1) for tree in trees], s.max_tokens, 0))
+    show("greedy", trees, grow(lab.sampler, [(tree.root, 1) for tree in trees], s.max_tokens, 0))
     trees = planted(lab, questions, STREAM["voting"])
     ends = grow(lab.sampler, [(tree.root, n) for tree in trees], s.max_tokens, s.temperature)
     score_of = dict(zip(ends, lab.leaf_values(ends, s.critic)))
     groups = [by_answer(lab, samples) for samples in parts(ends, n)]
     for method in ("majority", "best of n", "weighted vote"):
-        show(method, [vote(group, score_of, method) for group in groups])
+        show(method, trees, [vote(group, score_of, method) for group in groups])
     tokens = sum(tree.tokens for tree in trees)
     trees = planted(lab, questions, STREAM["searching"])
     search_with_critic(lab, trees, tokens)
-    show("MCTS", [trusted_end(lab, tree) for tree in trees])
+    show("MCTS", trees, [trusted_end(lab, tree) for tree in trees])
 
 
 def vote(groups: list, score_of: dict, method: str):
@@ -1912,12 +1908,12 @@ def report_page(folder: Path, task) -> str:
 
 
 def unfolding_trees(folder: Path, task) -> list:
-    """HTML of three trees of round 1: the example, one with an error, one at random."""
+    """HTML of three trees of round 1: a small one, one with an error, one at random."""
     records = first_trees(folder)
     if not records:
         return []
     erred = max(records, key=lambda record: fault(task, record)[0])
-    shown = {"The example": records[0], "An error: " + fault(task, erred)[1]: erred,
+    shown = {"A small tree": records[0], "An error: " + fault(task, erred)[1]: erred,
              "A random one": random.Random(task.settings.seed).choice(records)}
     pieces = ["<h2>Three trees of round 1</h2>"]
     for title, record in shown.items():

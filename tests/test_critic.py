@@ -326,12 +326,12 @@ def test_leaf_values_by_hand():
         """leaf_values of a critic that says what it is told."""
         return leaf_values(nodes, Told(said, trusted), None, **more)
     assert values([a, b, root]) == [.7, .7, .4]
-    assert values([a, b], rule="mean") == pytest.approx([.8, .875])
+    assert values([a, b], combine="mean") == pytest.approx([.8, .875])
     assert values([a, b], (0, 1, 0)) == [.9, .8] and values([a, b, root], (0, 0, 0)) == [.5] * 3
-    assert values([a, b], (0, 0, 1), rule="mean") == [.5, .95]
+    assert values([a, b], (0, 0, 1), combine="mean") == [.5, .95]
     fast = type("Fast", (), {"score": lambda self, nodes: {node: .3 for node in nodes}})()
     assert values([a, b], rollouts=fast) == [.3, .7]
-    assert values([a, b], (0, 0, 0), rollouts=fast, rule="mean") == [.3, .5]
+    assert values([a, b], (0, 0, 0), rollouts=fast, combine="mean") == [.3, .5]
     told, known = Told(said), {a: said[a]}
     assert leaf_values([b], told, None, known=known) == [.7]
     assert told.asked == [b] and set(known) == {a, b}

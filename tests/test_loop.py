@@ -41,7 +41,7 @@ SMALL = dict(recipe="alphallm", preset="smoke", threads=1, workers=1, task="coin
              max_tokens=16)
 
 
-class Coins(loop.BuiltIn):
+class Coins(loop.Task):
     """The toy task. To ask whether a solution of a made-up question is right is an error."""
     draw = lambda self, rng: loop.Question(str(rng.randrange(10_000)), "0")
     vary = lambda self, text, rng: str((int(text) + rng.randint(1, 9)) % 10_000)

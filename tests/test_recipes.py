@@ -168,7 +168,7 @@ def test_imitating_first(monkeypatch):
     monkeypatch.setattr(loop, "grow_forest", grow := Mock())
     monkeypatch.setattr(loop, "imitate", lambda lab, trees, solutions, updates: dict(steps=updates))
     lab = SimpleNamespace(settings=Settings(budget=100), sampled_tokens=420,
-                          trained=lambda name, make: (name, make()))
+                          train_or_load=lambda name, make: (name, make()))
     done = dict(rft_steps=48, rft_tokens=0)
     assert loop.imitate_first(lab, 1, [*range(10)]) == (58, ("rft", done))
     assert loop.imitate_first(lab, 2, [*range(10)]) == (100, {})
