@@ -12,8 +12,8 @@ The numbers of a search, and where they are computed:
     P   node.prior    length-normalised likelihood of the step    from the log-probs of its tokens
     x   node.count    samples that took the step                  counted in `Tree.add`
 What is different from the published codes:
-1. A node holds ids and slots, their places in the sampler's store: no token of a growing tree is
-   encoded twice. Training (policy, critics) encodes a tree once more. Equal steps are one node.
+1. A node holds ids and slots, their places in the sampler's store: going on from a node encodes
+   nothing again. Equal steps are one node, but each sample of it, and training, encodes it anew.
 2. All trees are searched at once, in one large batch; no tree waits for another.
 3. One plain mean is backed up for all methods: see `backup`. Left out: virtual loss, discount.
 Chapters:  1 The tree   2 Files, budget   3 Growing   4 The search   5 Packing   6 Drawing, program
@@ -58,18 +58,18 @@ class Node:
     ended: str = ""                     # why the solution ends here: eos, answer, length; "" = open
     index: int = 0                      # order of birth in the tree; parents come before children
     children: list = field(default_factory=list, repr=False)
-    count: int = 0                      # samples that took this step; those begun below it did not
-    drawn: int = 0                      # continuations asked for so far = number of the next one
+    count: int = 0                      # samples that came from above and took this step
+    drawn: int = 0                      # continuations requested below it; number of the next one
     right: bool | None = None           # of an end: is the answer right? None: not graded
     rights: int = 0                     # right samples that end at or below this step (a search
                                         # grades an end once, however often it is sampled)
     wrongs: int = 0                     # wrong samples, likewise
     tried: int = 0                      # fresh completions of it by critic.label_pits
     tried_right: int = 0                # how many of these ended right
-    visits: int = 0                     # N: simulations that went through
-    value_sum: float = 0.0              # the sum of their returns
+    visits: int = 0                     # N: simulations that passed through or ended here
+    value_sum: float = 0.0              # sum of their returns (the scores of their last nodes)
     value_squares: float = 0.0          # the sum of their squares, for rules that need a variance
-    score: float | None = None          # the evaluator's number; None: not yet evaluated
+    score: float | None = None          # what `evaluate` gave this node; None: not yet asked
 
     @property
     def q(self) -> float:
@@ -107,7 +107,7 @@ class Tree:
         self.known = {}                 # (parent, ended, ids or key of the step) -> node
         self.root = self.add(None, prompt_ids, NOTHING, prompt_slots)
         self.search_from = self.root    # where simulations begin (`commit_every` moves it down)
-        self.last_growth = 0            # root visits when the search last sampled something
+        self.last_growth = 0            # root visits after the last simulation that sampled
         self.last_commit = 0            # root visits when `commit_every` last moved search_from
         self.chosen = []                # AlphaLLM: path of the solution to imitate, if there is one
 
@@ -143,7 +143,7 @@ def record_grade(end: Node, right: bool) -> None:
 # --------------------------------------------------------------------------------------------------
 # 2. Trees in files, and the token budget
 # --------------------------------------------------------------------------------------------------
-# The fields of a node that a file keeps. A field that an older file lacks gets its default.
+# What a file keeps of a node besides parent, ids, logps and end. Absent: count 1, else the default
 FACTS = dict(count=int, drawn=int, right=bool, rights=int, wrongs=int, tried=int,
              tried_right=int, visits=int, value_sum=float, value_squares=float, score=float)
 
@@ -210,10 +210,10 @@ class Budget:
         combined             | samples | more samples, or a search with critics        |
         sft                  | nothing                                                 |
 
-    Who asks: loop.sample for samples, critic.label_pits for labels, `until` and `commit_every` for
-    a search (one Budget a tree, so that no tree depends on the others). The first simulation of a
-    question asks for one token. Three do not ask: the first sample of each question, the policy
-    writing questions (counted afterwards, imagined_questions), and rollouts (counted apart)."""
+    Checked before sampling by loop.sample, critic.label_pits, `until` and `commit_every`. (A search
+    has one Budget a tree, so that no tree depends on the others.) The first simulation of a tree
+    needs one token left. Not checked: the first sample of a question, questions that the policy
+    writes (subtracted afterwards, imagined_questions), rollouts (counted in rollout_tokens)."""
 
     def __init__(self, trees: list, tokens: float):
         self.trees = trees
@@ -255,8 +255,7 @@ def attach(node: Node, sample, step_over, key=None) -> Node:
     for last in range(1, len(written) + 1):
         final = last == len(written)
         if final or step_over(written[first:last]):
-            ids, logps = sample.ids[first:last], sample.logps[first:last]
-            slots = sample.slots[first:last]
+            ids, logps, slots = (x[first:last] for x in (sample.ids, sample.logps, sample.slots))
             ended = sample.why if final and sample.why != "step" else ""
             node = node.tree.add(node, ids, logps, slots, ended, key and key(ids))
             first = last
@@ -277,29 +276,26 @@ class StepSampler:
     def __init__(self, sampler, max_tokens: int, temperature: float = 1.0, key=None, progress=None):
         self.sampler, self.max_tokens, self.temperature = sampler, max_tokens, temperature
         self.key, self.progress = key, progress         # key: merges steps, see Tree.add
-        self.open = {}                  # node that waits -> its samples, None: not there yet
-        self.owner = {}                 # ticket of a sample -> (node, its number there)
+        self.pending = {}               # node that waits -> the tickets of its samples
+        self.found = {}                 # ticket -> its sample
 
     def ask(self, node: Node, k: int) -> None:
         """Ask for k more steps below this node. Raises ValueError if k < 1 or the node waits."""
         need(k > 0, f"{k} steps asked for below node {node.index}: the search would wait for ever")
-        need(node not in self.open, f"node {node.index} still waits for the steps it asked for")
+        need(node not in self.pending, f"node {node.index} still waits for the steps it asked for")
         queue = requests(node, k, self.max_tokens, self.sampler)
-        self.open[node] = [None] * k
-        for i, ticket in enumerate(self.sampler.submit(queue, self.temperature, to_end=False)):
-            self.owner[ticket] = node, i
+        self.pending[node] = self.sampler.submit(queue, self.temperature, whole=False)
 
     def answers(self) -> list:
         """Nodes that have all they asked for; children in order of sample number, in any batch."""
         ready = []
-        while self.open and not ready:
-            for ticket, sample in self.sampler.advance(self.progress).items():
-                node, i = self.owner.pop(ticket)
-                self.open[node][i] = sample
-                if all(self.open[node]):
-                    ready.append(node)
-                    for one in self.open.pop(node):
-                        attach(node, one, self.sampler.step_over, self.key)
+        while self.pending and not ready:
+            self.found |= self.sampler.advance(self.progress)
+            ready = [node for node, tickets in self.pending.items()
+                     if all(ticket in self.found for ticket in tickets)]
+        for node in ready:
+            for ticket in self.pending.pop(node):
+                attach(node, self.found.pop(ticket), self.sampler.step_over, self.key)
         return ready
 
 
@@ -373,7 +369,8 @@ def backup(node: Node, value: float) -> None:
 def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), to_end=True) -> None:
     """Monte-Carlo tree search of many trees at once.
 
-    proposer          ask(node, k) asks for k more steps; answers() -> nodes that got theirs, or []
+    proposer          ask(node, k) requests k steps; answers() -> nodes that got theirs, or [];
+                      pending: true while a node waits (a container or a number)
     evaluate(nodes)   a number for each node, higher is better; asked once a node
     go_on(tree)       asked before every simulation: shall there be one?
     choose, width     choose(parent, child): the child of the largest number is visited;
@@ -386,10 +383,9 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0   N(root) 2   b: N 1 Q 0
         3  a 1.42, b .28: a has no children yet: one child, d, is sampled; it returns 0
         4  a .85, b .35: a again, then d, its only child: children of d are sampled, ..."""
-    # A tree has one simulation at a time. It goes on from a node in `standing`, or it waits for
-    # new children of a node in `proposer.open`.
+    # A tree has one simulation: it is at a node in `standing` or waits in `proposer.pending`
     standing = [tree.search_from for tree in trees if go_on(tree)]
-    while standing or proposer.open:
+    while standing or proposer.pending:
         arrived = []
         for node in standing:
             # 1) Select: go down by `choose` to where the simulation ends ...
@@ -412,14 +408,14 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         if not standing:
             standing = proposer.answers()               # all trees wait for the model: let it work
             for node in standing:
-                node.tree.last_growth = node.tree.root.visits
+                node.tree.last_growth = node.tree.root.visits + 1
 
 
 def until(simulations: float, tokens: float = math.inf, patience: float = math.inf):
     """A stop rule: go_on(tree) is False when a tree has so many simulations (those in its file
     included), after `patience` in a row that sampled nothing, or when the next one may not fit into
-    `tokens` from the first call on. It may cost twice the mean so far. Example: tokens = 30. Three
-    simulations took 24, 8 each. The next may cost 16, and only 6 are left: stop."""
+    `tokens` from the first call on. It may cost twice the mean so far. Example: tokens = 30. Two
+    simulations took 16, 8 each. The next may cost 16, and only 14 are left: stop."""
     started = {}                        # tree -> (budget, tokens, visits) at the first call
 
     def go_on(tree):
@@ -429,7 +425,7 @@ def until(simulations: float, tokens: float = math.inf, patience: float = math.i
             started[tree] = Budget([tree], tokens), tree.tokens, visits
         budget, tokens_before, visits_before = started[tree]
         next_cost = 2 * (tree.tokens - tokens_before) / max(1, visits - visits_before)
-        patient = visits - tree.last_growth <= patience
+        patient = visits - tree.last_growth < patience
         return visits < simulations and patient and budget.affords(next_cost)
     return go_on
 
@@ -591,7 +587,7 @@ def toy(rule) -> None:
         node.drawn += k
         waiting.append(node)
     answers = lambda: [waiting.pop() for _ in waiting[:]]           # all nodes that asked
-    game = SimpleNamespace(ask=ask, answers=answers, open=waiting)
+    game = SimpleNamespace(ask=ask, answers=answers, pending=waiting)
     returns = lambda ends: [1.0 if end.ids[-1] == 10 else -1.0 for end in ends]
     for simulations in (4, 12, 48):
         search([tree], game, returns, until(simulations), rule, fixed_width(3, 3, every=0))

@@ -1,9 +1,9 @@
 """
-A language model: open weights in, tokens out; the model runs once on each token of a tree.
+A language model: open weights in, tokens out; branches that share a beginning encode it once.
 
-A GPT reads tokens and predicts the next one. A sampler draws from the prediction, appends what it
-drew and goes on. The files to the right (trees, critics, training) ask this one for three things:
-hidden states of tokens, log-probs of tokens, continuations of many texts at once.
+A GPT reads tokens and predicts the next one. A sampler draws from the prediction, appends the
+token and repeats. The other files (mcts, critic, dpo, loop) ask this one for three things: hidden
+states of tokens, log-probs of tokens, and continuations of many texts at once.
 
 What is different from a usual implementation:
 1. One class is GPT-2, Llama 2 and 3, Mistral, Qwen2 and 3, SmolLM2 and DeepSeekMath: config.json
@@ -238,8 +238,8 @@ def weight_files(folder) -> dict:
 # --------------------------------------------------------------------------------------------------
 # A tokenizer.json says how to cut a text, how to spell the pieces, and which neighbours to merge.
 #   byte-level (GPT-2, Llama 3, Qwen, DeepSeek): regular expressions cut, bytes spell
-#   SentencePiece (Llama 2, Mistral, Llemma): nothing cuts, characters spell; a space is the letter
-#       "▁", and a character that is not in the vocabulary becomes its bytes
+#   SentencePiece (Llama 2, Mistral, Llemma): the file has no cuts, characters spell; a space is the
+#       letter "▁", and a character that is not in the vocabulary becomes its bytes
 # Both merge in the order of the file's merges. (Ids have another order in some files.)
 # GPT-2's alphabet for bytes: 188 are letters as they are, the others the letters from U+0100 on, so
 # that no token holds a space or a control character: " the" is written "Ġthe".
@@ -285,16 +285,16 @@ def cut(pattern, text: str) -> list:
     return [text[a:b] for a, b in borders if a < b]
 
 
-def steps(part, known: str) -> list:
-    """The steps of one part of a tokenizer.json, taken out of Sequences. ValueError: unknown type.
+def flatten(part, supported: str) -> list:
+    """One part of a tokenizer.json as a list without nested Sequences. ValueError: unknown type.
 
         {"type": "Sequence", "normalizers": [{"type": "NFC"}]}  ->  [{"type": "NFC"}]"""
     if part is None:
         return []
     if part["type"] == "Sequence":                      # each part has another word for its members
         members = [value for value in part.values() if isinstance(value, list)][0]
-        return [step for member in members for step in steps(member, known)]
-    one_of("type", part["type"], known.split())
+        return [item for member in members for item in flatten(member, supported)]
+    one_of("type", part["type"], supported.split())
     return [part]
 
 
@@ -326,14 +326,14 @@ class Tokenizer:
     def _read_cuts(self, spec: dict):
         """self.changes: what is done to a text. self.cuts: patterns, one applied after the other.
         (The engine is `regex`, because re knows no \\p{L}.)"""
-        self.changes = steps(spec.get("normalizer"), "NFC NFD NFKC NFKD Prepend Replace")
-        parts = steps(spec.get("pre_tokenizer"), "Split Digits ByteLevel Metaspace")
+        self.changes = flatten(spec.get("normalizer"), "NFC NFD NFKC NFKD Prepend Replace")
+        parts = flatten(spec.get("pre_tokenizer"), "Split Digits ByteLevel Metaspace")
         kinds = [part["type"] for part in parts]
         alone = "ByteLevel" not in kinds[:-1] and "Metaspace" not in kinds[1:] + kinds[:-1]
         need(alone, "pre_tokenizer: ByteLevel must be the last step, Metaspace the only one")
         self.byte_level = "ByteLevel" in kinds          # or else SentencePiece
         patterns = filter(None, map(self._read_cut, parts))
-        # V1 reads sets in sets, as the makers do; for them ^ and $ are the edges of a line
+        # as in Hugging Face's engine: V1 allows [a[b-d]]; MULTILINE: ^ and $ match at every line
         self.cuts = [regex.compile(p, regex.V1 | regex.MULTILINE) for p in patterns]
 
     def _read_cut(self, part: dict) -> str:
@@ -343,7 +343,7 @@ class Tokenizer:
         if part["type"] == "Split":
             one_of("behavior of a Split", part["behavior"], ["Isolated"])
             pattern = part["pattern"].get("Regex") or regex.escape(part["pattern"]["String"])
-            # for the makers {1,3}+ is a repeat of a repeat, for `regex` one that never gives back
+            # Hugging Face's engine reads {1,3}+ as ({1,3})+; `regex` reads it as possessive
             return re.sub(r"\{1,\d+\}\+", "+", pattern)
         if part["type"] == "ByteLevel":
             need(part.get("add_prefix_space") is False, "add_prefix_space is not supported")
@@ -362,26 +362,26 @@ class Tokenizer:
         self.vocab = vocab = field(model, "vocab", dict)
         self.whole_first = model.get("ignore_merges")   # a piece that is a token is not merged
         self.pairs = {}
-        across = self.byte_level or self.whole_first    # does a merge cross where a word begins?
+        no_cut = self.byte_level or self.whole_first    # or a merge crosses the start of a word
         for rank, pair in enumerate(field(model, "merges", list)):
             left, right = pair.split(" ") if isinstance(pair, str) else pair    # "a b", ["a", "b"]
             self.pairs[vocab[left], vocab[right]] = (rank, vocab[left + right])
-            across = across or right.startswith("▁") and not left.endswith("▁")
-        if not across:                                  # equal ids, and words come from the cache
+            no_cut = no_cut or right.startswith("▁") and not left.endswith("▁")
+        if not no_cut:                                  # faster: words are cached; ids are the same
             self.cuts.append(regex.compile("▁*[^▁]+"))
 
     def _read_ids(self, added: list):
-        """All ids and their bytes. self.finder: a pattern for the added tokens in a text as it is
-        typed, one group for each. (Also for the flag `normalized`: taken at its word, early files
-        of Llama 2 would not find their own </s> behind a word.)"""
+        """All ids and their bytes. self.finder: a pattern with one group for each added token. It
+        searches the text before normalisation. (The flag `normalized` is ignored: if it were
+        obeyed, early Llama 2 tokenizers would not find </s> after a word.)"""
         self.ids = dict(self.vocab)
         patterns = ["(?!)"]                             # matches nothing
         for token in sorted(added, key=lambda token: -len(token["content"])):   # longest first
             name, id = token["content"], token["id"]
             need(name and not token.get("single_word"), f"token {name!r:.60} asks for single_word")
             need(self.ids.setdefault(name, id) == id, f"added token {name!r:.60} has two ids")
-            # a token may strip white space; (?<!\s) keeps a long run of it from being tried n times
-            # (\G: it may begin within a run of which the token before took a part)
+            # lstrip, rstrip: the token takes the white space beside it. A match may begin only
+            # where white space begins (this is faster) or where the last token ended (\G)
             before = r"(?:(?<!\s)|\G)\s*" if token.get("lstrip") else ""
             after = r"\s*" if token.get("rstrip") else ""
             patterns.append(f"{before}({regex.escape(name)}){after}")
@@ -399,7 +399,7 @@ class Tokenizer:
     def _read_begin(self, processor):
         """self.begin: the ids before the text A in a template such as  <s> A </s>."""
         self.begin = []
-        for step in steps(processor, "ByteLevel TemplateProcessing"):
+        for step in flatten(processor, "ByteLevel TemplateProcessing"):
             for item in takewhile(lambda item: "Sequence" not in item, step.get("single", [])):
                 self.begin += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
         need(self.bytes.keys() >= {*self.begin}, "post_processor begins a text with an unknown id")
@@ -423,7 +423,7 @@ class Tokenizer:
         """Change and cut a text. place: "first" if a whole text begins with it, "behind" if it
         follows an added token, "" if it goes on from another text.
 
-            "the cat"  ->  ["▁the", "▁cat"] with a Metaspace,  ["the", " cat"] with GPT2_PATTERN"""
+            "the cat" -> ["▁the", "▁cat"] if no merge joins words; GPT2_PATTERN: ["the", " cat"]"""
         for step in self.changes:
             kind = step["type"]
             if kind == "Replace":
@@ -679,10 +679,13 @@ def attend(q, k, v, bias):
     S) of 0 and -inf -> (B, H, T, D). Two batched products over the G heads: the H/G query heads of
     a group are more rows of one product, so k and v are never repeated.
 
-    Not torch's scaled_dot_product_attention: on a CPU it takes 2-3 times as long. On an H200
-    sampling takes 5 to 16% less time with it, but the gradients of its cuDNN kernel (torch 2.11)
-    can be NaN where T % 128 is 64 (pytorch issue 196678; seen with Qwen2.5)."""
+    Torch's own attention takes 1.5 to 3 times as long for one token (T = 1) on a CPU, and for many
+    a half to a fifth of the time. On an H200 sampling takes 5 to 16% less time with it, but the
+    gradients of its cuDNN kernel (torch 2.11) can be NaN where T % 128 is 64 (pytorch issue 196678;
+    seen with Qwen2.5)."""
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    if T > 1 and not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
     grouped = q.reshape(B, G, H // G * T, D) * D ** -0.5
     scores = (grouped @ k.transpose(-1, -2)).view(B, H, T, S) + bias
     weights = torch.softmax(scores, -1).view(B, G, H // G * T, S)
@@ -838,7 +841,7 @@ class GPT(nn.Module):
     def bind(self, tokenizer):
         """Learn from the tokenizer which ids exist, and at which ids text ends: all that config,
         generation_config or tokenizer call end-of-text (each is incomplete in some release).
-        BadInput: the tokenizer has ids that the model has no row for."""
+        BadInput: the model lacks a row for an id of the vocabulary or of `begin`."""
         rows = self.config.vocab_size
         known = {*range(min(rows, tokenizer.n_ids))}.difference(tokenizer.holes)
         if tokenizer.base_ids > rows or not known >= {*tokenizer.begin}:
@@ -858,11 +861,11 @@ class GPT(nn.Module):
         return self
 
     def _in_file(self, weights: dict, held=()) -> dict:
-        """{tensor name in a file: the parts of it}, the embedding first. Parts are views: what is
-        copied into them is in weights, {parameter name: tensor}. held: names of a file that exists.
+        """{tensor name in a file: its parts}, the embedding first. A part is a view of a tensor in
+        `weights` (a tied head: a copy). held: tensor names of files that exist; () for a new model.
 
-        Llama files have our names. GPT-2 turns linear weights to (in, out), writes q, k and v in
-        one tensor, and may leave out the prefix "transformer.":
+        Llama files have our names. GPT-2 files store linear weights transposed, (in, out), and q, k
+        and v as one tensor. Some leave out the prefix "transformer.":
             transformer.h.0.attn.c_attn.weight: [model.layers.0.self_attn.q_proj.weight.t(), k, v]
         """
         gpt2, parts = self.config.gpt2, {}
@@ -1003,11 +1006,11 @@ class Continuation:
     why: str                      # "eos", "answer" (the final line is written), "length", "step"
 
 
-class _Row:
+class _Job:
     """A request that waits or is being decoded. `submit` returns it as the ticket of its result."""
 
-    def __init__(self, request: Request, temperature: float, to_end: bool, context: int):
-        self.request, self.to_end = request, to_end
+    def __init__(self, request: Request, temperature: float, whole: bool, context: int):
+        self.request, self.whole = request, whole
         self.temperature = 0.0 if request.greedy else temperature
         # so many new tokens, then it ends by "length"
         self.max_new = min(request.max_tokens, context - len(request.path))
@@ -1015,10 +1018,10 @@ class _Row:
         self.line, self.read = request.line, 0          # last line of the text up to ids[:read]
 
 
-# What a step needs of each live row, as arrays: a Python loop over rows is slow. align=True, for
+# What `advance` needs of each live row, as arrays: a Python loop over rows is slow. align=True:
 # torch reads a column of an array of records only if their size is a multiple of 8
 LIVE = np.dtype([
-    ("row", object),                    # its _Row
+    ("job", object),                    # its _Job
     ("seed", np.uint64),                # of its draws
     ("temperature", np.float32),        # 0: argmax
     ("last", int),                      # slot of its last token; `_decode` encodes it
@@ -1071,13 +1074,13 @@ def step_rule(kind: str, tokenizer):
     return rules[kind]
 
 
-def record(work, beside):
-    """Run `work`, then record its CUDA kernels as a graph. graph.replay() runs them again on the
-    same addresses, with what is there by then. beside: a graph to share scratch memory with."""
-    work()                              # cuBLAS takes its workspace, which a recording may not
+def record(compute, beside):
+    """Run `compute`, then record its CUDA kernels as a graph. graph.replay() runs them again on the
+    same addresses, with the data then there. beside: a graph to share scratch memory with."""
+    compute()                           # cuBLAS takes its workspace, which a recording may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=beside and beside.pool()):
-        work()
+        compute()
     return graph
 
 
@@ -1121,7 +1124,7 @@ class Sampler:
             self.logps = np.zeros(slots, np.float32)    # (P,) of the sampled ones
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot}
-        self.waiting = deque()                          # of _Row
+        self.waiting = deque()                          # of _Job
         self.live = np.zeros(0, LIVE)                   # (R,), in the order of the rows of `work`
         # ids at which a row may stop before its last column
         self.may_stop = np.isin(np.arange(c.vocab_size), [*self.newline | self.model.stop_ids])
@@ -1161,25 +1164,25 @@ class Sampler:
         """The text after the last newline: "####" if the last token is "\\n####"."""
         return self.tokenizer.decode_more(ids).rpartition("\n")[2]
 
-    def extend(self, requests: list, temperature=1.0, to_end=True, progress=None) -> list:
+    def extend(self, requests: list, temperature=1.0, whole=True, progress=None) -> list:
         """One continuation for each request, in their order: `submit`, and `advance` until all have
-        stopped. to_end False: stop where a step is over. temperature 0: argmax. progress(n): n
+        stopped. whole False: stop where a step is over. temperature 0: argmax. progress(n): n
         tokens were sampled. ValueError while others wait for what they submitted."""
         need(not (len(self.live) or self.waiting), "a search waits for answers of this sampler")
         self.encode([request.path for request in requests])             # fewer, larger forwards
-        tickets = self.submit(requests, temperature, to_end)
+        tickets = self.submit(requests, temperature, whole)
         found = {}
         while len(found) < len(tickets):
             found |= self.advance(progress)
         return [found[ticket] for ticket in tickets]
 
-    def submit(self, requests: list, temperature=1.0, to_end=True) -> list:
+    def submit(self, requests: list, temperature=1.0, whole=True) -> list:
         """Queue requests -> a ticket for each. Nothing is computed before `advance`."""
         context = self.model.config.max_positions
-        rows = [_Row(request, temperature, to_end, context) for request in requests]
-        need(all(row.max_new > 0 for row in rows), "a request leaves no room for a token")
-        self.waiting += rows
-        return rows
+        jobs = [_Job(request, temperature, whole, context) for request in requests]
+        need(all(job.max_new > 0 for job in jobs), "a request leaves no room for a token")
+        self.waiting += jobs
+        return jobs
 
     @torch.no_grad()
     def advance(self, progress=None) -> dict:
@@ -1194,15 +1197,15 @@ class Sampler:
         self.logps[slots] = logps
         live["last"] = slots
         live["columns"] += 1
-        for row, slot in zip(live["row"], slots.tolist()):
-            row.slots.append(slot)
+        for job, slot in zip(live["job"], slots.tolist()):
+            job.slots.append(slot)
         # only these can stop: stop_at covers max_tokens, the context and steps of so many tokens
         for i in np.flatnonzero(self.may_stop[tokens] | (live["columns"] >= live["stop_at"])):
-            row = live["row"][i]
-            own = np.array(row.slots)
-            why = self._why(row, self.ids[own].tolist())
+            job = live["job"][i]
+            own = np.array(job.slots)
+            why = self._why(job, self.ids[own].tolist())
             if why:
-                found[row] = Continuation(self.ids[own], self.logps[own], own, why)
+                found[job] = Continuation(self.ids[own], self.logps[own], own, why)
                 gone.append(i)
         self.counts["sampled"] += len(slots)
         if progress is not None:
@@ -1220,13 +1223,13 @@ class Sampler:
         if count < max(1, min(self.rows // 8, len(self.waiting))):      # too few: wait for more
             return
         new = [self.waiting.popleft() for _ in range(count)]
-        paths = [row.request.path for row in new]
+        paths = [job.request.path for job in new]
         self.encode(paths)
         records = []
-        for row, path in zip(new, paths):
-            start, seed = len(path), row.request.seed
-            stop_at = start + min(row.max_new, math.inf if row.to_end else self.step_tokens)
-            records.append((row, seed, row.temperature, path[-1], start, start, stop_at))
+        for job, path in zip(new, paths):
+            start, seed = len(path), job.request.seed
+            stop_at = start + min(job.max_new, math.inf if job.whole else self.step_tokens)
+            records.append((job, seed, job.temperature, path[-1], start, start, stop_at))
         first = len(self.live)
         self.live = np.concatenate((self.live, np.array(records, LIVE)))
         self._make_room()
@@ -1264,20 +1267,20 @@ class Sampler:
         # right=True: ids of chance 0 are passed over
         return torch.searchsorted(sums, target, right=True)[:, 0]
 
-    def _why(self, row: _Row, ids: list) -> str:
-        """Why the row stops after these ids; "" if it goes on. Length comes before step: a step
+    def _why(self, job: _Job, ids: list) -> str:
+        """Why the job stops after these ids; "" if it goes on. Length comes before step: a step
         that uses up max_tokens or the context is an end, for nothing can follow it."""
         if ids[-1] in self.model.stop_ids:
             return "eos"
         if ids[-1] in self.newline:
-            text = row.line + self.tokenizer.decode_more(ids[row.read:])
-            *complete, row.line = text.split("\n")      # as in `unfinished_line`
-            row.read = len(ids)
+            text = job.line + self.tokenizer.decode_more(ids[job.read:])
+            *complete, job.line = text.split("\n")      # as in `unfinished_line`
+            job.read = len(ids)
             if any(self.finished(line + "\n") for line in complete):
                 return "answer"
-        if len(ids) >= row.max_new:
+        if len(ids) >= job.max_new:
             return "length"
-        return "step" if not row.to_end and self.step_over(ids) else ""
+        return "step" if not job.whole and self.step_over(ids) else ""
 
     def _close(self, gone: list):
         """Take out the rows that stopped. Rows from the end fill the holes, so that the live rows
@@ -1298,8 +1301,8 @@ class Sampler:
 
     @torch.no_grad()
     def encode(self, paths: list):
-        """Encode what is not yet encoded of these paths, each token once, in waves. Of the paths
-        that go on from the same encoded prefix with the same token, a wave takes one:
+        """Encode the tokens of these paths that are not yet encoded, each once, in waves. If paths
+        continue one encoded prefix with the same token, a wave takes only one of them:
 
             Question: 7+1?        wave 1: "Question: 7+1?"
             Question: 7*2?        wave 2: "*2?"     (behind "Question: 7")
@@ -1308,16 +1311,16 @@ class Sampler:
         while True:
             runs = {}
             for path in paths:
-                done = int(self.encoded[path].sum())    # the first ones: a prefix comes before
+                done = int(self.encoded[path].sum())    # a path is encoded from its start
                 if done < len(path):
                     runs.setdefault(path[done], (path[:done], path[done:]))
             if not runs:
                 return
-            runs = sorted(runs.values(), key=lambda run: len(run[1]))   # the longest last
-            while runs:
-                count = min(self.rows, max(1, PREFILL_TOKENS // len(runs[-1][1])))
-                self._encode_runs(runs[-count:])        # of like lengths
-                del runs[-count:]
+            wave = sorted(runs.values(), key=lambda run: len(run[1]))   # the longest last
+            while wave:
+                count = min(self.rows, max(1, PREFILL_TOKENS // len(wave[-1][1])))
+                self._encode_runs(wave[-count:])        # runs of similar length
+                del wave[-count:]
 
     def _encode_runs(self, runs: list):
         """Encode runs, pairs (encoded prefix, slots to encode behind it). A short run repeats its

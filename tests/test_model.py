@@ -302,7 +302,7 @@ def test_cached_is_uncached(kind):
     for turn in range(3):
         asks = [Request(path, mix(turn, i), 6) for _, path in live[:3] for i in range(3)]
         grown = []
-        for i, f in enumerate(sampler.extend(asks, to_end=False)):
+        for i, f in enumerate(sampler.extend(asks, whole=False)):
             above, path = live[i // 3]
             ends = [token in tokenizer.newline_ids for token in f.ids.tolist()]
             assert not any(ends[:-1]) and f.why == ("length" if len(f.ids) == 6 else "step")
@@ -438,9 +438,9 @@ def test_why_it_stops():
         sampler = Sampler(net, tokenizer, 8, 4, finished, step)
         f, = sampler.extend([Request(sampler.prompt(start), 0, most, line=line)], **more)
         return len(f.ids), f.why
-    assert run(99) == run(12) == (12, "eos") and run(99, (13,), to_end=False) == (1, "eos")
-    assert run(99, to_end=False) == (2, "step") and run(99, (4,), to_end=False) == (5, "step")
-    assert run(5) == (5, "length") and run(2, to_end=False) == (2, "length")
+    assert run(99) == run(12) == (12, "eos") and run(99, (13,), whole=False) == (1, "eos")
+    assert run(99, whole=False) == (2, "step") and run(99, (4,), whole=False) == (5, "step")
+    assert run(5) == (5, "length") and run(2, whole=False) == (2, "length")
     assert run(99, (0,), lines.append, line="so ") == (14, "eos")
     assert lines == ["so BCD\n", "FGHI\n", "#### KLM\n"]
     last = lambda line: line == "#### KLM\n"
@@ -451,7 +451,7 @@ def test_why_it_stops():
     path = sampler.follow(sampler.prompt([2]), [*range(3, 11)])     # as a search goes on from here
     line = sampler.unfinished_line([*range(3, 11)])
     assert sampler.extend([Request(path, 0, 99, line=line)])[0].why == "answer"
-    assert run(99, step="3", to_end=False) == (3, "step")
+    assert run(99, step="3", whole=False) == (3, "step")
     paragraph = Sampler(net, Letters(texts={5: "2=2", 6: "\n\n"}), 8, step="paragraph").step_over
     assert paragraph([5, 6]) and not paragraph([4, 6]) and not paragraph([5, 6, 5])
     with pytest.raises(BadInput, match="--unit"):

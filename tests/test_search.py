@@ -34,19 +34,20 @@ class Scrambled:
     """Answers some of the nodes that wait, in any order, later, as rows of a sampler do."""
 
     def __init__(self, seed):
-        self.rng, self.open = random.Random(seed), {}
+        self.rng, self.pending = random.Random(seed), {}
 
     def ask(self, node, k):
         """The next k moves."""
-        assert k > 0 and node not in self.open and not node.ended
+        assert k > 0 and node not in self.pending and not node.ended
         first, node.drawn = node.drawn, node.drawn + k
-        self.open[node] = node.tree.question.moves(moves_to(node), node.drawn)[first:]
+        self.pending[node] = node.tree.question.moves(moves_to(node), node.drawn)[first:]
 
     def answers(self):
         """At least one node, if one waits."""
-        now = self.rng.sample(list(self.open), self.rng.randint(bool(self.open), len(self.open)))
+        waiting = list(self.pending)
+        now = self.rng.sample(waiting, self.rng.randint(bool(waiting), len(waiting)))
         for node in now:
-            for ids, logps, end in self.open.pop(node):
+            for ids, logps, end in self.pending.pop(node):
                 node.tree.tokens += len(ids)
                 node.tree.add(node, ids, logps, NOTHING, end)
         return now
