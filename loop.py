@@ -1266,7 +1266,8 @@ class Homework(Task):
                 return Question("".join(map(str, x)), self.claim(value(x)))
 
     def vary(self, text: str, rng) -> str:
-        """Draw one number or one operator anew. Behind a new `*` a 1 becomes 2."""
+        """Draw one number or one operator anew; behind a new `*` a 1 becomes 2. The result may have
+        fewer traps than --traps asks for, and values that leave 0..99."""
         x = parse(text)
         i = rng.randrange(len(x))
         x[i] = rng.choice("+-" if i == 1 else "+-*") if i % 2 else rng.randint(1, 9)
