@@ -486,8 +486,7 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
             given = (lab, todo[i::workers], sampled[i])
             # daemon: also ends with this process if an error comes before the `finally`
             child = get_context("fork").Process(target=make_files, args=given, daemon=True)
-            child.start()
-            children.append(child)
+            start(child, children)
         while any(child.is_alive() for child in children):
             time.sleep(0.02)
             bar.update(sampled.sum().item() - bar.n)
@@ -499,6 +498,20 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
         torch.set_num_threads(threads)
         lab.progress = None
         bar.close()
+
+
+def start(child, children: list) -> None:
+    """Start a process and append it to `children`. A Ctrl-C that comes meanwhile is raised behind
+    that. (Inside a fork it can get lost while a lock of Python's is held, and the run hangs.)"""
+    handler, pressed = signal.getsignal(signal.SIGINT), []
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        child.start()
+        children.append(child)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def make_files(lab, jobs: list, sampled) -> None:

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -744,3 +745,12 @@ def test_no_code_asks_for_a_name():
     asked = rf"""(==|!=|\bin\b)[ ([{{]*["']({names})["']|["']({names})["']\)? *(==|!=|in\b)"""
     source = (ROOT / "loop.py").read_text(encoding="utf-8")
     assert not re.search(asked + r"|\b(recipe|task) *(==|!=)|isinstance\([^)]*task", source)
+
+
+def test_interrupted_while_a_process_starts():
+    """The interrupt waits until the process is in the list, from which it can be killed."""
+    child = SimpleNamespace(start=lambda: os.kill(os.getpid(), signal.SIGINT))
+    children, before = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        loop.start(child, children)
+    assert children == [child] and signal.getsignal(signal.SIGINT) is before
