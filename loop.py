@@ -26,7 +26,7 @@ Chapters: 1 The loop   2 Settings   3 Recipes   4 Growing   5 Learning   6 The l
           8 Evaluating, comparing, decoding   9 Pictures   10 Command line
 
 Try:  python loop.py                             Self-Explore on homework, minutes
-      python loop.py --preset smoke              all stages in seconds, too small to learn anything
+      python loop.py --preset smoke              seconds: samples, files, evaluates; learns nothing
       python loop.py --recipe alphallm           or rft, outcome_dpo, mcts_dpo, combined, sft
       python loop.py --compare rft,self_explore  both on three seeds: difference and interval
       python loop.py --classes 0                 homework that is graded by its number
@@ -179,7 +179,7 @@ class Settings:
     rounds: int = 3             # a finished run goes on when this is raised
     seed: int = 0               # of everything: questions, samples, training
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
-    preset: str = "default"     # or smoke: everything tiny, to see that all stages work
+    preset: str = "default"     # or smoke: everything tiny, to see that it runs; it learns nothing
     device: str = ""            # cpu or cuda; empty: cuda where there is one
     threads: int = 0            # CPU threads; 0: all cores (tiny GPT: 2). A busy machine wants 1
     workers: int = 0            # processes that sample on a CPU; 0: all cores, at most one a chunk
@@ -705,8 +705,8 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dic
     """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how)."""
     s = lab.settings
     if not rows:
-        print("nothing was found to learn from, so this training is left out: raise --budget, or "
-              "give easier questions")
+        print("nothing was found to learn from, so this training is left out (see solved, kept and "
+              "critic in log.jsonl): raise --budget, or give easier questions")
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
     return lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")

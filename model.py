@@ -679,10 +679,10 @@ def attend(q, k, v, bias):
     S) of 0 and -inf -> (B, H, T, D). Two batched products over the G heads: the H/G query heads of
     a group are more rows of one product, so k and v are never repeated.
 
-    Torch's own attention takes 1.5 to 3 times as long for one token (T = 1) on a CPU, and for many
-    a half to a fifth of the time. On an H200 sampling takes 5 to 16% less time with it, but the
-    gradients of its cuDNN kernel (torch 2.11) can be NaN where T % 128 is 64 (pytorch issue 196678;
-    seen with Qwen2.5)."""
+    On a CPU torch's own attention takes 1.5 to 3 times as long for T = 1, about as long for T of 8
+    to 96, and a fifth to a half of the time for T = 1,024: so it serves all but decoding. On an
+    H200 sampling takes 5 to 16% less time with it, but the gradients of its cuDNN kernel (torch
+    2.11) can be NaN where T % 128 is 64 (pytorch issue 196678; seen with Qwen2.5)."""
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     if T > 1 and not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
