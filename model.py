@@ -1155,7 +1155,8 @@ class Sampler:
         for token in ids:
             place = (path[-1] if path else -1, token)
             if place not in self.trie:
-                self.trie[place] = int(self._take([token])[0])
+                slot, = self._take(1).tolist()
+                self.trie[place], self.ids[slot] = slot, token
                 self.counts["prompt"] += 1
             path.append(self.trie[place])
         return np.array(path)
@@ -1186,17 +1187,27 @@ class Sampler:
 
     @torch.no_grad()
     def advance(self, progress=None) -> dict:
-        """Sample a token for every live row -> {ticket: Continuation} of the rows that stopped.
-        Waiting rows take their places, so that nobody waits for the longest row of a batch."""
+        """Sample a token for every live row, and encode it -> {ticket: Continuation} of the rows
+        that stopped. Waiting rows take their places: nobody waits for the longest row of a batch.
+
+        Nothing is read from the device before the tokens' encoding has been started there. So a
+        GPU encodes while this function sees which rows stop. (Their last tokens are encoded, too;
+        a search needs them when it goes on.)"""
         self._admit()
         live, found, gone = self.live, {}, []           # gone: places of the rows that stop
         if not len(live):
             return found
-        tokens, logps = self._draw()
-        slots = self._take(tokens)
-        self.logps[slots] = logps
+        drawn = self._draw()
+        copies = [numbers.to("cpu", non_blocking=True) for numbers in drawn]
+        copied = torch.cuda.current_stream().record_event() if drawn[0].is_cuda else None
+        slots = self._take(len(live))
         live["last"] = slots
         live["columns"] += 1
+        self._decode(drawn[0])
+        if copied:
+            copied.synchronize()                        # waits for the draw, not for the encoding
+        tokens, logps = (numbers.numpy() for numbers in copies)
+        self.ids[slots], self.logps[slots] = tokens, logps
         for job, slot in zip(live["job"], slots.tolist()):
             job.slots.append(slot)
         # only these can stop: stop_at covers max_tokens, the context and steps of so many tokens
@@ -1212,8 +1223,6 @@ class Sampler:
             progress(len(slots))
         if gone:
             self._close(gone)
-        if len(self.live):
-            self._decode()
         return found
 
     def _admit(self):
@@ -1237,7 +1246,8 @@ class Sampler:
         self.work[:, :, first:first + count, :, :given.shape[4]] = given
 
     def _draw(self) -> tuple:
-        """Ids of the live rows' next tokens, and their log-probs at temperature 1, (R,) each."""
+        """Ids of the live rows' next tokens, and their log-probs at temperature 1: (R,) each, on
+        the device."""
         hidden = self.hidden[self._to_device(self.live["last"])]        # (R, C)
         logps = self.model.all_logps(hidden)            # (R, V)
         temperature = self.live["temperature"]
@@ -1251,8 +1261,7 @@ class Sampler:
             # rows at 1 exactly as above (a softmax rounds otherwise), whatever the others have
             tokens = self._pick(torch.where(t == 1, logps.exp(), chances))
             tokens = torch.where(t[:, 0] > 0, tokens, logps.argmax(-1))
-        own = logps.gather(-1, tokens[:, None])[:, 0]
-        return tokens.cpu().numpy(), own.cpu().numpy()
+        return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
     def _pick(self, chances):
         """chances (R, V) -> ids (R,), each where the row's own random number falls in the sums:
@@ -1348,19 +1357,21 @@ class Sampler:
             row[:len(path)] = path
         return self.store[:, :, self._to_device(slots)].transpose(3, 4)
 
-    def _decode(self):
-        """Encode the last token of each live row. Rows beyond the live ones are padding: each sees
-        itself alone, and what it computes goes to the next free slot, where the next token
-        overwrites it."""
+    def _decode(self, tokens):
+        """Encode the tokens (R,) that were drawn for the live rows. Rows beyond the live ones are
+        padding: each sees itself alone, and what it computes goes to the next free slot, where the
+        next token overwrites it."""
         slots, columns = self.live["last"], self.live["columns"]        # (R,) each
         rows, width = self._rounded(len(slots), int(columns.max()))
-        numbers = np.zeros((3, rows, 1), np.int64)
-        numbers[1] = self.used                          # padding rows: the next free slot
-        numbers[:, :len(slots), 0] = self.ids[slots], slots, columns - 1
+        places = np.zeros((2, rows, 1), np.int64)
+        places[0] = self.used                           # padding rows: the next free slot
+        places[:, :len(slots), 0] = slots, columns - 1
+        ids = F.pad(tokens, (0, rows - len(slots)))[None, :, None]
+        numbers = torch.cat((ids, self._to_device(places)))             # (3, R, 1)
         if self.use_graphs:
             self._replay(numbers, width)
         else:
-            self._compute(self.work, self._to_device(numbers), width)
+            self._compute(self.work, numbers, width)
         self.encoded[slots] = True
         self.counts["encoded"] += len(slots)
 
@@ -1370,12 +1381,12 @@ class Sampler:
         then replayed by one launch, until the store or `work` grows."""
         size = numbers.shape[1], width
         if size not in self.graphs:
-            static = self._to_device(numbers)           # the graph reads these addresses
+            static = numbers.clone()                    # the graph reads these addresses
             compute = partial(self._compute, self.work, static, width)
             _, beside = next(iter(self.graphs.values()), (None, None))  # any: one runs at a time
             self.graphs[size] = static, record(compute, beside)
         static, graph = self.graphs[size]
-        static.copy_(self._to_device(numbers))
+        static.copy_(numbers)
         graph.replay()
 
     def _compute(self, work, numbers, width):
@@ -1394,19 +1405,18 @@ class Sampler:
         kept = work[:, :, rows, :, cols]                # (R, T, 2, L, G, D), of all layers at once
         self.store[:, :, slots] = kept.movedim((0, 1), (2, 3))
 
-    def _take(self, ids):
-        """Append tokens to the store -> their slots. They are encoded later."""
-        slots = np.arange(self.used, self.used + len(ids))
-        self.used += len(ids)
+    def _take(self, count: int):
+        """The next free slots, (count,); the store grows if it must."""
+        slots = np.arange(self.used, self.used + count)
+        self.used += count
         if self.used >= len(self.ids):                  # one slot stays free, see `_decode`
             self.graphs = {}                            # they hold the old addresses
-            more = len(ids) + len(self.ids) // 2
+            more = count + len(self.ids) // 2
             self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
             self.hidden = F.pad(self.hidden, (0, 0, 0, more))
             self.ids = np.pad(self.ids, (0, more))
             self.logps = np.pad(self.logps, (0, more))
             self.encoded = np.pad(self.encoded, (0, more))
-        self.ids[slots] = ids
         return slots
 
     def _make_room(self):
