@@ -258,19 +258,23 @@ def check(s: Settings) -> None:
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
         if not isinstance(value, str) and not least <= value < 1e12:
             raise BadInput(f"{flag}: give a number from {least} to a million million.")
-    if s.share >= 1 or s.traps > 2 or s.classes == 1 or s.threads > 1024:
-        raise BadInput("--share must lie below 1; --traps may be 2 at most, --threads 1024, "
-                       "--classes 0, 2, 3 ...")
-    if s.sft_data and not s.data or s.data and not (s.eval_data and s.model):
-        raise BadInput("--data needs --eval-data and --model; --sft-data needs all three.")
-    if s.template and not s.eval_data or s.rollout_model and not s.rollouts:
-        raise BadInput("--template needs --eval-data; --rollout-model needs --rollouts.")
-    if s.template and (s.template.count("{question}") != 1 or "{{question}}" in s.template):
-        raise BadInput("--template needs {question} once, in single braces, where a question goes.")
-    if s.rollouts and s.model and not s.rollout_model:
-        raise BadInput("--rollouts with --model needs --rollout-model: a smaller model's folder.")
-    if s.rollouts and s.critic == "judge":
-        raise BadInput("--rollouts needs --critic weakest or mean; the judge works alone.")
+    for wrong, sentence in (
+            (s.share >= 1, f"--share {s.share}: give a part below 1."),
+            (s.traps > 2, f"--traps {s.traps}: give at most 2."),
+            (s.classes == 1, "--classes 1: every answer would be 0; give 0, 2, 3 ..."),
+            (s.threads > 1024, f"--threads {s.threads}: give at most 1024."),
+            (s.sft_data and not s.data or s.data and not (s.eval_data and s.model),
+             "--data needs --eval-data and --model; --sft-data needs all three."),
+            (s.template and not s.eval_data, "--template needs --eval-data."),
+            (s.template and (s.template.count("{question}") != 1 or "{{question}}" in s.template),
+             "--template needs {question} once, in single braces, where a question goes."),
+            (s.rollout_model and not s.rollouts, "--rollout-model needs --rollouts."),
+            (s.rollouts and s.model and not s.rollout_model,
+             "--rollouts with --model needs --rollout-model: a smaller model's folder."),
+            (s.rollouts and s.critic == "judge",
+             "--rollouts needs --critic weakest or mean; the judge works alone.")):
+        if wrong:
+            raise BadInput(sentence)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,6 +368,9 @@ def grow_imagined(lab, r, questions):
     left = s.budget * len(questions) - lab.sampled_tokens
     # at most one budget each: 22 new questions once had 14,000 tokens each, all that was left
     each = min(s.budget, left / max(1, len(new)))
+    if each == s.budget:
+        print(f"{len(new)} new questions for {len(questions)} old ones, too few for the budget: "
+              f"{left - each * len(new):,.0f} tokens are not spent")
     searched = grow_forest(lab, f"imagined_{r}", new, each, search_with_critic)
     kept = sum(bool(tree.chosen) for tree in searched)
     return trees, notes | dict(imagined=len(new), kept=kept)
@@ -796,7 +803,7 @@ def train_base(lab) -> dict:
     corpus = lab.task.examples(64, random.Random(s.seed))       # changes when the task's code does
     lr = imitation_lr(lab) if s.model else 6e-3         # from random weights, with Muon
     made_of = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, s.classes,
-               lr, corpus, file_hash(s.sft_data), s.epochs if s.sft_data else 0]
+               lr, corpus, file_hash(s.sft_data), s.epochs if s.sft_data else 0, lab.part_tokens]
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:10]
     folder = lab.bases / f"base_{name}"
 
@@ -1019,7 +1026,8 @@ class Lab:
         token = width * (2 * c.layers * c.kv_heads * c.head_dim + c.hidden_size)
         size = (f"{count:,} parameters on {self.model.device}: {count * width >> 20:,} MiB, "
                 f"training {training >> 20:,} MiB more, a sampled token {token / 1024:.1f} KiB")
-        return f"{size}\nprompt: {self.task.prompt(self.task.eval_questions()[0])!r:.300}"
+        prompt = repr(self.task.prompt(self.task.eval_questions()[0]))
+        return f"{size}\nprompt: {prompt[:300]}{'...' * (len(prompt) > 300)}"
 
     def finished_rounds(self) -> list:
         """The log of the rounds that are done; the weights of the last one are loaded."""
@@ -1520,7 +1528,7 @@ class FileTask(Task):
         self.references = self.read(s.sft_data)
         self.has_examples, self.letters = bool(self.references), self.reader is critic.read_letter
         held_out = {question.text for question in self.test}
-        for file, questions in ((s.data, self.train), (s.sft_data, self.references)):
+        for file, questions in {s.data: self.train, s.sft_data: self.references}.items():
             both = sum(question.text in held_out for question in questions)
             if both:
                 print(f"{both} questions are in both {file} and {s.eval_data}: on these, accuracy "
@@ -1761,8 +1769,9 @@ def verdict(task, question, text: str, cut: bool) -> str:
 
 def first_trees(folder: Path) -> list:
     """The saved trees of round 1; first those with a pit or a chosen path that fit a screen."""
-    files = sorted(folder.glob("*_1/*.jsonl"))         # another run may be in eval_1/
-    files = [file for file in files if file.parent.name != "eval_1"]
+    files = sorted(folder.glob("*_1/*.jsonl"))
+    # first_1 holds the samples of RFT, not the method's trees; another run may be in eval_1
+    files = [file for file in files if file.parent.name not in ("first_1", "eval_1")]
     records = [record for file in files for record in restored(file, read_lines)]
     plain = lambda record: not record["pits"] and not record["chosen"]
     return sorted(records, key=lambda one: (plain(one), abs(len(one["nodes"]) - 10)))
@@ -2059,7 +2068,7 @@ def flags() -> argparse.ArgumentParser:
     one.add_argument("--evaluate", metavar="FOLDER", help="accuracy of a model folder")
     one.add_argument("--decode", type=int, metavar="R", help="search at test time, after round R")
     one.add_argument("--compare", metavar="RECIPES", help="recipes to run, joined by commas")
-    group.add_argument("--seeds", type=int, default=3, help="seeds of --compare (default: 3)")
+    group.add_argument("--seeds", type=int, help="number of seeds of --compare (default: 3)")
     return parser
 
 
@@ -2075,6 +2084,8 @@ def main(arguments: list) -> int:
                  if (value := getattr(parsed, name)) is not None}
         preset = SMOKE if parsed.preset == "smoke" else {}
         s = Settings(**preset | given)          # a flag that is given counts more than the preset
+        if parsed.seeds is not None and parsed.compare is None:
+            raise BadInput("--seeds needs --compare; the seed of one run is --seed.")
         if parsed.evaluate == "":
             raise BadInput("--evaluate is empty: give a folder with a model.")
         if parsed.evaluate is not None:
@@ -2084,7 +2095,8 @@ def main(arguments: list) -> int:
         elif parsed.decode is not None:
             decode(s, parsed.decode)
         elif parsed.compare is not None:
-            compare(s, [name.strip() for name in parsed.compare.split(",")], parsed.seeds)
+            names = [name.strip() for name in parsed.compare.split(",")]
+            compare(s, names, 3 if parsed.seeds is None else parsed.seeds)
         else:
             run(s)
         return 0

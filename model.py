@@ -70,6 +70,9 @@ def about(path):
     what damaged data raise where they are used, such as KeyError for a key that is missing."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: byte {error.start} is not UTF-8 (the file is damaged, or was "
+                       "saved in another encoding)") from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError,

@@ -73,7 +73,7 @@ SOUND = [pack({}, b""), pack(entry(shape=[0, 3], data_offsets=[0, 0]), b""),
          pack(json.dumps(ONE).encode() + b" " * 100)]
 DAMAGED = [  # a file's bytes, a word that the message must have
     (b"\0" * 7, "cut short"), (struct.pack("<Q", 100_000_001) + b" " * 64, "cut short"),
-    (pack(ONE, n=10_000), "cut short"), (pack(b'{"\xff": 1}'), "utf-8"), (pack([1]), "list"),
+    (pack(ONE, n=10_000), "cut short"), (pack(b'{"\xff": 1}'), "UTF-8"), (pack([1]), "list"),
     (pack(b'{"a":' + b"[" * 100_000 + b"]" * 100_000), "recursion"),
     (pack(b'{"a": {}, "a": {}}'), "twice"), (pack(b"{'a': 1}"), "header"),
     (pack(entry(dtype="F12")), "F12"), (pack(entry(dtype=["F32"])), "unhashable"),

@@ -673,6 +673,9 @@ FILES = "--model m --data {} --eval-data {}"
     ("xyz", "--compare rft,xyz"), ("nowhere", "--evaluate nowhere"), ("once", "--compare rft,rft"),
     ("nobody", "--recipe alphallm --rollouts 1 --rollout-model nobody"),
     ("1024", f"--threads {10 ** 10}"), ("million", f"--seed {10 ** 20}"),
+    ("at most 2", "--traps 3"), ("--classes 1", "--classes 1"), ("--compare", "--seeds 2"),
+    ("the judge works alone", "--recipe alphallm --rollouts 1 --critic judge"),
+    ("another encoding", FILES.format("latin", "good")),
     ("ask for fewer", "--task coins --questions 9999"), ("--rollouts", "--rollout-model m"),
     ("--eval-data", "--template {question}"),
     ("--seeds", "--compare rft --seeds 0"), ("--out", "--questions 2")])
@@ -682,6 +685,7 @@ def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):
     (tmp_path / "m").symlink_to(home / "m")
     for name, text in dict(good=GOOD, damaged=GOOD[:-2] + "\n", empty="").items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "latin").write_text(GOOD.replace("1+1", "\xe9?"), encoding="latin-1")
     out = "good" if words == "--out" else "runs/a"          # a file is no folder
     sizes = dict(preset="smoke", threads=1, base_steps=1, rounds=0, out=out)
     code, _, err = go(*(f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()),

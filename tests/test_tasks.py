@@ -242,9 +242,9 @@ def test_odd_files(read, tmp_path, capsys):
     one = read("\ufeff" + line + "\r", "", json.dumps(GSM8K) + "\r", "", context=150,
                data=str(tmp_path / "a.json"), sft_data=str(tmp_path / "a.json"))
     assert [question.text for question in one.test] == ["1\u2028+ 8?", GSM8K["question"]]
-    skipped, again, shared, also, few = capsys.readouterr().out.strip().split("\n")
+    skipped, again, shared, few = capsys.readouterr().out.strip().split("\n")
     assert len(one.train) == 2 and "a.json: 2 " in skipped and shared.startswith("2 ")
-    assert again == skipped and also == shared          # of --data, and of --sft-data
+    assert again == skipped                             # of --data, and of --sft-data
     assert "a.json has 2 questions" in few and "320" in few
 
 
