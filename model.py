@@ -519,7 +519,7 @@ class Tokenizer:
     @classmethod
     def bytes_only(cls, special=("<|endoftext|>",)):
         """No merges: ids 0 to 255 are the bytes, then special tokens; the first ends a text."""
-        step = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+        step = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
         added = [dict(id=256 + i, content=name) | flags for i, name in enumerate(special)]
         spec = dict(version="1.0", model=dict(type="BPE", vocab=BYTES, merges=[]),
