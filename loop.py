@@ -26,7 +26,7 @@ Chapters: 1 The loop   2 Settings   3 Recipes   4 Growing   5 Learning   6 The l
           8 Evaluating, comparing, decoding   9 Pictures   10 Command line
 
 Try:  python loop.py                             Self-Explore on homework, minutes
-      python loop.py --preset smoke              seconds: samples, files, evaluates; learns nothing
+      python loop.py --preset smoke              seconds: all stages; it learns little
       python loop.py --recipe alphallm           or rft, outcome_dpo, mcts_dpo, combined, sft
       python loop.py --compare rft,self_explore  both on three seeds: difference and interval
       python loop.py --classes 0                 homework that is graded by its number
@@ -179,7 +179,7 @@ class Settings:
     rounds: int = 3             # a finished run goes on when this is raised
     seed: int = 0               # of everything: questions, samples, training
     out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
-    preset: str = "default"     # or smoke: everything tiny, to see that it runs; it learns nothing
+    preset: str = "default"     # or smoke: everything tiny, to see that it runs; it learns little
     device: str = ""            # cpu or cuda; empty: cuda where there is one
     threads: int = 0            # CPU threads; 0: all cores (tiny GPT: 2). A busy machine wants 1
     workers: int = 0            # processes that sample on a CPU; 0: all cores, at most one a chunk
@@ -225,7 +225,7 @@ class Settings:
 
 
 SMOKE = dict(rounds=1, questions=16, samples=4, budget=300, completions=2, chunk=8, rows=64,
-             steps=4, batch=8, base_steps=40, eval_questions=32, max_tokens=96)
+             steps=4, batch=8, base_steps=120, eval_questions=32, max_tokens=96)
 TINY = dict(default=dict(hidden_size=128, layers=3), smoke=dict(hidden_size=32, layers=2))
 BASE_BATCH = 32                         # solutions in one update of the base
 TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
@@ -1730,8 +1730,7 @@ def show_example(lab, log: list) -> None:
     model's solution. If there is one, it is a question on which the base errs and the last model
     does not."""
     if lab.settings.preset == "smoke":
-        print("A smoke run is too small to find right solutions. It shows that sampling, files and "
-              "evaluation work; a training that found nothing to learn from was left out.")
+        print("A smoke run only shows that everything works: its model is too small to learn much.")
     records, r = first_trees(lab.folder)[:100], log[-1]["round"]
     if not records:                             # sft grows no trees
         return

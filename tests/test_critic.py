@@ -228,7 +228,7 @@ def test_judge():
 
 
 def test_features_are_those_of_a_plain_forward():
-    """Hidden state before the last token, and log-probs by hand; nothing is encoded for it."""
+    """Hidden state of the last token, and log-probs by hand; nothing is encoded for it."""
     sampler = language_model()
     nodes = [node for tree in grown(sampler) for node in tree.nodes]
     root = nodes[0]
@@ -238,7 +238,7 @@ def test_features_are_those_of_a_plain_forward():
     encoded = sampler.counts["encoded"]
     for node, row in zip(nodes, features(nodes, sampler)):
         ids = np.concatenate([step.ids for step in node.path()]).tolist()
-        hidden = plain_forward(sampler, ids)[-2]
+        hidden = plain_forward(sampler, ids)[-1]
         assert torch.allclose(row[:-4], hidden, atol=1e-4)
         whole = node.solution("logps")
         want = [0] * 4
