@@ -100,7 +100,7 @@ def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> li
     Models favour one letter, so both orders of the options are asked and averaged: .3 with correct
     as (B) and .4 with correct as (A) give .35. An order that does not fit the context counts as .5.
     shown: a reference solution, as text or function node -> text. It tells the judge the answer, so
-    say when you use it: AUC .747, without .620 (MCTS-DPO). BadInput: "A" or "B" is no one token."""
+    say when you use it: AUC .747, without .620 (MCTS-DPO). BadInput: A or B is not one token."""
     model, tokenizer = sampler.model, sampler.tokenizer
     letters = tokenizer.encode_more("A") + tokenizer.encode_more("B")
     if len(letters) != 2:
@@ -192,9 +192,9 @@ def critic_labels(tree: Tree, k: int) -> list:
                |- d 0:4 --- e 0:4 end      f  (0, nan, nan)       e  (nan, nan, 0)
                `- f 0:1 --- g 0:1 end
 
-    A step is bad (process 0) if its parent can be saved and it is a wrong end, as c, or k samples
-    below it are all wrong; f has too few. Below the pit d there is no process label. weight: the
-    number of samples, at most 8."""
+    A step is bad (process 0) if its parent has a right end below it, and it is a wrong end (c) or k
+    or more samples below it are all wrong (d); f has too few. Below the pit d there is no process
+    label. weight: the number of samples, at most 8."""
     rows = []
     for node in tree.nodes[1:]:
         samples, good = node.rights + node.wrongs, float(node.rights > 0)
@@ -302,13 +302,13 @@ class Rollouts:
     """A small model finishes a leaf n times. The mean of what its own outcome head says of these
     ends is one more opinion about the leaf.
     sampler, critic  of the small model
-    text             node -> str, if its tokenizer is another one; None: ids are shared
+    text             node -> str: its tokenizer may be another one
     room             its store is emptied when it holds more tokens than this
     tokens           sampled by the small model so far
     twin[node] is the node's copy in a tree of the small model, so no prefix is encoded twice."""
     tokens = property(lambda self: self.sampler.counts["sampled"])
 
-    def __init__(self, sampler, critic, n: int, max_tokens: int, text=None, room: int = 65536):
+    def __init__(self, sampler, critic, n: int, max_tokens: int, text, room: int = 65536):
         self.sampler, self.critic, self.text = sampler, critic, text
         self.n, self.max_tokens, self.room = n, max_tokens, room
         self.fresh = []                                 # twins without log-probs
@@ -328,7 +328,7 @@ class Rollouts:
                 twin = self.twin[step]
                 continue
             encode = tokenizer.encode_more if twin else tokenizer.encode_prompt
-            ids = encode(self.text(step)) if self.text else step.ids.tolist()
+            ids = encode(self.text(step))
             above = slots_of(twin) if twin else NOTHING
             if not 0 < len(above) + len(ids) < limit:
                 return None
@@ -366,8 +366,8 @@ class Rollouts:
 # for the pieces of the text and `read_number` for what they say, 7; `same_answer` compares.
 # A false right is worse than a false wrong: a self-improving loop finds it and imitates it. So a
 # number is read only if all tokens beside it are in KNOWN, or are longer words not in CHANGES:
-#     **18** apples, as 3 > 2        18: `*` `apples` `,` are known; the reason is cut off
-#     18 or 20   18-20   1 000       unread: two numbers
+#     #### **18** apples, as 3 > 2   18: `*` `apples` `,` are known; the reason is cut off
+#     18 or 20   #### 18-20   1 000  unread: two numbers
 #     18k   18 - x   18²   18!       unread: k, x, ^ and ! are not known
 #     not 18   18 thousand           unread: these words change the value
 # Left out: algebra, 5k, 1e3, number words, 2 1/2; behind a mark sums in words (3 boxes * 6 = 18).

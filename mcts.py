@@ -59,7 +59,7 @@ class Node:
     index: int = 0                      # order of birth in the tree; parents come before children
     children: list = field(default_factory=list, repr=False)
     count: int = 0                      # samples that came from above and took this step
-    drawn: int = 0                      # continuations requested below it; number of the next one
+    drawn: int = 0                      # continuations requested below it, numbered 0 to drawn - 1
     right: bool | None = None           # of an end: is the answer right? None: not graded
     rights: int = 0                     # right samples that end at or below this step (a search
                                         # grades an end once, however often it is sampled)
@@ -303,7 +303,7 @@ class StepSampler:
 # 4. The search
 # --------------------------------------------------------------------------------------------------
 # HACK HERE: where to look next. A rule gives a child a number; the search goes to the largest.
-#   variance   child.value_squares / child.visits - child.q ** 2                     (UCB1-tuned)
+#   variance   child.value_squares / max(1, child.visits) - child.q ** 2             (UCB1-tuned)
 #   chance     random.Random(mix(parent.tree.seed, child.index, parent.visits))      (Thompson);
 #              no other random numbers, or a tree would depend on the batch
 # Also change: RULES (and import random for chance). Then try `python mcts.py --rule NAME`.
@@ -331,10 +331,10 @@ def fixed_width(root: int = 5, below: int = 3, every: int = 8):
 
 
 def importance_width(most: int = 10, alpha: float = 10.0, least_at_root: int = 5, every: int = 8):
-    """AlphaLLM's adaptive width (eq. 3, 4): one new child a simulation, up to n(s) = floor(alpha
-    I(s)) + 1, I(s) = max |v(child) - v(s)|: a parent of .5 with children .9 and .4 has I .4, n 5.
-    (With the paper's alpha = 1, n hardly changes.) n is held in 1..10, at the root in 5..40, and
-    then multiplied by 1 + visits // 8: often visited nodes go on widening."""
+    """AlphaLLM's adaptive width (eq. 3, 4): a simulation draws until one child is new or n(s) are
+    drawn, repeats included. n(s) = floor(alpha I(s)) + 1, I(s) = max |v(child) - v(s)|: a parent of
+    .5 with children .9 and .4 has I .4, n 5. (With the paper's alpha = 1, n hardly changes.) n is
+    held in 1..10, at the root in 5..40, times 1 + visits // 8: busy nodes go on widening."""
 
     def width(node):
         """Steps that this node should have drawn by now."""
@@ -383,16 +383,16 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0   N(root) 2   b: N 1 Q 0
         3  a 1.42, b .28: a has no children yet: one child, d, is sampled; it returns 0
         4  a .85, b .35: a again, then d, its only child: children of d are sampled, ..."""
-    # A tree has one simulation: it is at a node in `standing` or waits in `proposer.pending`
+    over = lambda node: node.ended or not (to_end or node.visits or node.parent is None)
+    # At any time a tree has one simulation: its node is in `standing` or in `proposer.pending`
     standing = [tree.search_from for tree in trees if go_on(tree)]
     while standing or proposer.pending:
         arrived = []
         for node in standing:
             # 1) Select: go down by `choose` to where the simulation ends ...
-            while node.children and node.drawn >= width(node):
+            while not over(node) and node.children and node.drawn >= width(node):
                 node = max(node.children, key=partial(choose, node))         # ties: the first-born
-            new = node.visits == 0 and node.parent is not None
-            if node.ended or (new and not to_end):
+            if over(node):
                 arrived.append(node)
             else:
                 # 2) Expand: ... or to a node that needs more steps. It asks for them and waits.
@@ -413,8 +413,8 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
 
 def until(simulations: float, tokens: float = math.inf, patience: float = math.inf):
     """A stop rule: go_on(tree) is False when a tree has so many simulations (those in its file
-    included), after `patience` in a row that sampled nothing, or when the next one may not fit into
-    `tokens` from the first call on. It may cost twice the mean so far. Example: tokens = 30. Two
+    included), after `patience` in a row that sampled nothing, or when the next one, at twice the
+    mean cost so far, may exceed `tokens`, counted from the first call. Example: tokens = 30. Two
     simulations took 16, 8 each. The next may cost 16, and only 14 are left: stop."""
     started = {}                        # tree -> (budget, tokens, visits) at the first call
 

@@ -1015,7 +1015,7 @@ class _Job:
     def __init__(self, request: Request, temperature: float, whole: bool, context: int):
         self.request, self.whole = request, whole
         self.temperature = 0.0 if request.greedy else temperature
-        # so many new tokens, then it ends by "length"
+        # with so many new tokens it ends by "length"
         self.max_new = min(request.max_tokens, context - len(request.path))
         self.slots = []                                 # of the tokens sampled so far
         self.line, self.read = request.line, 0          # last line of the text up to ids[:read]
@@ -1029,7 +1029,7 @@ LIVE = np.dtype([
     ("temperature", np.float32),        # 0: argmax
     ("last", int),                      # slot of its last token; `_decode` encodes it
     ("start", int),                     # length of its prefix
-    ("columns", int),                   # of its text so far: how far it fills its row of the cache
+    ("columns", int),                   # tokens of its text so far: columns that it fills in `work`
     ("stop_at", int)], align=True)      # columns at which it stops at the latest
 
 
@@ -1045,7 +1045,7 @@ def splitmix64(z):
 
 
 def mix(*parts: int) -> int:
-    """Hash whole numbers to a 64-bit seed: mix(run, question, node, sample)."""
+    """Hash whole numbers to a 64-bit seed: mix(seed of a tree, node, sample)."""
     z = 0
     for part in parts:
         z = splitmix64(((z ^ (int(part) & MASK64)) + GOLDEN) & MASK64)
@@ -1194,8 +1194,8 @@ class Sampler:
         that stopped. Waiting rows take their places: nobody waits for the longest row of a batch.
 
         Nothing is read from the device before the tokens' encoding has been started there. So a
-        GPU encodes while this function sees which rows stop. (Their last tokens are encoded, too;
-        a search needs them when it goes on.)"""
+        GPU encodes while this function sees which rows stop. (Their last tokens are encoded, too: a
+        search goes on from them, and critics read them.)"""
         self._admit()
         live, found, gone = self.live, {}, []           # gone: places of the rows that stop
         if not len(live):
@@ -1229,8 +1229,8 @@ class Sampler:
         return found
 
     def _admit(self):
-        """Let waiting rows in, at least an eighth of all rows or all that wait, so that one gather
-        and one forward serve many rows."""
+        """Let waiting rows in if there is room for an eighth of all rows, or for all that wait: so
+        one gather and one forward serve many rows."""
         count = min(self.rows - len(self.live), len(self.waiting))
         if count < max(1, min(self.rows // 8, len(self.waiting))):      # too few: wait for more
             return
@@ -1296,7 +1296,7 @@ class Sampler:
 
     def _close(self, gone: list):
         """Take out the rows that stopped. Rows from the end fill the holes, so that the live rows
-        are the first ones, and a forward computes few others: A B C D without B is A D C."""
+        stay the first ones: A B C D without B is A D C."""
         left = len(self.live) - len(gone)
         holes = [i for i in gone if i < left]
         tails = sorted({*range(left, len(self.live))}.difference(gone))
@@ -1516,7 +1516,7 @@ def demo():
     paths = [sampler.prompt(tokenizer.encode_prompt(text)) for text in texts]
     requests = [Request(path, mix(i, j), 30) for i, path in enumerate(paths) for j in range(8)]
     found = sampler.extend(requests)
-    written = sum(len(one.ids) - 1 for one in found)    # a sample's last token is never encoded
+    written = sum(len(one.ids) for one in found)
     asked = sum(len(request.path) for request in requests)
     shared, encoded = sampler.counts["prompt"], sampler.counts["encoded"]
     print(f"Three questions, eight samples of each; {written} sampled tokens are encoded.\n"

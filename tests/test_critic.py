@@ -346,14 +346,13 @@ class Length(Told):
         return np.array([[0, 0, len(node.solution()) % 7 / 7] for node in nodes]).reshape(-1, 3)
 
 
-@pytest.mark.parametrize("text", (False, True))
-def test_rollouts(text):
-    """Ends, log-probs, scores, counts, an untrusted head, a full store, no room; ids and text."""
+def test_rollouts():
+    """Ends, log-probs, scores, counts, an untrusted head, a full store, no room."""
     big = language_model()
     nodes = [node for tree in grown(big) for node in tree.nodes[1:] if not node.ended]
     decode = big.tokenizer.decode_more
-    small = language_model(5, 16, Tokenizer.bytes_only(("<a>", "<b>")) if text else None)
-    retell = (lambda node: decode(node.ids.tolist())) if text else None
+    small = language_model(5, 16, Tokenizer.bytes_only(("<a>", "<b>")))
+    retell = lambda node: decode(node.ids.tolist())
     unused = Rollouts(small, Length({}), 3, 1, retell)      # no prefix is short enough
     assert unused.score(nodes) == {}
     fast = Rollouts(small, Length({}), 3, 40, retell)
@@ -361,9 +360,7 @@ def test_rollouts(text):
     ends = [end.solution().tolist() for end in fast.critic.asked]
     assert list(found) == nodes and len(ends) == 3 * len(nodes)
     for i, node in enumerate(nodes):
-        prefix = node.solution().tolist()
-        if text:
-            prefix = [t for n in node.path()[1:] for t in small.tokenizer.encode_more(retell(n))]
+        prefix = [t for n in node.path()[1:] for t in small.tokenizer.encode_more(retell(n))]
         mine = ends[3 * i:3 * i + 3]
         assert all(ids[:len(prefix)] == prefix for ids in mine)
         assert found[node] == pytest.approx(np.mean([len(ids) % 7 / 7 for ids in mine]))
@@ -379,7 +376,7 @@ def test_rollouts(text):
     assert fast.score(nodes) == pytest.approx(found) and len(fast.twin) < 2 * len(nodes) + 3
     fast.max_tokens = 1
     assert fast.score(nodes) == {} and fast.score([]) == {}
-    assert Rollouts(small, Told({}, (1, 1, 0)), 3, 40).score(nodes) == {}
+    assert Rollouts(small, Told({}, (1, 1, 0)), 3, 40, retell).score(nodes) == {}
 
 
 def test_statistics():

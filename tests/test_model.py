@@ -5,6 +5,7 @@ weights), plain forwards of whole texts for all that the cached sampler says, a 
 known, and the summed-up softmax for every draw."""
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -491,5 +492,8 @@ def test_program(tmp_path, capsys):
         assert program.main(flags) == 2
         out, err = capsys.readouterr()
         assert err.startswith("error: ") and err.count("\n") == 1 and not out
-    assert program.main([]) == 0 and "without sharing" in capsys.readouterr().out
+    assert program.main([]) == 0
+    numbers = re.findall(r"\d[\d,]*", capsys.readouterr().out)
+    sampled, without, asked, encoded, shared = (int(n.replace(",", "")) for n in numbers)
+    assert without == sampled + asked and encoded == sampled + shared < without
     assert pick_device("").type == pick_device(None).type and pick_device("cpu").type == "cpu"

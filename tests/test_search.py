@@ -219,6 +219,20 @@ def test_widths():
                 drawn = (2 if node.parent else 4) * waves
                 assert node.drawn == sum(child.count for child in node.children) == drawn
 
+@pytest.mark.parametrize("width", (importance_width(), fixed_width(1, 1, 0)))
+def test_half_solutions_of_a_grown_tree(width):
+    """A tree that samples grew has children without visits. A simulation ends there, too."""
+    tree, depths = Tree(None, 0, [0]), []
+    for first in (1, 2):
+        node = tree.root
+        for token in (first, 3, 4):
+            node.drawn += 1
+            node = tree.add(node, [token], [-1.0], NOTHING, "answer" * (token == 4))
+    tree.root.drawn = 40
+    look = lambda nodes: [depths.append(len(node.path()) - 1) or 0.5 for node in nodes]
+    search([tree], Scrambled(0), look, until(4), RULES["uct"], width, to_end=False)
+    assert depths == [1, 1, 2, 2]
+
 def test_importance_width():
     """The docstring's example. n lies in 1..10, at the root in 5..40; times 1 + visits // 8."""
     tree, width = Tree(None, 0, [0]), importance_width()
