@@ -37,6 +37,7 @@ if __name__ == "__main__":              # Ctrl-C while torch is imported ends wi
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -162,8 +163,8 @@ def read_lines(path: Path) -> list:
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Settings: each one is a flag, --name value; the comment beside it, which must be there, is the
-#    help of the flag. For yes or no take words, as --self-evaluation does
+# 2. Settings: each is a flag, --name value, and needs a comment beside it: the help of the flag.
+#    For yes or no take words, as --self-evaluation does
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
@@ -300,7 +301,8 @@ def learn_examples(lab, r, trees):
     s = lab.settings
     rng = random.Random(mix(s.seed, r, STREAM["examples"]))
     rows = lab.example_rows(s.steps * s.batch, rng)
-    return fit(lab, rows, sft_loss, imitation_lr(lab), s.steps, epochs=1)   # nothing is repeated
+    # epochs=1: `rows` has all passes
+    return fit(lab, rows, sft_loss, imitation_lr(lab), s.steps, epochs=1)
 
 
 # rft: rejection sampling (Yuan et al. 2023, 2308.01825)
@@ -368,7 +370,7 @@ def grow_imagined(lab, r, questions):
     left = s.budget * len(questions) - lab.sampled_tokens
     # at most one budget each: 22 new questions once had 14,000 tokens each, all that was left
     each = min(s.budget, left / max(1, len(new)))
-    if each == s.budget:
+    if each * len(new) < left:
         print(f"{len(new)} new questions for {len(questions)} old ones, too few for the budget: "
               f"{left - each * len(new):,.0f} tokens are not spent")
     searched = grow_forest(lab, f"imagined_{r}", new, each, search_with_critic)
@@ -712,8 +714,9 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dic
     """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how)."""
     s = lab.settings
     if not rows:
-        print("nothing was found to learn from, so this training is left out (see solved, kept and "
-              "critic in log.jsonl): raise --budget, or give easier questions")
+        print("nothing was found to learn from, so this training is left out (see solved, pits, "
+              "kept and critic in log.jsonl): raise --budget; with solved near 0 give easier "
+              "questions, near 1 harder ones")
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
     return lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
@@ -775,13 +778,14 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
     if r > 1 or not s.share:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
-    notes = lab.train_or_load("rft", lambda: imitate_right_ones(lab, r, trees))
+    notes = imitate_right_ones(lab, r, trees)
     return s.budget - lab.sampled_tokens / len(questions), notes
 
 
 def imitate_right_ones(lab, r: int, trees: list) -> dict:
     """RFT before DPO; returns what it did, under names of its own."""
-    stats = imitate(lab, trees, partial(right_solutions, lab), rft_updates(lab, r))
+    make = lambda: imitate(lab, trees, partial(right_solutions, lab), rft_updates(lab, r))
+    stats = lab.train_or_load("rft", make)
     return dict(rft_steps=stats["steps"], rft_tokens=stats.get("trained_tokens", 0))
 
 
@@ -992,6 +996,9 @@ class Lab:
         self.model.bind(self.tokenizer)
         task = FileTask if s.eval_data else TASKS[s.task]
         self.task = task(s, self.tokenizer, self.model.config.max_positions)
+        if RECIPES[s.recipe].no_letters and self.task.letters:
+            raise BadInput(f"--recipe {s.recipe} cannot make up questions with options: take rft, "
+                           "self_explore, mcts_dpo or combined.")
         self.sampler = Sampler(self.model, self.tokenizer, FIRST_SLOTS, rows, self.task.over,
                                s.unit)
         self.sampler.prompt(self.task.prompt_ids(self.task.eval_questions()[0]))    # or BadInput
@@ -1000,9 +1007,6 @@ class Lab:
         """Write settings.json, or compare with the one that is there. This comes last, so that a
         refused command leaves no folder behind. BadInput: begun with other settings or files."""
         mine = asdict(self.settings)
-        if RECIPES[mine["recipe"]].no_letters and self.task.letters:
-            raise BadInput(f"--recipe {mine['recipe']} cannot make up questions with options: take "
-                           "rft, self_explore, mcts_dpo or combined.")
         if mine["rollouts"] and (small := mine["rollout_model"]):   # it is used hours later
             tokenizer = Tokenizer.from_pretrained(small)
             GPT.from_pretrained(small, "cpu").bind(tokenizer)
@@ -1013,7 +1017,8 @@ class Lab:
             self.folder.mkdir(parents=True, exist_ok=True)
         cached(self.folder / "settings.json", lambda: [mine])
         same_settings(self.folder, mine, mine.keys() - FREE,
-                      "give the old ones or another --out, or move this folder away.")
+                      "give the old ones, move this folder away or, for a new run, give another "
+                      "--out.")
         sweep(self.folder, "**/*.[0-9]*.tmp")
         sweep(self.bases, "base_*.[0-9]*.tmp")
 
@@ -1095,19 +1100,19 @@ class Lab:
 
 def same_settings(folder: Path, mine: dict, names, mend: str) -> None:
     """BadInput unless these settings are those that the run in a folder was begun with."""
-    saved, said = restored(folder / "settings.json", read_lines)[0], []
+    saved, said = restored(folder / "settings.json", read_lines)[0], {}
     for name in [name for name in mine if name in names and saved.get(name) != mine[name]]:
         flag = "--" + name.removesuffix("_hash").replace("_", "-")
         changed = name.endswith("_hash") and saved.get(name)
-        said.append(f"the file of {flag} has changed" if changed else
-                    f"{flag} was {saved.get(name)!r}")
+        said.setdefault(flag, f"the file of {flag} has changed" if changed else
+                        f"{flag} was {saved.get(name)!r}")
     if said:
-        raise BadInput(f"{folder} was begun with other settings or files ({'; '.join(said)}): "
-                       f"{mend}")
+        raise BadInput(f"{folder} was begun with other settings or files "
+                       f"({'; '.join(said.values())}): {mend}")
 
 
 def default_folder(s: Settings) -> str:
-    """runs/TASK_RECIPE_seedS; a model, a smoke run, other traps or classes are named before."""
+    """runs/TASK_RECIPE_seedS; before TASK smoke and a model, behind it other traps and classes."""
     smoke = "smoke" if s.preset == "smoke" else ""
     model = Path(s.model).resolve().name if s.model else ""
     questions = Path(s.eval_data).stem if s.eval_data else s.task
@@ -1287,7 +1292,7 @@ class Homework(Task):
                 return Question("".join(map(str, x)), self.claim(value(x)))
 
     def vary(self, text: str, rng) -> str:
-        """Draw one number or one operator anew; behind a new `*` a 1 becomes 2. The result may have
+        """Draw one number or one operator anew; behind a `*` a 1 becomes 2. The result may have
         fewer traps than --traps asks for, and values that leave 0..99."""
         x = parse(text)
         i = rng.randrange(len(x))
@@ -1313,10 +1318,13 @@ class Homework(Task):
         """Only what stands behind #### is an answer: a text that is just "odd" is none."""
         return "####" in text and super().reward(question, text, cut)
 
-    def first_false(self, question, text: str) -> int:
-        """A line is true if it works off one operation and keeps the value by precedence."""
+    def first_false(self, question, text: str) -> int | None:
+        """A line is true if it works off one operation and keeps the value by precedence. None: the
+        question is a made-up one that has no value in 0..99."""
         x = parse(question.text)
         number, lines = value(x), text.rstrip("\n").split("\n")
+        if number is None:
+            return None
         for place, line in enumerate(lines[:-1]):
             ways = {line_of(x, i): work_off(x, i) for i in range(1, len(x), 2)}
             x = ways.get(line, [])
@@ -1426,7 +1434,7 @@ class Countdown(Task):
 
     def answer(self, text: str) -> str | None:
         """All solutions claim the target, so a solution is its own answer."""
-        return text
+        return text if "####" in text else None
 
     def reward(self, question, text: str, cut: bool = False) -> bool:
         """Every line a legal move, the last number the target."""
@@ -1769,7 +1777,7 @@ def verdict(task, question, text: str, cut: bool) -> str:
 def first_trees(folder: Path) -> list:
     """The saved trees of round 1; first those with a pit or a chosen path that fit a screen."""
     files = sorted(folder.glob("*_1/*.jsonl"))
-    # first_1 holds the samples of RFT, not the method's trees; another run may be in eval_1
+    # first_1: samples of RFT, not the method's trees; eval_1: another process may be evaluating
     files = [file for file in files if file.parent.name not in ("first_1", "eval_1")]
     records = [record for file in files for record in restored(file, read_lines)]
     plain = lambda record: not record["pits"] and not record["chosen"]
@@ -1792,7 +1800,10 @@ def compare(s: Settings, names: list, seeds: int) -> None:
     if len(set(names)) < len(names):
         raise BadInput(f"--compare {','.join(names)}: name each recipe once.")
     for name in names:
-        check(replace(s, recipe=name))
+        one = replace(s, recipe=name)
+        check(one)
+        if RECIPES[name].no_letters and s.data:
+            Lab(one)                            # BadInput now, not after the first recipe's rounds
     rows = []
     hits = defaultdict(list)    # (recipe, measure): for each seed whether each question counts
     for seed in range(s.seed, s.seed + seeds):
@@ -1804,7 +1815,8 @@ def compare(s: Settings, names: list, seeds: int) -> None:
             solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), read_lines)
             hits[name, "accuracy"].append([row["right"] for row in solutions])
             hits[name, "sound"].append([row["right"] and row["sound"] for row in solutions])
-    write_text(Path(s.out or "runs", "compare.html"), compare_page(rows))
+    pictures = Path(s.out or "runs", "compare.html")
+    write_text(pictures, compare_page(rows))
     first = names[0]
     measures = [key for key in ("accuracy", "sound") if rows[0][key] is not None]
     titles = [f"{measure} | less {first} | 95% interval | seeds" for measure in measures]
@@ -1813,6 +1825,7 @@ def compare(s: Settings, names: list, seeds: int) -> None:
     for name in names:
         cells = [compared(hits[name, measure], hits[first, measure]) for measure in measures]
         print(f"| {' | '.join([name, *cells])} |")
+    print(f"\nAll rounds as curves: {pictures}")
 
 
 def compared(ours: list, theirs: list) -> str:
@@ -1829,7 +1842,8 @@ def compared(ours: list, theirs: list) -> str:
 
 def evaluate(s: Settings) -> None:
     """--evaluate: greedy accuracy of a model folder on held-out questions, as one JSON object."""
-    lab, start = Lab(s), time.time()
+    with contextlib.redirect_stdout(sys.stderr):        # what it says of files is no JSON
+        lab, start = Lab(s), time.time()
     with tempfile.TemporaryDirectory() as folder:
         lab.folder = Path(folder)
         solutions = solve_greedily(lab, lab.task.eval_questions(), 0)
@@ -1889,6 +1903,8 @@ def vote(groups: list, score_of: dict, method: str):
     weights = {"majority": len, "best of n": lambda group: max(map(score_of.get, group)),
                "weighted vote": lambda group: sum(map(score_of.get, group))}
     winner = max(groups, key=weights[method], default=[])
+    if method == "majority":                    # it knows no critics: the first that was sampled
+        return next(iter(winner), None)
     return max(winner, key=score_of.get, default=None)
 
 
@@ -2102,7 +2118,7 @@ def main(arguments: list) -> int:
     except SystemExit:                          # --help
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command goes on from what is finished", file=sys.stderr)
         return 130
     except BadInput as error:
         message = error

@@ -540,7 +540,7 @@ def test_votes_count_values():
     groups = loop.by_answer(lab, ends)
     assert groups == [[ends[0], ends[2], ends[4]], [ends[1]], [ends[5]]]
     scores = {end: end.score for end in ends}
-    for method, winner in (("majority", 2), ("best of n", 5), ("weighted vote", 2)):
+    for method, winner in (("majority", 0), ("best of n", 5), ("weighted vote", 2)):
         assert loop.vote(groups, scores, method) is ends[winner]
     assert loop.vote([], scores, "majority") is None
     found = lambda *some: loop.trusted_end(lab, SimpleNamespace(ends=lambda: list(some)))
@@ -641,6 +641,10 @@ def test_evaluate_and_decode(home, run_of, monkeypatch):
     said, row = json.loads(out), loop.read_lines(folder / "log.jsonl")[2]
     keys = ("accuracy", "accuracy_low", "accuracy_high", "questions", "mean_tokens")
     assert code == 0 and all(said[key] == row[key] for key in keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "check", lambda s: print("a note"))
+        code, out, err = go(**small(home, evaluate=folder / "round_2"))
+    assert json.loads(out).keys() == said.keys() and err == "a note\n"
     settings = small(home, recipe="rft", out=folder)
     monkeypatch.setattr(Coins, "sound", lambda self, question, text: int(question.text) % 2 == 1)
     code, out, _ = go(**settings, decode=1)
@@ -676,6 +680,7 @@ FILES = "--model m --data {} --eval-data {}"
     ("at most 2", "--traps 3"), ("--classes 1", "--classes 1"), ("--compare", "--seeds 2"),
     ("the judge works alone", "--recipe alphallm --rollouts 1 --critic judge"),
     ("another encoding", FILES.format("latin", "good")),
+    ("make up", FILES.format("letters", "letters") + " --questions 1 --compare rft,alphallm"),
     ("ask for fewer", "--task coins --questions 9999"), ("--rollouts", "--rollout-model m"),
     ("--eval-data", "--template {question}"),
     ("--seeds", "--compare rft --seeds 0"), ("--out", "--questions 2")])
@@ -683,7 +688,9 @@ def test_bad_input_is_one_sentence(words, flags, home, tmp_path, monkeypatch):
     """Exit code 2, one line that names what is wrong, and no run folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").symlink_to(home / "m")
-    for name, text in dict(good=GOOD, damaged=GOOD[:-2] + "\n", empty="").items():
+    letters = json.dumps(dict(question="1?", correct_answer="a", support="") |
+                         {f"distractor{i}": str(i) for i in (1, 2, 3)})
+    for name, text in dict(good=GOOD, damaged=GOOD[:-2] + "\n", empty="", letters=letters).items():
         (tmp_path / name).write_text(text)
     (tmp_path / "latin").write_text(GOOD.replace("1+1", "\xe9?"), encoding="latin-1")
     out = "good" if words == "--out" else "runs/a"          # a file is no folder

@@ -167,10 +167,11 @@ def test_imitating_first(monkeypatch):
     """Round 1: three quarters of the updates, and what its samples left is the method's."""
     monkeypatch.setattr(loop, "grow_forest", grow := Mock())
     monkeypatch.setattr(loop, "imitate", lambda lab, trees, solutions, updates: dict(steps=updates))
+    made = []
     lab = SimpleNamespace(settings=Settings(budget=100), sampled_tokens=420,
-                          train_or_load=lambda name, make: (name, make()))
+                          train_or_load=lambda name, make: made.append(name) or make())
     done = dict(rft_steps=48, rft_tokens=0)
-    assert loop.imitate_first(lab, 1, [*range(10)]) == (58, ("rft", done))
+    assert loop.imitate_first(lab, 1, [*range(10)]) == (58, done) and made == ["rft"]
     assert loop.imitate_first(lab, 2, [*range(10)]) == (100, {})
     assert grow.call_args.args[1:] == ("first_1", [*range(10)], 40, loop.sample)
 

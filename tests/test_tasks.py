@@ -77,6 +77,8 @@ def test_sound_by_hand(text, right, sound):
     odd = Question("7+1*4-2", "odd")
     assert task(Homework, classes=2).sound(odd, last) == sound
     assert not task(Homework, classes=2).reward(odd, "odd")             # #### is missing
+    made_up = Question("9-9+1-4", "")                   # 1-4 leaves 0..99
+    assert task(Homework).first_false(made_up, text) is task(Homework).sound(made_up, text) is None
 
 
 @pytest.mark.parametrize("classes, claims", [(0, "9 10 41"), (2, "odd even odd"), (3, "0 1 2")])
@@ -135,6 +137,7 @@ def test_countdown_rewards():
     assert countdown.reward(question, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7")
     assert not countdown.reward(question, "12-9=4 : 10 4\n10-4=7 : 7\n#### 7")
     assert countdown.sound(question, "12-9=3 : 10 3\n10-3=7 : 7\n#### 7\n")
+    assert countdown.answer("10-3=7 : 7") is None and countdown.answer("#### 7") == "#### 7"
 
 
 @pytest.mark.parametrize("kind, count", [(Homework, 2000), (Countdown, 250)])
