@@ -383,6 +383,7 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0   N(root) 2   b: N 1 Q 0
         3  a 1.42, b .28: a has no children yet: one child, d, is sampled; it returns 0
         4  a .85, b .35: a again, then d, its only child: children of d are sampled, ..."""
+    # does a simulation end at this node?
     over = lambda node: node.ended or not (to_end or node.visits or node.parent is None)
     # At any time a tree has one simulation: its node is in `standing` or in `proposer.pending`
     standing = [tree.search_from for tree in trees if go_on(tree)]
