@@ -90,7 +90,7 @@ def speed(folder, size):
     model, tokenizer = load(folder, size.device, size.dtype)
     model.stop_ids = frozenset()                        # every sample gets all its tokens
     most = limits(model, size.rows, size.copied)
-    stages = {f"sampling_{rows}": partial(sampling, rows=rows) for rows in (1, 64, 512)}
+    stages = {f"sampling_{rows}": partial(sampling, rows=rows) for rows in (1, 64, 512, 2048)}
     stages |= dict(search=search, training=training)
     found = dict(vars(most), dtype=str(model.dtype))
     for name, stage in stages.items():
