@@ -392,8 +392,8 @@ def batches(rows: list, size: int, updates: int, seed: int, epochs: float = math
 
 
 def schedule(update: int, updates: int, warmup: int) -> float:
-    """Factor on the learning rate: a line up over the warm-up, then a line down to nearly 0. A
-    training that is no longer than the warm-up only goes up."""
+    """Factor on the learning rate: a line up over the warm-up, then a line down to nearly 0. In a
+    training that is no longer than the warm-up it only rises."""
     up = (update + 1) / max(1, warmup)
     down = (updates - update) / max(1, updates - warmup)
     return min(up, down, 1.0)

@@ -26,7 +26,7 @@ Chapters: 1 The loop   2 Settings   3 Recipes   4 Growing   5 Learning   6 The l
           8 Evaluating, comparing, decoding   9 Pictures   10 Command line
 
 Try:  python loop.py                             Self-Explore on homework, minutes
-      python loop.py --preset smoke              seconds: all stages; it learns little
+      python loop.py --preset smoke              all stages in seconds; it learns little
       python loop.py --recipe alphallm           or rft, outcome_dpo, mcts_dpo, combined, sft
       python loop.py --compare rft,self_explore  both on three seeds: difference and interval
       python loop.py --classes 0                 homework that is graded by its number
@@ -783,7 +783,8 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
 
 
 def imitate_right_ones(lab, r: int, trees: list) -> dict:
-    """RFT before DPO; returns what it did, under names of its own."""
+    """RFT before DPO; returns what it did, under names of its own. It is saved on its own (rft/):
+    DPO then has the state file of trainings for itself, and a killed DPO goes on."""
     make = lambda: imitate(lab, trees, partial(right_solutions, lab), rft_updates(lab, r))
     stats = lab.train_or_load("rft", make)
     return dict(rft_steps=stats["steps"], rft_tokens=stats.get("trained_tokens", 0))
@@ -1112,7 +1113,7 @@ def same_settings(folder: Path, mine: dict, names, mend: str) -> None:
 
 
 def default_folder(s: Settings) -> str:
-    """runs/TASK_RECIPE_seedS; before TASK smoke and a model, behind it other traps and classes."""
+    """runs/TASK_RECIPE_seedS; smoke and a model come before TASK, traps and classes behind it."""
     smoke = "smoke" if s.preset == "smoke" else ""
     model = Path(s.model).resolve().name if s.model else ""
     questions = Path(s.eval_data).stem if s.eval_data else s.task
@@ -1899,11 +1900,12 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
 
 def vote(groups: list, score_of: dict, method: str):
     """The end that a question's samples stand for. Of 7 (score .2), 7 (.3), 9 (.6): majority says
-    7, the weighted vote 9 (.6 against .5), best of n 9. None if no sample states an answer."""
+    7, the weighted vote 9 (.6 against .5), best of n 9. None if no sample states an answer. Of the
+    winning group majority takes the first sample (it knows no critic), the others the best one."""
     weights = {"majority": len, "best of n": lambda group: max(map(score_of.get, group)),
                "weighted vote": lambda group: sum(map(score_of.get, group))}
     winner = max(groups, key=weights[method], default=[])
-    if method == "majority":                    # it knows no critics: the first that was sampled
+    if method == "majority":
         return next(iter(winner), None)
     return max(winner, key=score_of.get, default=None)
 

@@ -1200,7 +1200,7 @@ class Sampler:
         live, found, gone = self.live, {}, []           # gone: places of the rows that stop
         if not len(live):
             return found
-        drawn = self._draw()
+        drawn = self._draw()                            # ids and log-probs, on the device
         copies = [numbers.to("cpu", non_blocking=True) for numbers in drawn]
         copied = torch.cuda.current_stream().record_event() if drawn[0].is_cuda else None
         slots = self._take(len(live))

@@ -493,7 +493,9 @@ def test_program(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert err.startswith("error: ") and err.count("\n") == 1 and not out
     assert program.main([]) == 0
-    numbers = re.findall(r"\d[\d,]*", capsys.readouterr().out)
+    told = capsys.readouterr().out
+    numbers = re.findall(r"\d[\d,]*", told)
     sampled, without, asked, encoded, shared = (int(n.replace(",", "")) for n in numbers)
+    assert "without sharing" in told
     assert without == sampled + asked and encoded == sampled + shared < without
     assert pick_device("").type == pick_device(None).type and pick_device("cpu").type == "cpu"
