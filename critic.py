@@ -1,11 +1,12 @@
-"""Judging: where a wrong solution went wrong, what half a solution is worth, if an answer is right.
+"""Judging: where a solution went wrong, what half a solution is worth, whether an answer is right.
 The idea (Self-Explore, 2404.10346). Only the end of a solution can be checked. To find the step
 that ruined it, complete each of its prefixes k times: the first step from which no completion comes
 out right is the first pit. It becomes the rejected side of a preference pair (dpo.py).
 What is different from the published codes:
 1. Completions are branches of the tree: a right end serves all solutions that share its prefix.
 2. AlphaLLM's critics are small heads on the policy's hidden states, not language models.
-3. One function, `grade`, decides everywhere: ends that two graders see differently make false pits.
+3. One rule a task, `Task.reward`, decides in search, labels and evaluation: two that disagree would
+   make false pits. It rests on `grade` (Countdown has a rule of its own).
 Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Formulas  7 Statistics
 Try:  python critic.py      labels the first pit of one wrong solution; two seconds
 """
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from mcts import NOTHING, Tree, draw, grow, record_grade
-from model import BadInput
+from model import BadInput, end_quietly
 
 # --------------------------------------------------------------------------------------------------
 # 1. The first pit
@@ -65,21 +66,20 @@ def label_pits(ends: list, complete, k: int, budget=None) -> None:
                 `- E - F  wrong         wave 2   B: 0 of 4, the pit of D;  E: 1 of 4, so F is a pit
     """
     while k > 0:
-        wave = {}                                       # node -> tokens its completions may take
+        wave, cost = {}, 0                              # node -> right samples below it so far
         for end in ends:
-            if end.right is False and pit(end) is None:
-                path = end.path()[1:]
-                step = known_successes(path).index(None)
-                wave[path[step]] = k * sum(len(node.ids) for node in path[step + 1:])
-        before, cost = {}, 0                            # node -> right ends below it so far
-        for node, tokens in wave.items():
-            if budget is None or budget.affords(cost + tokens):
-                before[node] = node.rights
-                cost += tokens
-        if not before:
+            path = end.path()[1:]
+            known = known_successes(path)
+            if end.right is False and None in known and first_pit(known) is None:
+                step = known.index(None)
+                tokens = k * sum(len(node.ids) for node in path[step + 1:])
+                if path[step] not in wave and (not budget or budget.affords(cost + tokens)):
+                    wave[path[step]] = path[step].rights
+                    cost += tokens
+        if not wave:
             return
-        complete([(node, k) for node in before])
-        for node, rights in before.items():
+        complete([(node, k) for node in wave])
+        for node, rights in wave.items():
             node.tried_right += node.rights - rights    # no node of a wave lies below another
             node.tried += k
 
@@ -90,7 +90,6 @@ def label_pits(ends: list, complete, k: int, budget=None) -> None:
 JUDGE = "\n\nIs the solution so far correct?\n(A) {}\n(B) {}\nThe solution so far is ("
 JUDGE_STEP = "\n\nIs the last step correct?\n(A) {}\n(B) {}\nThe last step is ("
 REFERENCE = "\n\nReference solution:\n{}"
-slots_of = lambda node: np.concatenate([step.slots for step in node.path()])    # with the question
 
 
 @torch.no_grad()
@@ -108,7 +107,8 @@ def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> li
     p = np.full((len(nodes), 2), 0.5)                   # (nodes, orders)
     paths, places = [], []
     for i, node in enumerate(nodes):
-        above = slots_of(node)[:-1 if node.ended == "eos" else None]    # judge before end-of-text
+        above = node.slots_from_root()
+        above = above[:-1] if node.ended == "eos" else above            # judge before end-of-text
         text = shown(node) if callable(shown) else shown
         text = text and REFERENCE.format(text)
         for order, options in enumerate((("incorrect", "correct"), ("correct", "incorrect"))):
@@ -206,20 +206,14 @@ def critic_labels(tree: Tree, k: int) -> list:
     return rows
 
 
-def critic_loss(critic: Critic, x, labels, weights):
-    """Cross-entropy of the labels (M, 3) that exist, times weight, over the sum of weights (M,). A
-    soft label is learnt as it is: .75 as .75. (The paper trains its value by squared error.)"""
-    weight = weights[:, None] * ~labels.isnan()         # (M, 3), 0 where there is no label
-    return F.binary_cross_entropy_with_logits(critic(x), labels.nan_to_num(), weight,
-                                              reduction="sum") / weights.sum()
-
-
-def fit_critic(features, labels, weights, held_out, updates: int, seed: int) -> tuple:
+def fit_critic(inputs, labels, weights, held_out, updates: int, seed: int) -> tuple:
     """(Critic trained on the nodes that are not held out, report on those that are).
-    features (M, C + 4), labels (M, 3), weights (M,), held_out (M,) bool. Hold out whole questions,
-    never single nodes: the nodes of one tree share their ends. M may be 0."""
-    critic = Critic(features.shape[1] - 4, seed).to(features.device)
-    x, y, w = features[~held_out], labels[~held_out], weights[~held_out]
+    inputs (M, C + 4), labels (M, 3), weights (M,), held_out (M,) bool. Hold out whole questions,
+    never single nodes: the nodes of one tree share their ends. M may be 0. The loss is the
+    cross-entropy of the labels that exist; a soft label is learnt as it is, .75 as .75. (The paper
+    trains its value by squared error.)"""
+    critic = Critic(inputs.shape[1] - 4, seed).to(inputs.device)
+    x, y, w = inputs[~held_out], labels[~held_out], weights[~held_out]
     if len(x):
         critic.mean.copy_(x.mean(0))
         critic.std.copy_(x.std(0, unbiased=False) + 1e-6)
@@ -227,13 +221,15 @@ def fit_critic(features, labels, weights, held_out, updates: int, seed: int) -> 
     rng = torch.Generator().manual_seed(seed)
     for update in range(updates if len(x) else 0):
         batch = torch.randint(len(x), (256,), generator=rng).to(x.device)
-        loss = critic_loss(critic, x[batch], y[batch], w[batch])
+        weight = w[batch, None] * ~y[batch].isnan()     # (256, 3), 0 where there is no label
+        loss = F.binary_cross_entropy_with_logits(critic(x[batch]), y[batch].nan_to_num(), weight,
+                                                  reduction="sum") / w[batch].sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - update / updates)
         optimizer.step()
     with torch.no_grad():
-        said = torch.sigmoid(critic(features[held_out])).cpu().numpy()      # (held out, 3)
+        said = torch.sigmoid(critic(inputs[held_out])).cpu().numpy()      # (held out, 3)
     report = {}
     for i, head in enumerate(HEADS):
         report[head] = measure(said[:, i], labels[held_out, i].cpu().numpy())
@@ -267,8 +263,8 @@ def measure(said, truth) -> dict:
 # HACK HERE: what a leaf of the search is worth. Also change: the numbers in tests/test_critic.py.
 def leaf_values(nodes, critic, sampler, combine="weakest", rollouts=None, known=None) -> list:
     """One number in [0, 1] for each node. Heads that are not trusted are left out.
-    weakest (ours): the lowest of what the heads say along the path: value of every prefix, process
-        of every step, outcome of the end. Among many samples one will fool a single head. (Best of
+    weakest (ours): the lowest of what the heads say along the path: value of every unfinished step,
+        process of every step, outcome of the end. Among many samples one will fool a single head. (Best of
         64 on homework: 72% by the outcome head, 89% by the weakest link.) Set no threshold on it:
         the value of a prefix is low wherever the policy seldom succeeds.
     mean, judge: the mean of what is said of the node alone (the paper: a sum with weights).
@@ -284,14 +280,15 @@ def leaf_values(nodes, critic, sampler, combine="weakest", rollouts=None, known=
     if new:
         known.update(zip(new, critic.read(list(new), sampler)))
     rolled = rollouts.score([node for node in nodes if not node.ended]) if rollouts else {}
-    value, process, outcome = critic.trusted.bool().tolist()
+    trust_value, trust_process, trust_outcome = critic.trusted.bool().tolist()
+    combined = min if weakest else np.mean
     worth = []
     for node in nodes:
         said = [rolled[node]] if node in rolled else []
-        said += [known[step][0] for step in paths[node] if value and not step.ended]
-        said += [known[step][1] for step in paths[node] if process and step.parent]
-        said += [known[node][2]] if outcome and node.ended else []
-        worth.append(float(min(said) if weakest else np.mean(said)) if said else 0.5)
+        said += [known[step][0] for step in paths[node] if trust_value and not step.ended]
+        said += [known[step][1] for step in paths[node] if trust_process and step.parent]
+        said += [known[node][2]] if trust_outcome and node.ended else []
+        worth.append(float(combined(said)) if said else 0.5)
     return worth
 
 
@@ -311,7 +308,6 @@ class Rollouts:
     def __init__(self, sampler, critic, n: int, max_tokens: int, text, room: int = 65536):
         self.sampler, self.critic, self.text = sampler, critic, text
         self.n, self.max_tokens, self.room = n, max_tokens, room
-        self.fresh = []                                 # twins without log-probs
         self.forget()
 
     def forget(self):
@@ -322,23 +318,20 @@ class Rollouts:
     def copy(self, node):
         """The twin of a node, made with those above it if they are missing. None: no room."""
         tokenizer, limit = self.sampler.tokenizer, self.sampler.model.config.max_positions
-        twin = None
+        twin, above = None, NOTHING
         for step in node.path():                        # no recursion: a path may be long
-            if step in self.twin:
-                twin = self.twin[step]
-                continue
-            encode = tokenizer.encode_more if twin else tokenizer.encode_prompt
-            ids = encode(self.text(step))
-            above = slots_of(twin) if twin else NOTHING
-            if not 0 < len(above) + len(ids) < limit:
-                return None
-            if twin is None:
-                twin = Tree(None, step.tree.seed + 1, ids, self.sampler.prompt(ids)).root
-            else:
+            if step not in self.twin:
+                encode = tokenizer.encode_more if twin else tokenizer.encode_prompt
+                ids = encode(self.text(step))
+                if not 0 < len(above) + len(ids) < limit:
+                    return None
                 slots = self.sampler.follow(above, ids)[len(above):]
-                twin = twin.tree.add(twin, ids, np.zeros(len(ids)), slots)
-                self.fresh.append(twin)
-            self.twin[step] = twin
+                if twin:
+                    self.twin[step] = twin.tree.add(twin, ids, NOTHING, slots)
+                else:
+                    self.twin[step] = Tree(None, step.tree.seed + 1, ids, slots).root
+            twin = self.twin[step]
+            above = twin.slots_from_root()
         return twin
 
     def score(self, nodes: list) -> dict:
@@ -350,10 +343,10 @@ class Rollouts:
             self.forget()
         twins = {node: twin for node in nodes
                  if (twin := self.copy(node)) and len(twin.solution()) < self.max_tokens}
-        sampler.encode([slots_of(twin) for twin in [*twins.values(), *self.fresh]])
-        for twin in self.fresh:                         # what does the small model say of them?
-            twin.logps = sampler.log_probs(slots_of(twin.parent), twin.slots)
-        self.fresh = []
+        sampler.encode([twin.slots_from_root() for twin in twins.values()])
+        for step in {step for twin in twins.values() for step in twin.path()[1:]}:
+            if len(step.logps) == 0:                    # it was copied, not sampled
+                step.logps = sampler.log_probs(step.parent.slots_from_root(), step.slots)
         ends = grow(sampler, [(twin, self.n) for twin in twins.values()], self.max_tokens)
         said = self.critic.read(ends, sampler)[:, 2].reshape(-1, self.n)    # (leaves, n)
         return dict(zip(twins, said.mean(1).tolist()))
@@ -379,14 +372,16 @@ SIGN = r"(?:(?<![\w)\]%.+-])(?<![0-9] )[-+] *)?"                # -3, by -3; non
 NUMBER = rf"{SIGN}(?:{RATIO}|{DIGITS}(?:\.[0-9]{{1,99}})?|\.[0-9]{{1,99}})"     # -1,000.5  .5
 TOKEN = re.compile(rf"{NUMBER}|\\[A-Za-z]+|or so\b|[-/]?[A-Za-z]+(?:'s\b|[0-9]+)?|\S")
 KNOWN = set("""a I an as at be by do he in is it my of on so to up us we A An As At By He In Is It
-               Mr Ms My Of On So To Up We /hr cm ft hr kg km lb mg mi mL ml mm oz yd
+               Mr Ms My Of On So To Up We /hr cm fl ft hr kg km lb mg mi mL ml mm oz pt qt sq yd yr
+               GB MB Rs US
                . , : ; ? ' " ( ) [ ] * _ ` % = #""".split())
 CHANGES = ("and|cannot|cubed|doubled?|dozens?|factorial|half|halve[ds]|hundreds?|maybe|minus|nor|"
            "not|negative|nearly|almost|never|over|plus|point|squared|than|thirds?|thousands?|"
            "twice|thrice|tripled?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|unclear|"
            "unknown|divided|multiplied|sqrt|root|log|sin|cos|tan|lakhs?|crores?|[a-z]+illions?")
-WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")      # or any other longer word
-REASON = re.compile(r"(?<!well )\b(?:because|since|as|not|given)\b(?! well)")     # 18, not 20
+WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")      # any other word from 3 letters
+# 18, not 20; but in "18 is not right" nothing is cut off
+REASON = re.compile(r"(?<!well )(?<!is )\b(?:because|since|as|not|given)\b(?! well)")
 WORKING = re.compile(r"(?: *[A-Za-z]\w* *=)?"                           # x = 9 + 9 = 18
                      r"(?:(?:[-+*/().%\s0-9]|,[0-9]{3}|x(?= ?[0-9])|\\times|\\cdot)*=)?")
 RESULT = re.compile(r"(?<![<>!])=|\bis +(?=[-+0-9])|[0-9] ?- ?(?=[0-9])")   # 9 * 2 is 18, 3-18
@@ -394,7 +389,7 @@ MINUS = "\u2212\u2013\u2014\uff0d\ufe63\u2010\u2011"
 SYMBOLS = str.maketrans(MINUS + "×·÷：≈’&", "-------**/:=',", "°")
 SYMBOLS |= str.maketrans({"²": "^2 ", "½": r"\frac12 ", "√": r"\sqrt ", "π": r"\pi "})
 BOX = "[^{}]*"
-for _ in range(4):                      # braces within braces, four deep
+for _ in range(7):                      # braces within braces, seven deep
     BOX = rf"(?:[^{{}}]|\{{{BOX}\}})*"
 
 
@@ -402,17 +397,20 @@ def tidy(text: str) -> str:
     r"""One spelling of signs, without $ and \text: ` - 18  cm ` of `\(−\$18\text{ cm}\)`."""
     text = text.translate(SYMBOLS)
     text = re.sub(r"\\(?:text|math|mbox|operatorname)[a-z]* *\{([^{}]*)\}", r" \1", text)
-    return re.sub(r"(?<!\\)\\[()\[\]]|\\?[$€£¥]", " ", text)
+    return re.sub(r"(?<!\\)\\[()\[\]]|\\?[$€£¥₹]", " ", text)
 
 
 def last_box(text: str) -> str:
-    r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or ""."""
-    return ["", *re.findall(rf"\\boxed\s*\{{({BOX})\}}", text)][-1]
+    r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or "". Some
+    references of MATH have `\boxed 2`."""
+    found = re.findall(rf"\\boxed(?:\s*\{{({BOX})\}}| +(-?\w+))", text)
+    return "".join([("", ""), *found][-1])
 
 
 def stated(text: str):
     """(mark, piece) where a text may state its answer: the surest mark first, its last piece first.
     Then the whole text, as "bare", unless it holds a box or its last line holds a mark."""
+    text = text.rpartition("</think>")[2]                               # thoughts are no answer
     text = text.split("\nQuestion:")[0]                                 # a base model invents more
     text = tidy(re.sub("<<[^<>]*>>", "", text))                         # 9*2=<<9*2=18>>18
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
@@ -422,8 +420,10 @@ def stated(text: str):
     for mark, found in pieces.items():
         for piece in reversed(found):
             line, _, below = piece.partition("\n")
-            heading = re.match(r"\W*(?:[A-Za-z]{2}|[AaI] ).*[0-9]", line)    # "#### Step 1: count"
-            if mark == "####":                                              # "#### 1. Count"
+            if mark == "phrase" and not line.strip("*_ ") and re.fullmatch(r"\s*.*\w.*\s*", below):
+                line, below = below.strip(), ""                         # "The answer is:\nB"
+            heading = re.match(r"[^\w\\]*(?:[A-Za-z]{2,}[\s:]|[AaI] ).*[0-9]", line)     # Step 1: ...
+            if mark == "####":                                          # "#### 1. Count"
                 heading = heading or re.match(r"\W*[0-9]+[.)] +\W*[A-Za-z]", line)
             if not (below and heading):
                 yield mark, line
@@ -494,9 +494,10 @@ def read_words(piece: str, mark: str):
 # 6. Grading formulas; the verdict
 # --------------------------------------------------------------------------------------------------
 # LaTeX (MATH): equal are formulas with one canonical spelling. No algebra: 1 + x is not x + 1.
+BARE = r"([0-9A-Za-z]|\\(?!frac|sqrt|binom)[a-z]+)"     # an argument without braces: 2  \pi
 WHOLE = {                                               # for a whole answer, in this order
     r"(?<=[0-9])(?:\{,\}|,? *\\[,!] *)(?=[0-9]{3}(?![0-9]))": ",",      # 1{,}000  1,\!000
-    r"\\(?:left|right|[Bb]ig|displaystyle|q?quad|boxed)(?![a-z])": "",
+    r"\\(?:left|right|[Bb]igg?[lr]?|displaystyle|q?quad|boxed)(?![a-z])": "",
     r"\\[dtc](frac|binom)": r"\\\1",
     r"\\\\": ",|,", r"[(\[]? *\\begin\{\w+\}(?:\{[clr|]*\})?": "(",     # a matrix: (1, 2, |, 3, 4)
     r"\\end\{\w+\} *[)\]]?": ")", r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
@@ -505,8 +506,8 @@ WHOLE = {                                               # for a whole answer, in
     r"\\in(?![a-z])": "=", r",? +(?:and|or) +": ", ", r"[ .]+$": ""}    # x \in [0, 1]
 PART = {                                                # for a part that is no list, in this order
     r"([_^]) *([0-9A-Za-z])": r"\1{\2}",                                # x^10 is x^{1}0
-    r"\\(sqrt *(?:\[\w*\])?|frac|binom) *([0-9A-Za-z])": r"\\\1{\2}",   # \sqrt2  \frac12
-    r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\}) *([0-9A-Za-z])": r"\1{\2}",
+    rf"\\(sqrt *(?:\[\w*\])?|frac|binom) *{BARE}": r"\\\1{\2}",         # \sqrt2  \frac12
+    rf"(\\(?:frac|binom)\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}) *{BARE}": r"\1{\2}",
     r"(?<=[0-9]) +(?=[0-9])": "~", " +": "", r"^[*_:;,`\"+]+|[*_:;,`\".]+$": "",    # 1 2 is not 12
     r"^(?:\{([^{}]*)\}|\(([^(),]*)\))$": r"\1\2",                      # {72}  (72)  (A)
     r"^(-?)(?:\(([^()]*)\)|((?:[^-+,()\[\]/={}]|\{[^{}]*\})+))/"        # (x+1)/2  \pi/4
@@ -531,7 +532,8 @@ def canonical(tex: str) -> str:
 
 def spell(tex: str) -> str:
     """`canonical` of a tidied formula: a list, set or bracket part by part, else one value."""
-    tex = UNIT.sub(lambda unit: unit[0] if strange(unit[1]) else "", tex.strip())
+    factor = lambda word: strange(word) or re.fullmatch("[aAI]|abc|xyz", word)   # 6 a^2: no unit
+    tex = UNIT.sub(lambda unit: unit[0] if factor(unit[1]) else "", tex.strip())
     parts = split(tex) if number(tex) is None else []   # 1,000 is no list
     if len(parts) > 1:
         return ", ".join(sorted(map(spell, parts)))
@@ -574,7 +576,9 @@ def find_answer(text: str, read=read_number) -> tuple:
 
 
 def extract_answer(text: str) -> str | None:
-    """What a text states, for programs that use this file: "18" of `so 9+9 = 18`, or None."""
+    """The number that a text states, as written, for programs that use this file: "18" of `so 9+9 =
+    18`. Where a mark is followed by no number, what it is followed by if that has a digit, or None.
+    """
     return find_answer(text)[0]
 
 
@@ -619,7 +623,8 @@ def wilson(right: int, n: int) -> tuple:
     """Wilson's 95% interval of a rate: 8 of 10 give .490 to .943."""
     z2 = 1.959964 ** 2
     half = math.sqrt(z2 * (right * (n - right) / n + z2 / 4))
-    return (right + z2 / 2 - half) / (n + z2), (right + z2 / 2 + half) / (n + z2)
+    low, high = ((right + z2 / 2 + side) / (n + z2) for side in (-half, half))
+    return min(right / n, max(0.0, low)), max(right / n, min(1.0, high))        # despite rounding
 
 
 def mcnemar(ours: list, theirs: list) -> float:
@@ -662,4 +667,5 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
+    end_quietly()
     demo()

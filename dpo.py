@@ -14,8 +14,8 @@ What is different from the published codes:
 4. Gradients are sums, divided once by the weight of the batch, however it is cut into parts.
 
 The reference is always the model as it stands when DPO begins: in round 1 the model that has
-imitated (RFT), then the last round's. It has also grown the trees, except in round 1 of
-`combined`, where the base grew them.
+imitated (RFT; with --share 0 the base), then the last round's. It has also grown the trees, except
+in round 1 of `combined`, where the base grew them.
 
 The loss of a pit pair sums over the right completion up to its end (chosen), and over the pit
 alone, one step (rejected). The sides differ in length, which the loss could exploit; the log
@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 from critic import pit
 from mcts import NOTHING, Packed, Tree, pack
-from model import GPT, BadInput, GPTConfig, Tokenizer, need, read_safetensors, write_safetensors
+from model import (GPT, BadInput, GPTConfig, Tokenizer, end_quietly, need, read_safetensors,
+                   write_safetensors)
 
 # B rows of a batch   T tokens of a row   J pairs of a row   S imitated solutions of a row
 # M learnt tokens of a batch   C hidden size   V ids of the vocabulary
@@ -57,8 +58,8 @@ class Pair:
     chosen: list
     rejected: list
     smoothing: float = 0.0              # probability that the label is wrong (conservative DPO)
-    ref_chosen: float = math.nan        # log-probs under the reference: store_reference
-    ref_rejected: float = math.nan
+    ref_chosen: float = math.nan        # log-probs under the reference. nan until store_reference
+    ref_rejected: float = math.nan      # is called, and all updates are skipped
 
 
 # HACK HERE: what is preferred to what. Also change: the recipe in loop.py that calls it.
@@ -113,8 +114,8 @@ def outcome_pairs(tree: Tree, most: int = 8) -> list:
 def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
     """MCTS-DPO (2405.00451): at every node the child of highest Q against that of lowest, if they
     differ by more than `gap`. Smoothing is N(loser) / N(both) (eq. 6): the more often the search
-    went to the loser, the less sure is the label. With .5 or more the gradient is 0 or points the
-    wrong way, and the pair is dropped. (So is a winner that was cut at the length limit.)
+    went to the loser, the less sure is the label. With .5 or more the loss does not prefer the
+    winner, and the pair is dropped. (So is a winner that was cut at the length limit.)
 
         n --+- A  N 12  Q +.4       Pair([A], [C], smoothing = 3 / (12 + 3) = .2)
             |- B  N  5  Q +.1
@@ -134,18 +135,16 @@ def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
 
 
 def rate_pairs(tree: Tree, gap: float = 0.3) -> list:
-    """Siblings by their rate, the share of right ends below them: the best child against each one
-    that is `gap` worse (for `combined`; from no paper).
+    """Siblings by their rate, the share of samples below them that are right: the best child
+    against each one that is `gap` worse (for `combined`; from no paper).
 
         n --+- A  4 of 5 right      rates .8 .5 .5: Pair([A], [B]) and Pair([A], [C])
             |- B  1 of 2
             |- C  2 of 4
-            `- D  0 of 1            one end: in no pair"""
+            `- D  0 of 1            one sample: in no pair"""
     pairs = []
-    for node in tree.nodes:
-        ranked = by_rate(node)
-        for rate, child in ranked[1:]:
-            best_rate, best = ranked[0]
+    for (best_rate, best), *others in filter(None, map(by_rate, tree.nodes)):
+        for rate, child in others:
             worse = best_rate - rate > gap - 1e-9       # as a float .7 - .4 is below .3
             if worse and best.ended != "length" and apart([best], [child]):
                 pairs.append(Pair([best], [child]))
@@ -153,9 +152,9 @@ def rate_pairs(tree: Tree, gap: float = 0.3) -> list:
 
 
 def by_rate(node) -> list:
-    """[(rate, child)], the best first, of a node's children with two ends or more below them."""
-    ends = {child: child.rights + child.wrongs for child in node.children}
-    rates = [(child.rights / count, child) for child, count in ends.items() if count > 1]
+    """[(rate, child)], the best first, of a node's children with two graded samples or more."""
+    samples = {child: child.rights + child.wrongs for child in node.children}
+    rates = [(child.rights / count, child) for child, count in samples.items() if count > 1]
     return sorted(rates, key=lambda pair: pair[0], reverse=True)
 
 
@@ -180,9 +179,10 @@ def parted(one: list, other: list) -> Pair | None:
 
 
 def apart(one: list, other: list) -> bool:
-    """Do two sides begin with other ids below one parent? (Equal ids: one was cut short.)"""
-    siblings = one and other and one[0].parent is other[0].parent
-    return bool(siblings) and one[0].ids.tolist() != other[0].ids.tolist()
+    """Do both sides start below one parent, with different ids? (Equal ids: one was cut short.)"""
+    if not one or not other or one[0].parent is not other[0].parent:
+        return False
+    return one[0].ids.tolist() != other[0].ids.tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,20 +318,20 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothi
 
     sigmoid  DPO (2305.18290 eq. 7); with label_smoothing a, a number or (J,), conservative DPO as
              in MCTS-DPO: -(1 - a) log sigmoid(beta h) - a log sigmoid(-beta h)
-    ipo      (h - 1 / (2 beta))^2 (2310.12036 eq. 17), without smoothing, on log-probs per token
+    ipo      (h - 1 / (2 beta))^2 (2310.12036 eq. 17), without smoothing; to be called with log-probs
+             per token, as preference_loss does
 
     Where the policy is the reference the loss is ln 2, or 1 / (4 beta^2). ValueError: unknown kind.
     """
+    need(kind in ("sigmoid", "ipo"), f"kind = {kind!r}: expected 'sigmoid' or 'ipo'")
     chosen_gain = chosen - ref_chosen
     rejected_gain = rejected - ref_rejected
     h = chosen_gain - rejected_gain
     if kind == "sigmoid":
         right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
         loss = -(1 - label_smoothing) * right - label_smoothing * wrong
-    elif kind == "ipo":
-        loss = (h - 1 / (2 * beta)) ** 2
     else:
-        raise ValueError(f"kind = {kind!r}: expected 'sigmoid' or 'ipo'")
+        loss = (h - 1 / (2 * beta)) ** 2
     return loss, (beta * chosen_gain).detach(), (beta * rejected_gain).detach()
 
 
@@ -446,10 +446,11 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     shares  into how many parts the rows of an update are cut (equal_shares). map_fn works them off:
             `map` in turn, the map of a ThreadPoolExecutor at the same time; both give equal bytes
     state   a file: the exact state is written to it (SAVE_EVERY). A training that finds it goes on
-            from there and ends in the same bytes. It is removed at the end.
+            from there and ends in the same bytes. It is removed at the end. It does not know the
+            loss: remove it yourself if you change that
 
     An update whose loss or gradient is not finite is skipped; BadInput if half of them are. Returns
-    steps (updates made), skipped, trained_tokens (of rows, without padding) and, as means over the
+    steps (updates made), skipped, trained_tokens (of their rows, without padding) and, as means over the
     last quarter of the updates, loss, norm (of the gradient) and the statistics of the loss."""
     masters = model.masters()           # fp32: bf16 would round most of an update away
     optimizers = make_optimizers(masters, lr, muon, shares)
@@ -470,16 +471,18 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
                 optimizer.param_groups[0]["lr"] = lr * schedule(update, len(batches), warmup)
             list(map_fn(lambda optimizer: optimizer.step(), optimizers))
             model.from_masters()
-            if update <= len(batches) * 3 // 4:         # the report is on the last quarter
+            # the report is on the last quarter; before that, on the newest finite update alone
+            if update <= len(batches) * 3 // 4:
                 sums.clear()
             sums.update(batch_sums, norm=norm, finite=1)        # a Counter: update() adds
             counts["steps"] += 1
+            counts["trained_tokens"] += sum(len(row.learn) for row in rows)
         else:
             counts["skipped"] += 1
         if 2 * counts["skipped"] >= len(batches):
-            raise BadInput(f"{label}: in half of the updates the loss or its gradient was not "
-                           "finite; lower the learning rate.")
-        counts["trained_tokens"] += sum(len(row.learn) for row in rows)
+            raise BadInput(f"{label or 'training'}: in half of the updates the loss or its gradient "
+                           "was not finite; lower the learning rate. (Or was store_reference not "
+                           "called?)")
         mean = batch_sums["loss"] / (batch_sums["weight"] or 1)         # no weight: it was skipped
         bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
         if state and (began := time.monotonic()) >= save_at:
@@ -509,7 +512,7 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares
     gradients, of_shares = zip(*map_fn(gradient, equal_shares(rows, shares)))
     sums = Counter()
     for own in of_shares:
-        sums.update(own)
+        sums.update(own)                        # adds; `+` would drop negative sums
     for p, first, *others in zip(masters.values(), *gradients):
         for other in others:
             first += other
@@ -520,10 +523,10 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares
 def summary(counts: dict, sums: dict) -> dict:
     """What `train` returns. Statistics are sums over pairs; without pairs, over the weight."""
     found = dict(counts)
-    number = dict(loss=sums["weight"], norm=sums["finite"])
+    divisor = dict(loss=sums["weight"], norm=sums["finite"])
     for name in sums:
         if name not in ("weight", "finite", "pairs"):
-            found[name] = sums[name] / number.get(name, sums["pairs"] or sums["weight"])
+            found[name] = sums[name] / divisor.get(name, sums["pairs"] or sums["weight"])
     if found.get("chosen_shift", 0.0) < -0.05:
         found["alarm"] = (f"the chosen side fell by {-found['chosen_shift']:.3f} nats a token: "
                           "lower --dpo-lr or raise --nll")
@@ -575,4 +578,5 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
+    end_quietly()
     demo()

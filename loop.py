@@ -36,7 +36,6 @@ import signal
 if __name__ == "__main__":              # Ctrl-C while torch is imported ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import contextlib
 import glob
 import hashlib
@@ -72,8 +71,8 @@ from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, evenness, outcom
 from mcts import (RULES, UNCUT, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
                   from_json, grow, importance_width, page, printable, record_grade, search, to_json,
                   until)
-from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, about, field, mix, need,
-                   pick_device, read_json, read_safetensors, start_console, with_newlines,
+from model import (GPT, BadInput, Flags, GPTConfig, Request, Sampler, Tokenizer, about, field, mix,
+                   need, pick_device, read_json, read_safetensors, start_console, with_newlines,
                    write_safetensors, write_text)
 
 
@@ -637,7 +636,7 @@ def search_with_critic(lab, trees: list, tokens: float) -> None:
     values = partial(lab.leaf_values, combine=s.critic, known=known)    # {node: what heads said}
     steps = lab.step_sampler(key=lambda ids: calculations(lab.decode(ids)))
     go_on = until(SIMULATIONS, tokens / len(trees), patience=16)
-    search(trees, steps, values, go_on, RULES[s.rule or "uct"], importance_width(), to_end=False)
+    search(trees, steps, values, go_on, RULES[s.rule or "uct"], importance_width, to_end=False)
     for tree in trees:
         end = trusted_end(lab, tree)
         if end is not None and lab.critic.trusted[outcome] and known[end][outcome] >= KEEP:
@@ -994,7 +993,6 @@ class Lab:
             self.tokenizer = Tokenizer.bytes_only()
             config = GPTConfig.tiny(self.tokenizer.n_ids, **TINY[s.preset] | shape)
             self.model = GPT(config).initialise(s.seed).to(device)
-        self.model.bind(self.tokenizer)
         task = FileTask if s.eval_data else TASKS[s.task]
         self.task = task(s, self.tokenizer, self.model.config.max_positions)
         if RECIPES[s.recipe].no_letters and self.task.letters:
@@ -1458,15 +1456,16 @@ TASKS = dict(homework=Homework, countdown=Countdown)
 def read_gsm8k(item: dict) -> tuple:
     """GSM8K, and whatever ends in #### and a number. Calculator marks <<48/2=24>> are taken out."""
     hidden = {"choices", "options"} & item.keys()
-    need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody; remove it")
+    need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody: give question, "
+         "choices (a list of label and text) and answerKey")
     return field(item, "question", str), re.sub(r"<<[^<>]*>>", "", field(item, "answer", str))
 
 
 def read_math(item: dict) -> tuple:
     r"""MATH: the solution ends in \boxed{...}."""
     solution = field(item, "solution", str)
-    if not solution.strip() and item.get("answer"):
-        solution = rf"\boxed{{{field(item, 'answer', str)}}}"
+    if not critic.last_box(solution) and item.get("answer"):
+        solution += rf" \boxed{{{field(item, 'answer', str)}}}"
     need(critic.last_box(solution), r"the solution has no answer in a \boxed{...}")
     return field(item, "problem", str), solution
 
@@ -1485,9 +1484,11 @@ def read_arc(item: dict) -> tuple:
     choices = inner.get("choices")
     if isinstance(choices, dict):               # a table: two lists, not a list of pairs
         labels, texts = field(choices, "label", list), field(choices, "text", list)
+        need(len(labels) == len(texts), f"{len(labels)} labels for {len(texts)} texts")
         choices = [dict(label=label, text=text) for label, text in zip(labels, texts)]
     need(isinstance(choices, list), "choices must be a list, or a table with label and text")
     labels, texts = ([field(choice, key, str) for choice in choices] for key in ("label", "text"))
+    need(len({*labels}) == len(labels), f"a label stands twice: {labels}")
     need(item["answerKey"] in labels, f"answerKey {item['answerKey']!r} is no label of the choices")
     return lettered(field(inner, "stem", str), texts, labels.index(item["answerKey"]))
 
@@ -1502,11 +1503,13 @@ def lettered(question: str, options: list, right: int, rationale: str = "") -> t
     """Options as lines (A), (B), ... in an order that depends on the texts alone, since in some
     files the right one always comes first. If an option speaks of others, the order of the file
     stays. If all carry letters of their own, in order, these are taken off."""
+    options = [" ".join(option.split()) for option in options]          # one line each
     own = [OWN_LETTER.match(option) for option in options]
     letters = "".join((found[1] or found[2]).upper() if found else "-" for found in own)
     if letters == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]:
         options = [option[found.end():] for option, found in zip(options, own)]
-    need(2 <= len(set(options)) == len(options) <= 26, "2 to 26 different options are needed")
+    different = 2 <= len(set(options)) == len(options) <= 26
+    need(different and all(options), "2 to 26 different options are needed, none of them empty")
     digest = lambda i: hashlib.sha256((question + options[i]).encode("utf-8", "replace")).digest()
     order = [*range(len(options))]
     if not any(map(OF_OPTIONS.search, options)):
@@ -1590,12 +1593,10 @@ class FileTask(Task):
         """Special tokens are such where the template writes them, never where a question does."""
         if not self.settings.template:
             return super().prompt_ids(question)
-        tokenizer = self.tokenizer
-        ids = tokenizer.encode(self.before, True)
-        ids += tokenizer.encode(question.text, begins=not self.before)
-        ids += tokenizer.encode_more(self.after, True)
-        begun = ids[:len(tokenizer.begin)] == tokenizer.begin
-        return ids if begun else tokenizer.begin + ids
+        start, begin = len(self.before), self.tokenizer.begin
+        data = (start, start + len(question.text))
+        ids = self.tokenizer.encode(self.prompt(question), allow_special=True, data=data)
+        return ids if ids[:len(begin)] == begin else begin + ids
 
     def over(self, line: str) -> bool:
         """Does this line end a solution? A base model goes on with the next question after it."""
@@ -1624,7 +1625,8 @@ class FileTask(Task):
                  for question in rng.sample(given, len(given))][:count]
         for question in order:
             prompt = self.prompt_ids(question)
-            solution = self.tokenizer.encode_more(" " + question.answer)
+            gap = "" if self.after[-1:].isspace() else " "
+            solution = self.tokenizer.encode_more(gap + question.answer)
             if len(prompt) + len(solution) < self.context:
                 found.append((prompt, solution))
         if not found:
@@ -2067,10 +2069,9 @@ def chart(curves: dict, form: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # 10. Command line
 # --------------------------------------------------------------------------------------------------
-def flags() -> argparse.ArgumentParser:
+def flags() -> Flags:
     """A flag for each setting; its help is the comment beside the field."""
-    parser = argparse.ArgumentParser(description="Train a model on its own solutions.",
-                                     allow_abbrev=False, exit_on_error=False)
+    parser = Flags(description="Train a model on its own solutions.", allow_abbrev=False)
     group, default = parser, asdict(Settings())
     source = Path(__file__).read_text(encoding="utf-8")
     for line in re.search(r"class Settings:.*?def ", source, re.DOTALL)[0].split("\n"):
@@ -2124,8 +2125,6 @@ def main(arguments: list) -> int:
         return 130
     except BadInput as error:
         message = error
-    except argparse.ArgumentError as error:
-        message = f"{error}; see --help"
     except OSError as error:
         message = (f"{error.filename or 'the output'}: {error.strerror or error}; mend it, and the "
                    "same command goes on where it stopped")

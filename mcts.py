@@ -13,20 +13,13 @@ The numbers of a search, and where they are computed:
     x   node.count    samples that took the step                  counted in `Tree.add`
 What is different from the published codes:
 1. A node holds ids and slots, their places in the sampler's store: going on from a node encodes
-   nothing again. Equal steps are one node, but each sample of it, and training, encodes it anew.
+   nothing again. Equal steps are one node, though the sampler has encoded every sample of it.
 2. All trees are searched at once, in one large batch; no tree waits for another.
 3. One plain mean is backed up for all methods: see `backup`. Left out: virtual loss, discount.
 Chapters:  1 The tree   2 Files, budget   3 Growing   4 The search   5 Packing   6 Drawing, program
 Try:  python mcts.py                                       searches a toy game and draws the tree
       python mcts.py --show FILE --question 3 --html PAGE  draws a tree that loop.py saved
 """
-import signal
-
-if __name__ == "__main__":              # Ctrl-C and `| head` end the program without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)    # not on Windows
-
-import argparse
 import math
 import sys
 from dataclasses import dataclass, field
@@ -59,7 +52,7 @@ class Node:
     index: int = 0                      # order of birth in the tree; parents come before children
     children: list = field(default_factory=list, repr=False)
     count: int = 0                      # samples that came from above and took this step
-    drawn: int = 0                      # continuations requested below it, numbered 0 to drawn - 1
+    asked: int = 0                      # continuations requested below it, numbered 0 to asked - 1
     right: bool | None = None           # of an end: is the answer right? None: not graded
     rights: int = 0                     # right samples that end at or below this step (a search
                                         # grades an end once, however often it is sampled)
@@ -93,8 +86,12 @@ class Node:
         return nodes[::-1]
 
     def solution(self, what: str = "ids") -> np.ndarray:
-        """(tokens,) "ids", "logps" or "slots" of all steps to this one, without the question."""
+        """(tokens,) "ids" or "logps" of all steps to this one, without the question."""
         return np.concatenate([getattr(node, what) for node in self.path()[1:]] or [NOTHING])
+
+    def slots_from_root(self) -> np.ndarray:
+        """(tokens,) the slots of the question and of all steps to this one."""
+        return np.concatenate([node.slots for node in self.path()])
 
 
 class Tree:
@@ -107,8 +104,8 @@ class Tree:
         self.known = {}                 # (parent, ended, ids or key of the step) -> node
         self.root = self.add(None, prompt_ids, NOTHING, prompt_slots)
         self.search_from = self.root    # where simulations begin (`commit_every` moves it down)
-        self.last_growth = 0            # root visits after the last simulation that sampled
-        self.last_commit = 0            # root visits when `commit_every` last moved search_from
+        self.last_growth = 0            # root.visits when a simulation last sampled (`patience`)
+        self.last_commit = 0            # root.visits when `commit_every` last moved search_from
         self.chosen = []                # AlphaLLM: path of the solution to imitate, if there is one
 
     def add(self, parent, ids, logps, slots, ended: str = "", key=None) -> Node:
@@ -144,7 +141,7 @@ def record_grade(end: Node, right: bool) -> None:
 # 2. Trees in files, and the token budget
 # --------------------------------------------------------------------------------------------------
 # What a file keeps of a node besides parent, ids, logps and end. Absent: count 1, else the default
-FACTS = dict(count=int, drawn=int, right=bool, rights=int, wrongs=int, tried=int,
+FACTS = dict(count=int, asked=int, right=bool, rights=int, wrongs=int, tried=int,
              tried_right=int, visits=int, value_sum=float, value_squares=float, score=float)
 
 
@@ -234,16 +231,17 @@ class Budget:
 def requests(node: Node, k: int, max_tokens: int, sampler) -> list:
     """k requests to go on below a node; max_tokens for the whole solution. Sample i is seeded with
     (tree, node, i), so a tree is the same in any batch. ValueError: no tokens left, or no slots."""
-    path, written = node.path(), node.solution().tolist()
-    need(all(len(step.slots) for step in path), "a tree from a file needs slots: Sampler.follow")
+    written = node.solution().tolist()
     left = max_tokens - len(written)
     need(left > 0 and not node.ended,
          f"node {node.index} is an end or uses all {max_tokens} tokens")
-    slots = np.concatenate([step.slots for step in path])
+    slots = node.slots_from_root()
+    need(len(slots) == len(node.tree.root.ids) + len(written),
+         "a tree from a file needs slots: Sampler.follow")
     line = sampler.unfinished_line(written)             # an answer is looked for in whole lines
-    first, node.drawn = node.drawn, node.drawn + k
-    return [Request(slots, mix(node.tree.seed, node.index, i), left, line=line)
-            for i in range(first, first + k)]
+    numbers = range(node.asked, node.asked + k)
+    node.asked += k
+    return [Request(slots, mix(node.tree.seed, node.index, i), left, line=line) for i in numbers]
 
 
 def attach(node: Node, sample, step_over, key=None) -> Node:
@@ -276,8 +274,7 @@ class StepSampler:
     def __init__(self, sampler, max_tokens: int, temperature: float = 1.0, key=None, progress=None):
         self.sampler, self.max_tokens, self.temperature = sampler, max_tokens, temperature
         self.key, self.progress = key, progress         # key: merges steps, see Tree.add
-        self.pending = {}               # node that waits -> the tickets of its samples
-        self.found = {}                 # ticket -> its sample
+        self.pending = {}               # node that waits -> the Continuations it asked for
 
     def ask(self, node: Node, k: int) -> None:
         """Ask for k more steps below this node. Raises ValueError if k < 1 or the node waits."""
@@ -290,12 +287,12 @@ class StepSampler:
         """Nodes that have all they asked for; children in order of sample number, in any batch."""
         ready = []
         while self.pending and not ready:
-            self.found |= self.sampler.advance(self.progress)
-            ready = [node for node, tickets in self.pending.items()
-                     if all(ticket in self.found for ticket in tickets)]
+            self.sampler.advance(self.progress)
+            ready = [node for node, samples in self.pending.items()
+                     if all(sample.why for sample in samples)]
         for node in ready:
-            for ticket in self.pending.pop(node):
-                attach(node, self.found.pop(ticket), self.sampler.step_over, self.key)
+            for sample in self.pending.pop(node):
+                attach(node, sample, self.sampler.step_over, self.key)
         return ready
 
 
@@ -325,28 +322,23 @@ RULES = dict(puct=puct, uct=uct)
 
 def fixed_width(root: int = 5, below: int = 3, every: int = 8):
     """MCTS-DPO's width: 5 steps at the root, 3 below. A low-entropy policy repeats itself, so every
-    8 visits a node gets as many again: 5, from visit 8 on 10, from 16 on 15. (every=0: never.)"""
-    waves = lambda node: 1 + node.visits // every if every else 1
-    return lambda node: waves(node) * (below if node.parent else root)
+    8 visits a node gets as many again: 5, from visit 8 on 10, from 16 on 15."""
+    return lambda node: (below if node.parent else root) * (1 + node.visits // every)
 
 
-def importance_width(most: int = 10, alpha: float = 10.0, least_at_root: int = 5, every: int = 8):
+def importance_width(node: Node) -> int:
     """AlphaLLM's adaptive width (eq. 3, 4): a simulation draws until one child is new or n(s) are
-    drawn, repeats included. n(s) = floor(alpha I(s)) + 1, I(s) = max |v(child) - v(s)|: a parent of
-    .5 with children .9 and .4 has I .4, n 5. (With the paper's alpha = 1, n hardly changes.) n is
-    held in 1..10, at the root in 5..40, times 1 + visits // 8: busy nodes go on widening."""
-
-    def width(node):
-        """Steps that this node should have drawn by now."""
-        if any(child.visits == 0 for child in node.children):
-            return node.drawn                   # the last new one has not been tried yet
-        here = node.q if node.score is None else node.score
-        gaps = [abs(child.score - here) for child in node.children if child.score is not None]
-        n = int(alpha * max(gaps, default=0.0)) + 1
-        low, high = (1, most) if node.parent else (least_at_root, 4 * most)
-        cap = min(max(n, low), high) * (1 + node.visits // every)
-        return min(node.drawn + 1, cap)
-    return width
+    drawn, repeats included. n(s) = floor(10 I(s)) + 1, I(s) = max |v(child) - v(s)|: a parent of .5
+    with children .9 and .4 has I .4, n 5. (With the paper's 1 in place of 10, n hardly changes.) n
+    is held in 1..10, at the root in 5..40, times 1 + visits // 8: busy nodes go on widening."""
+    if any(child.visits == 0 for child in node.children):
+        return node.asked                       # the last new one has not been tried yet
+    here = node.q if node.score is None else node.score
+    gaps = [abs(child.score - here) for child in node.children if child.score is not None]
+    n = int(10 * max(gaps, default=0.0)) + 1
+    low, high = (1, 10) if node.parent else (5, 40)
+    cap = min(max(n, low), high) * (1 + node.visits // 8)
+    return min(node.asked + 1, cap)
 
 
 def backup(node: Node, value: float) -> None:
@@ -370,11 +362,11 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
     """Monte-Carlo tree search of many trees at once.
 
     proposer          ask(node, k) requests k steps; answers() -> nodes that got theirs, or [];
-                      pending: true while a node waits (a container or a number)
+                      pending: true while a node waits
     evaluate(nodes)   a number for each node, higher is better; asked once a node
     go_on(tree)       asked before every simulation: shall there be one?
     choose, width     choose(parent, child): the child of the largest number is visited;
-                      width(node): how many continuations a node should have drawn by now
+                      width(node): how many continuations it should have asked for by now
     to_end            True: a simulation goes on until a solution ends (MCTS-DPO). False: it ends at
                       the first node without a visit (AlphaLLM, whose critics judge half solutions)
 
@@ -383,21 +375,22 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0   N(root) 2   b: N 1 Q 0
         3  a 1.42, b .28: a has no children yet: one child, d, is sampled; it returns 0
         4  a .85, b .35: a again, then d, its only child: children of d are sampled, ..."""
+    new = lambda node: node.parent is not None and not node.visits
     # does a simulation end at this node?
-    over = lambda node: node.ended or not (to_end or node.visits or node.parent is None)
+    over = lambda node: node.ended or not to_end and new(node)
     # At any time a tree has one simulation: its node is in `standing` or in `proposer.pending`
     standing = [tree.search_from for tree in trees if go_on(tree)]
     while standing or proposer.pending:
         arrived = []
         for node in standing:
             # 1) Select: go down by `choose` to where the simulation ends ...
-            while not over(node) and node.children and node.drawn >= width(node):
+            while not over(node) and node.children and node.asked >= width(node):
                 node = max(node.children, key=partial(choose, node))         # ties: the first-born
             if over(node):
                 arrived.append(node)
             else:
                 # 2) Expand: ... or to a node that needs more steps. It asks for them and waits.
-                proposer.ask(node, width(node) - node.drawn)
+                proposer.ask(node, width(node) - node.asked)
         # 3) Evaluate the nodes at which a simulation ended: one call for all trees.
         unscored = [node for node in arrived if node.score is None]
         for node, score in zip(unscored, evaluate(unscored) if unscored else []):
@@ -407,7 +400,7 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
             backup(node, node.score)
         standing = [node.tree.search_from for node in arrived if go_on(node.tree)]
         if not standing:
-            standing = proposer.answers()               # all trees wait for the model: let it work
+            standing = proposer.answers()               # no tree can go on: sample
             for node in standing:
                 node.tree.last_growth = node.tree.root.visits + 1
 
@@ -490,13 +483,13 @@ def pack(nodes) -> Packed:
     keep = sorted(keep, key=lambda node: [step.index for step in node.path()])  # depth first
     ids = np.concatenate([node.ids for node in keep])                       # (T,)
     position, unseen = np.zeros_like(ids), np.zeros_like(ids)
-    before = np.arange(-1, len(ids) - 1)                                    # the left neighbour ...
+    before = np.arange(-1, len(ids) - 1)                # usually the left neighbour
     span, start = {}, 0
     for node in keep:
         here = span[node] = slice(start, start + len(node.ids))
         position[here] = np.arange(len(node.ids))
         if node.parent is not None:
-            before[start] = span[node.parent].stop - 1                      # ... or the parent
+            before[start] = span[node.parent].stop - 1  # of a first token: the parent's last
             position[here] += position[before[start]] + 1
         for step in node.path():
             unseen[span[step]] = here.stop                                  # the last one counts
@@ -577,7 +570,9 @@ def page(title: str, parts: list) -> str:
 
 def toy(rule) -> None:
     """From 1, four moves: who ends on 10 wins (5 games of 81: a random player has Q -0.88)."""
-    tree, moves, waiting = Tree("reach 10", 0, [1]), ("+1=", "+3=", "*2="), []
+    tree = Tree("reach 10", 0, [1])
+    moves = ("+1=", "+3=", "*2=")
+    waiting = []
     text = lambda node: moves[node.ids[0]] + str(node.ids[1]) if node.parent else "1"
 
     def ask(node, k):
@@ -585,13 +580,13 @@ def toy(rule) -> None:
         x, end = int(node.ids[-1]), "answer" if len(node.path()) == 4 else ""
         for move, result in enumerate((x + 1, x + 3, x * 2)):
             tree.add(node, [move, result], [-1.3, -1.3], NOTHING, end)
-        node.drawn += k
+        node.asked += k
         waiting.append(node)
     answers = lambda: [waiting.pop() for _ in waiting[:]]           # all nodes that asked
     game = SimpleNamespace(ask=ask, answers=answers, pending=waiting)
     returns = lambda ends: [1.0 if end.ids[-1] == 10 else -1.0 for end in ends]
     for simulations in (4, 12, 48):
-        search([tree], game, returns, until(simulations), rule, fixed_width(3, 3, every=0))
+        search([tree], game, returns, until(simulations), rule, lambda node: 3)
         best = best_path(tree)
         print(f"{simulations:2} simulations: Q {tree.root.q:+.2f}  {' '.join(map(text, best))}")
     print("\n" + draw(tree, text, chosen=best, limit=12, prior=rule is puct))
@@ -619,22 +614,21 @@ def show(flags) -> None:
 def main(arguments: list) -> int:
     """Exit code 0; 2 for bad input, with one sentence."""
     model.start_console()
-    parser = argparse.ArgumentParser(description="Search a toy game, or show a saved tree.",
-                                     exit_on_error=False)
+    parser = model.Flags(description="Search a toy game, or show a saved tree.")
     parser.add_argument("--show", metavar="FILE", help="a file of trees that loop.py wrote")
     parser.add_argument("--question", type=int, default=0, help="which tree of it, from 0")
     parser.add_argument("--html", metavar="FILE", help="write the tree to this page")
     parser.add_argument("--rule", choices=RULES, default="uct", help="(--show draws P for puct)")
     try:
-        flags, rest = parser.parse_known_args(arguments)
-        need(not rest, f"{' '.join(rest)}: no flag of this program; see --help")
+        flags = parser.parse_args(arguments)
         need(flags.show or not flags.html, "--html needs --show FILE")
         show(flags) if flags.show else toy(RULES[flags.rule])
         return 0
-    except (ValueError, argparse.ArgumentError) as error:       # BadInput is a ValueError
+    except ValueError as error:                         # BadInput is one
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    model.end_quietly()
     sys.exit(main(sys.argv[1:]))

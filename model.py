@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import unicodedata
 from collections import deque
@@ -46,18 +47,17 @@ import torch.nn.functional as F  # noqa: E402
 # 1. Files: JSON and safetensors
 # --------------------------------------------------------------------------------------------------
 FLOATS = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)   # dtypes of weights
-DTYPES = FLOATS | dict(                                 # of tensors that may stand beside them
+DTYPES = FLOATS | dict(                                 # also of other tensors in such a file
     F64=torch.float64, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2, BOOL=torch.bool,
     I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8,
     U64=torch.uint64, U32=torch.uint32, U16=torch.uint16, U8=torch.uint8)
 LFS = b"version https://git-lfs"
 IS_LFS = "is a git-LFS pointer, not the file itself: fetch it with `git lfs pull`"
-PICKLED = ("pickled weights, and a pickle can run code (CVE-2025-32434, CVE-2026-24747): convert "
-           "them elsewhere with save_pretrained(..., safe_serialization=True)")
 LORA = ("holds a LoRA adapter (adapter_config.json), not a whole model: merge it into its base "
         "model with peft's merge_and_unload() and save_pretrained()")
-NO_WEIGHTS = ("has neither model.safetensors nor model.safetensors.index.json; GGUF files are made "
-              f"for llama.cpp and are not read; nor are {PICKLED}")
+NO_WEIGHTS = ("has neither model.safetensors nor model.safetensors.index.json; GGUF is not read, "
+              "nor are pickles, which can run code: convert them elsewhere with "
+              "save_pretrained(..., safe_serialization=True)")
 
 
 class BadInput(ValueError):
@@ -231,8 +231,9 @@ def weight_files(folder) -> dict:
             path = Path(folder, file)
             for name, (dtype, shape, _) in safetensors_header(path)[0].items():
                 held[name, file] = (path, dtype, shape)
+        need(held, "the weights hold no tensor")
         wrong = sorted(held.keys() ^ places.items())
-        need(held and not wrong, f"{wrong[:1]} is in {index} or in the file, but not in both")
+        need(not wrong, f"{wrong[:1]} is in {index} or in the file, but not in both")
     return {name: entry for (name, _), entry in held.items()}
 
 
@@ -306,7 +307,8 @@ class Tokenizer:
     n_ids, base_ids  largest id + 1, with and without added tokens; a model may have more rows
     holes            ids below n_ids that stand for nothing: never sample them
     newline_ids      ids whose bytes hold a newline: they end a step
-    eos_ids, begin   ids that end a text, if the folder says so; ids that a prompt begins with"""
+    eos_ids          ids that end a text, if the folder says so
+    begin            ids that a prompt begins with"""
     FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
     def __init__(self, files: dict, folder="tokenizer"):
@@ -335,6 +337,9 @@ class Tokenizer:
         alone = "ByteLevel" not in kinds[:-1] and "Metaspace" not in kinds[1:] + kinds[:-1]
         need(alone, "pre_tokenizer: ByteLevel must be the last step, Metaspace the only one")
         self.byte_level = "ByteLevel" in kinds          # or else SentencePiece
+        for part in parts:
+            if part["type"] == "Metaspace":     # a space becomes "▁"; one more is put before a text
+                self.changes += [dict(type="Replace", pattern={"String": " "}, content="▁"), part]
         patterns = filter(None, map(self._read_cut, parts))
         # as in Hugging Face's engine: V1 allows [a[b-d]]; MULTILINE: ^ and $ match at every line
         self.cuts = [regex.compile(p, regex.V1 | regex.MULTILINE) for p in patterns]
@@ -351,10 +356,8 @@ class Tokenizer:
         if part["type"] == "ByteLevel":
             need(part.get("add_prefix_space") is False, "add_prefix_space is not supported")
             return GPT2_PATTERN if part.get("use_regex", True) else ""
-        # a Metaspace: a space becomes "▁", and one more "▁" is put before a text
         plain = part["replacement"] == "▁" and part.get("split") is False
         need(plain, "Metaspace: only replacement = ▁ and split = false are supported")
-        self.changes += [dict(type="Replace", pattern={"String": " "}, content="▁"), part]
         return ""
 
     def _read_model(self, model: dict):
@@ -456,11 +459,13 @@ class Tokenizer:
             spelling += [letter] if known else [f"<0x{byte:02X}>" for byte in letter.encode()]
         return merge([self.vocab[part] for part in spelling if part in self.vocab], self.pairs)
 
-    def encode(self, text: str, allow_special=False, begins=True) -> list:
-        """Text -> ids. Added tokens count only with allow_special: data must not open a chat turn.
+    def encode(self, text: str, allow_special=False, begins=True, data=(0, 0)) -> list:
+        """Text -> ids. Added tokens count only with allow_special, and not where they touch the
+        characters data[0] to data[1]: a question in a template must not open a chat turn.
         begins=False: the text goes on from another one (see encode_more).
             with bytes_only(("<s>",)):  "2<s>"  ->  [50, 60, 115, 62],  allow_special: [50, 256]"""
         matches = self.finder.finditer(text) if allow_special else []
+        matches = [one for one in matches if one.end() <= data[0] or one.start() >= data[1]]
         ids = []
         at = 0
         place = "first" if begins else ""
@@ -473,10 +478,10 @@ class Tokenizer:
                 place = "behind"
         return ids
 
-    def encode_more(self, text: str, allow_special=False) -> list:
+    def encode_more(self, text: str) -> list:
         """Ids of a text that goes on from another one: no "▁" is put before it, so ids of steps
         join to the ids of a solution."""
-        return self.encode(text, allow_special, begins=False)
+        return self.encode(text, begins=False)
 
     def encode_prompt(self, text: str) -> list:
         """Ids of a text that begins here: those of `begin`, then its own."""
@@ -505,7 +510,7 @@ class Tokenizer:
         with about(folder):
             need(Path(folder).is_dir(), "is no folder; give one with config.json, safetensors and "
                  "tokenizer.json (nothing is downloaded, and GGUF is not read)")
-            paths = [Path(folder, name) for name in cls.FILES]
+            paths = [Path(folder, name) for name in (*cls.FILES, "chat_template.jinja")]
             files = {path.name: path.read_bytes() for path in paths if path.exists()}
             need(cls.FILES[0] in files, "has no tokenizer.json (GGUF is not read); copy it from "
                  "where the weights are, or, of a run, give one of its models, such as round_1")
@@ -593,7 +598,7 @@ class GPTConfig:
             c.max_positions = number(raw, "max_position_embeddings", 1024 if c.gpt2 else 2048)
             c.norm_eps = number(raw, "rms_norm_eps", 1e-5 if c.gpt2 else 1e-6, most=1.0)
             norm = nn.LayerNorm if c.gpt2 else nn.RMSNorm
-            c.norm = partial(norm, c.hidden_size, c.norm_eps)       # of the residual stream
+            c.norm = partial(norm, c.hidden_size, c.norm_eps)       # makes a norm of width C
             act = raw.get("hidden_act", "gelu_new" if c.gpt2 else "silu")
             c.activation = one_of("hidden_act", act, ACTIVATIONS)
             c.tied = field(raw, "tie_word_embeddings", bool, c.gpt2)    # the head is the embedding
@@ -603,8 +608,9 @@ class GPTConfig:
 
 
 def number(given: dict, key: str, default=None, most=1 << 20):
-    """given[key], or the default. ValueError unless it is above 0, at most `most` and of its type.
-    (Three sizes of 2**20 make a tensor whose bytes fit in 64 bits.)"""
+    """given[key], or the default. ValueError unless it is above 0, at most `most`, and a whole
+    number (or a float if `most` is a float). (Bytes of a tensor of three sizes of 2**20 fit in 64
+    bits.)"""
     value = given.get(key, default)
     kind = type(most)                                   # not isinstance: True is an instance of int
     need(type(value) in (int, kind) and 0 < value <= most,
@@ -682,10 +688,10 @@ def attend(q, k, v, bias):
     S) of 0 and -inf -> (B, H, T, D). Two batched products over the G heads: the H/G query heads of
     a group are more rows of one product, so k and v are never repeated.
 
-    On a CPU torch's own attention takes 1.5 to 3 times as long for T = 1, about as long for T of 8
-    to 96, and a fifth to a half of the time for T = 1,024: so it serves all but decoding. On an
-    H200 sampling takes 5 to 16% less time with it, but the gradients of its cuDNN kernel (torch
-    2.11) can be NaN where T % 128 is 64 (pytorch issue 196678; seen with Qwen2.5)."""
+    On a CPU torch's own attention is slower for T = 1 and much faster for long texts: so it serves
+    all but decoding. On an H200 sampling takes 5 to 16% less time with it, but the gradients of its
+    cuDNN kernel (torch 2.11) can be NaN where T % 128 is 64 (pytorch issue 196678; seen with
+    Qwen2.5)."""
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     if T > 1 and not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
@@ -1000,31 +1006,30 @@ class Request:
     line: str = ""                # text of the line that the path leaves unfinished
 
 
-@dataclass
 class Continuation:
-    """What a request became. Append `slots` to its path to go on from here."""
-    ids: np.ndarray               # (n,) sampled ids, the end-of-text id included
-    logps: np.ndarray             # (n,) log-probs at temperature 1 over the tokenizer's ids
-    slots: np.ndarray             # (n,) addresses of the sampled tokens
-    why: str                      # "eos", "answer" (the final line is written), "length", "step"
+    """What becomes of a request. Once `why` is set it has ended: append `slots` to the request's
+    path to go on from there.
 
-
-class _Job:
-    """A request that waits or is being decoded. `submit` returns it as the ticket of its result."""
+    ids    (n,) sampled ids, the end-of-text id included
+    logps  (n,) log-probs at temperature 1 over the tokenizer's ids
+    slots  (n,) addresses of the sampled tokens
+    why    "eos", "answer" (the final line is written), "length" or "step"; "" until it ends"""
 
     def __init__(self, request: Request, temperature: float, whole: bool, context: int):
         self.request, self.whole = request, whole
         self.temperature = 0.0 if request.greedy else temperature
         # with so many new tokens it ends by "length"
         self.max_new = min(request.max_tokens, context - len(request.path))
-        self.slots = []                                 # of the tokens sampled so far
         self.line, self.read = request.line, 0          # last line of the text up to ids[:read]
+        self.slots = []                                 # a list until it ends
+        self.ids = self.logps = None                    # None until it ends
+        self.why = ""
 
 
 # What `advance` needs of each live row, as arrays: a Python loop over rows is slow. align=True:
 # torch reads a column of an array of records only if their size is a multiple of 8
 LIVE = np.dtype([
-    ("job", object),                    # its _Job
+    ("job", object),                    # its Continuation
     ("seed", np.uint64),                # of its draws
     ("temperature", np.float32),        # 0: argmax
     ("last", int),                      # slot of its last token; `_decode` encodes it
@@ -1061,8 +1066,8 @@ def uniforms(seeds, t):
 def step_rule(kind: str, tokenizer):
     """When is a step, the unit of all trees, over? Returns a function: ids so far -> bool. A line
     ends with the first token that holds a newline, a paragraph with an empty line that follows a
-    formula (a digit and a "="), kind "16" after 16 tokens. Sampler.advance asks a rule only where
-    the last token holds a newline or a length is reached. BadInput: another kind."""
+    formula (a digit and a "="), kind "16" after 16 tokens. The function is called for nearly every
+    token, so it must be cheap. BadInput: another kind."""
     newline = set(tokenizer.newline_ids)
 
     def paragraph(ids):
@@ -1099,13 +1104,13 @@ class Sampler:
     To continue a path, its keys and values are copied into a row of the working cache. Those of a
     new token go into that row and into the store. So a token is encoded once, however many branches
     hang from it. Texts that are given (`prompt`, `follow`) share slots; two samples never do.
-    `reset` after every change of the weights. Bind the model to the tokenizer before.
+    `reset` after every change of the weights.
 
     slots: size of the store at first. rows: rows that are decoded at once. finished(line) -> bool:
     is the solution over with this line? step: see `step_rule`."""
 
     def __init__(self, model: GPT, tokenizer, slots: int, rows=256, finished=None, step="line"):
-        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.model, self.tokenizer, self.rows = model.bind(tokenizer), tokenizer, rows
         self.finished = finished or (lambda line: False)
         self.newline = set(tokenizer.newline_ids)
         self.step_over = step_rule(step, tokenizer)
@@ -1127,7 +1132,7 @@ class Sampler:
             self.logps = np.zeros(slots, np.float32)    # (P,) of the sampled ones
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot}
-        self.waiting = deque()                          # of _Job
+        self.waiting = deque()                          # of Continuations
         self.live = np.zeros(0, LIVE)                   # (R,), in the order of the rows of `work`
         # ids at which a row may stop before its last column
         self.may_stop = np.isin(np.arange(c.vocab_size), [*self.newline | self.model.stop_ids])
@@ -1174,32 +1179,31 @@ class Sampler:
         tokens were sampled. ValueError while others wait for what they submitted."""
         need(not (len(self.live) or self.waiting), "a search waits for answers of this sampler")
         self.encode([request.path for request in requests])             # fewer, larger forwards
-        tickets = self.submit(requests, temperature, whole)
-        found = {}
-        while len(found) < len(tickets):
-            found |= self.advance(progress)
-        return [found[ticket] for ticket in tickets]
+        jobs = self.submit(requests, temperature, whole)
+        while not all(job.why for job in jobs):
+            self.advance(progress)
+        return jobs
 
     def submit(self, requests: list, temperature=1.0, whole=True) -> list:
-        """Queue requests -> a ticket for each. Nothing is computed before `advance`."""
+        """Queue requests -> their Continuations, which `advance` completes."""
         context = self.model.config.max_positions
-        jobs = [_Job(request, temperature, whole, context) for request in requests]
+        jobs = [Continuation(request, temperature, whole, context) for request in requests]
         need(all(job.max_new > 0 for job in jobs), "a request leaves no room for a token")
         self.waiting += jobs
         return jobs
 
     @torch.no_grad()
-    def advance(self, progress=None) -> dict:
-        """Sample a token for every live row, and encode it -> {ticket: Continuation} of the rows
-        that stopped. Waiting rows take their places: nobody waits for the longest row of a batch.
+    def advance(self, progress=None) -> None:
+        """Sample a token for every live row, encode it, and take out the rows that stop. Waiting
+        rows take their places: nobody waits for the longest row of a batch. ValueError: there is
+        nothing to do.
 
         Nothing is read from the device before the tokens' encoding has been started there. So a
         GPU encodes while this function sees which rows stop. (Their last tokens are encoded, too: a
         search goes on from them, and critics read them.)"""
         self._admit()
-        live, found, gone = self.live, {}, []           # gone: places of the rows that stop
-        if not len(live):
-            return found
+        live = self.live
+        need(len(live), "no request waits; was the sampler reset in between?")
         drawn = self._draw()                            # ids and log-probs, on the device
         copies = [numbers.to("cpu", non_blocking=True) for numbers in drawn]
         copied = torch.cuda.current_stream().record_event() if drawn[0].is_cuda else None
@@ -1213,20 +1217,20 @@ class Sampler:
         self.ids[slots], self.logps[slots] = tokens, logps
         for job, slot in zip(live["job"], slots.tolist()):
             job.slots.append(slot)
+        gone = []                                       # places of the rows that stop
         # only these can stop: stop_at covers max_tokens, the context and steps of so many tokens
         for i in np.flatnonzero(self.may_stop[tokens] | (live["columns"] >= live["stop_at"])):
             job = live["job"][i]
-            own = np.array(job.slots)
-            why = self._why(job, self.ids[own].tolist())
-            if why:
-                found[job] = Continuation(self.ids[own], self.logps[own], own, why)
+            job.why = self._why(job, self.ids[job.slots].tolist())
+            if job.why:
+                job.slots = np.array(job.slots)
+                job.ids, job.logps = self.ids[job.slots], self.logps[job.slots]
                 gone.append(i)
         self.counts["sampled"] += len(slots)
         if progress is not None:
             progress(len(slots))
         if gone:
             self._close(gone)
-        return found
 
     def _admit(self):
         """Let waiting rows in if there is room for an eighth of all rows, or for all that wait: so
@@ -1279,9 +1283,10 @@ class Sampler:
         # right=True: ids of chance 0 are passed over
         return torch.searchsorted(sums, target, right=True)[:, 0]
 
-    def _why(self, job: _Job, ids: list) -> str:
-        """Why the job stops after these ids; "" if it goes on. Length comes before step: a step
-        that uses up max_tokens or the context is an end, for nothing can follow it."""
+    def _why(self, job: Continuation, ids: list) -> str:
+        """Why it stops after these ids; "" if it goes on. Length comes before step: a step that
+        uses up max_tokens or the context is an end, for nothing can follow it. To be called once
+        for each newline, for job.line is then read on."""
         if ids[-1] in self.model.stop_ids:
             return "eos"
         if ids[-1] in self.newline:
@@ -1448,6 +1453,21 @@ class Sampler:
 # --------------------------------------------------------------------------------------------------
 # 6. Program: continue a prompt
 # --------------------------------------------------------------------------------------------------
+class Flags(argparse.ArgumentParser):
+    """Its errors are BadInput. (argparse would print its usage and end the program.)"""
+
+    def error(self, message):
+        """What argparse calls for a wrong flag or value."""
+        raise BadInput(f"{message}; see --help")
+
+
+def end_quietly():
+    """Ctrl-C and `| head` end a program without a traceback. (loop.py has a sentence for each.)"""
+    for name in ("SIGINT", "SIGPIPE"):
+        if hasattr(signal, name):               # Windows has no SIGPIPE
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 def start_console():
     """Characters that the console's encoding lacks are printed as "?" and end no program."""
     for stream in (sys.stdout, sys.stderr):
@@ -1466,9 +1486,9 @@ def with_newlines(typed: str) -> str:
 
 def main(arguments: list) -> int:
     """Continue a prompt with a model folder; without flags show what the sampler shares. Returns
-    the exit code: 0, 2 for bad input (with one sentence), 130 after Ctrl-C."""
+    the exit code: 0, or 2 for bad input (with one sentence)."""
     start_console()
-    parser = argparse.ArgumentParser(prog="model.py", allow_abbrev=False)
+    parser = Flags(prog="model.py", allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="folder with config.json, weights and tokenizer.json")
     add("--prompt", default="", help=r"text to continue; \n is a newline, but not in \neq, \nu ...")
@@ -1477,12 +1497,10 @@ def main(arguments: list) -> int:
     add("--samples", type=int, default=1, help="number of continuations (default 1)")
     add("--seed", type=int, default=0, help="of the random numbers (default 0)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
-    flags = parser.parse_args(arguments)
     try:
-        continue_prompt(flags) if flags.model or flags.prompt else demo()
+        flags = parser.parse_args(arguments)
+        continue_prompt(flags) if arguments else demo()
         return 0
-    except KeyboardInterrupt:
-        return 130
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -1495,7 +1513,7 @@ def continue_prompt(flags):
     if min(flags.max_tokens, flags.samples) < 1 or not 0 <= flags.temperature <= 100:
         raise BadInput("--max-tokens and --samples must be at least 1, --temperature 0 to 100.")
     tokenizer = Tokenizer.from_pretrained(flags.model)
-    model = GPT.from_pretrained(flags.model, flags.device).bind(tokenizer)
+    model = GPT.from_pretrained(flags.model, flags.device)
     sampler = Sampler(model, tokenizer, 4096)
     text = with_newlines(flags.prompt)
     path = sampler.prompt(tokenizer.encode_prompt(text))
@@ -1510,7 +1528,7 @@ def demo():
     """What sharing saves: eight samples of each of three questions that begin alike."""
     tokenizer = Tokenizer.bytes_only()
     config = GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)
-    model = GPT(config).initialise(seed=0).bind(tokenizer)
+    model = GPT(config).initialise(seed=0)
     sampler = Sampler(model, tokenizer, 4096)
     texts = [f"Question: what is {task}? Answer:" for task in ("7+1*4", "7+1", "9*2-3")]
     paths = [sampler.prompt(tokenizer.encode_prompt(text)) for text in texts]
@@ -1525,4 +1543,5 @@ def demo():
 
 
 if __name__ == "__main__":
+    end_quietly()
     sys.exit(main(sys.argv[1:]))

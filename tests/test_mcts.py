@@ -56,7 +56,7 @@ def random_tree(seed, adds=60):
         step = rng.integers(0, rng.choice((2, V)), rng.integers(1, 4))
         end = str(rng.choice(["", "eos", "answer", "length"], p=(0.7, 0.1, 0.1, 0.1)))
         node = tree.add(parent, step, -rng.random(len(step)), NOTHING, end)
-        node.drawn, node.visits = int(rng.integers(0, 5)), int(rng.integers(0, 5))
+        node.asked, node.visits = int(rng.integers(0, 5)), int(rng.integers(0, 5))
         node.value_sum = float(rng.random() * node.visits)
         if end and rng.random() < 0.7:
             record_grade(node, rng.random() < 0.5)
@@ -182,7 +182,7 @@ def test_grown_alone_as_in_a_batch(kind, searched):
         for node in tree.nodes[1:]:
             below = sum(child.count for child in node.children)
             passed = 0 if node.ended or searched else node.count          # samples that went on
-            assert below == passed + node.drawn                         # counts add up
+            assert below == passed + node.asked                         # counts add up
             assert node.ended or node.ids[-1] in sampler.newline
             assert not sampler.newline & {*node.ids[:-1].tolist()}
             ids = [*tree.root.ids, *node.solution()]

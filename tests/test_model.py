@@ -411,8 +411,8 @@ def test_ids_that_do_not_exist():
     net, real = language_model(seed=8), [i for i in range(33) if i not in (5, 7, 30)]
     fake = [i for i in range(V) if i not in real]
     net.lm_head.weight[fake] *= 4
-    net.bind(Letters(33, base_ids=31, holes=(5, 7, 30)))
-    sampler, prompt, met = Sampler(net, Letters(33), 8), [4, 10, 2], set()
+    letters = Letters(33, base_ids=31, holes=(5, 7, 30))
+    sampler, prompt, met = Sampler(net, letters, 8), [4, 10, 2], set()
     for temperature in (0, 1.0, 100.0):
         asks = [Request(sampler.prompt(prompt), i, 12) for i in range(40)]
         for f in sampler.extend(asks, temperature):
@@ -433,7 +433,6 @@ def test_why_it_stops():
         net.model.embed_tokens.weight[token, token] = 1.0
         net.lm_head.weight[(token + 1) % 16, token] = 100.0
     tokenizer, lines = Letters(16, eos=(14,), texts={4: "\n", 9: "\n#### ", 13: "\n"}), []
-    net.bind(tokenizer)
 
     def run(most, start=(2,), finished=None, line="", step="line", **more):
         sampler = Sampler(net, tokenizer, 8, 4, finished, step)
@@ -453,7 +452,7 @@ def test_why_it_stops():
     line = sampler.unfinished_line([*range(3, 11)])
     assert sampler.extend([Request(path, 0, 99, line=line)])[0].why == "answer"
     assert run(99, step="3", whole=False) == (3, "step")
-    paragraph = Sampler(net, Letters(texts={5: "2=2", 6: "\n\n"}), 8, step="paragraph").step_over
+    paragraph = Sampler(net, Letters(16, texts={5: "2=2", 6: "\n\n"}), 8, step="paragraph").step_over
     assert paragraph([5, 6]) and not paragraph([4, 6]) and not paragraph([5, 6, 5])
     with pytest.raises(BadInput, match="--unit"):
         run(9, step="sentence")
@@ -462,16 +461,18 @@ def test_why_it_stops():
 def test_nothing_asked_and_two_users():
     """No requests: no work, no endless loop. While answers are waited for, `extend` is refused."""
     sampler = Sampler(language_model(), Letters(), 8)
-    assert sampler.extend([]) == sampler.submit([]) == [] and sampler.advance() == {}
+    assert sampler.extend([]) == sampler.submit([]) == []
+    with pytest.raises(ValueError, match="no request waits"):
+        sampler.advance()
     a, b, c = (sampler.prompt(p) for p in ([1, 2, 3], [1, 2, 4, 5], [1, 2]))
     assert a[:2].tolist() == b[:2].tolist() == c.tolist()
     assert sampler.counts == dict(prompt=5, sampled=0, encoded=0)
-    mine, found = sampler.submit([Request(a, 1, 3), Request(b, 2, 9)]), {}
-    while len(found) < 2:
+    mine = sampler.submit([Request(a, 1, 3), Request(b, 2, 9)])
+    while not (mine[0].why and mine[1].why):
         with pytest.raises(ValueError, match="waits"):
             sampler.extend([Request(c, 3, 5)])
-        found |= sampler.advance()
-    assert [len(found[ticket].ids) for ticket in mine] == [3, 9]
+        sampler.advance()
+    assert [len(one.ids) for one in mine] == [3, 9]
     assert [len(f.ids) for f in sampler.extend([Request(c, 3, 5)])] == [5]
     with pytest.raises(ValueError, match="no room"):
         sampler.extend([Request(c, 3, 0)])
@@ -487,7 +488,7 @@ def test_program(tmp_path, capsys):
     assert capsys.readouterr().out.count("$\\neq$\nuser") == 2
     wrong = [["--device", name] for name in ("tpu", "cuda", "cuda:99")]
     wrong += [["--temperature", "nan"], ["--samples", "0"], ["--prompt", "x" * 64]]
-    wrong += [["--model", "nowhere"]]
+    wrong += [["--model", "nowhere"], ["--wrong"], ["--seed", "x"]]
     for flags in (*([*ask, "x", *flags] for flags in wrong), ["--prompt", "x"]):
         assert program.main(flags) == 2
         out, err = capsys.readouterr()

@@ -39,8 +39,8 @@ class Scrambled:
     def ask(self, node, k):
         """The next k moves."""
         assert k > 0 and node not in self.pending and not node.ended
-        first, node.drawn = node.drawn, node.drawn + k
-        self.pending[node] = node.tree.question.moves(moves_to(node), node.drawn)[first:]
+        first, node.asked = node.asked, node.asked + k
+        self.pending[node] = node.tree.question.moves(moves_to(node), node.asked)[first:]
 
     def answers(self):
         """At least one node, if one waits."""
@@ -129,7 +129,7 @@ def test_equals_the_recursive_reference(name, to_end, commit):
         games = [Game(seed, depth=2 + seed % 5) for seed in range(int(c), 60, 3)]
         go_on = commit_every(simulations) if commit else until(simulations)
         trees = play(games, go_on, simulations, choose=partial(RULES[name], c=c),
-                     width=fixed_width(5, 3, every=0), to_end=to_end)
+                     width=fixed_width(5, 3, every=10 ** 9), to_end=to_end)
         for game, tree in zip(games, trees):
             assert_sound(tree)
             assert_backed_up(tree, to_end)
@@ -148,9 +148,9 @@ def test_batch_equals_alone():
     """A game among 30, answered in any order, is the game alone; so it is across a file."""
     games = [Game(seed) for seed in range(30)]
     for make in (lambda: commit_every(9), lambda: until(9), lambda: until(50, tokens=40)):
-        trees = play(games, make(), seed=4, width=importance_width(), to_end=False)
+        trees = play(games, make(), seed=4, width=importance_width, to_end=False)
         for i in (0, 7, 29):
-            alone, = play(games[i:i + 1], make(), width=importance_width(), to_end=False)
+            alone, = play(games[i:i + 1], make(), width=importance_width, to_end=False)
             assert to_json(alone)["nodes"] == to_json(trees[i])["nodes"]
             assert_backed_up(alone, to_end=False)
     trees = [from_json(to_json(tree), tree.question) for tree in play(games, until(9))]
@@ -170,7 +170,7 @@ def test_budget_and_patience():
     assert budget.left() == 10 and budget.affords(10) and not budget.affords(11)
     tree.tokens += 10
     assert budget.left() == 0 and not budget.affords(0)
-    patient, = play([Game(1, depth=1)], until(20, patience=4), width=fixed_width(5, 3, every=0))
+    patient, = play([Game(1, depth=1)], until(20, patience=4), width=fixed_width(5, 3, every=10 ** 9))
     assert patient.root.visits == 5
 
 def test_docstring_examples():
@@ -181,7 +181,7 @@ def test_docstring_examples():
     game.value = lambda path: 0.0 if path in (((1,),), ((0,), (2,))) else 1.0
     tree, trace = Tree(game, 0, [9]), []
     for n in range(1, 5):
-        search([tree], Scrambled(0), evaluate, until(n), to_end=False, width=fixed_width(1, 1, 0))
+        search([tree], Scrambled(0), evaluate, until(n), to_end=False, width=fixed_width(1, 1))
         trace.append([(node.visits, node.value_sum) for node in tree.nodes])
     assert trace[:2] == [[(1, 1), (1, 1), (0, 0)], [(2, 1), (1, 1), (1, 0)]]
     assert trace[2:] == [[(3, 1), (2, 1), (1, 0), (1, 0)], [(4, 2), (3, 2), (1, 0), (2, 1), (1, 1)]]
@@ -204,7 +204,7 @@ def test_known_values():
         game.value = lambda path, wins=wins: 1.0 if path in wins else -1.0
         game.moves = lambda path, count: [
             ((i,), (math.log(1 / 3),), "answer" if len(path) == 2 else "") for i in range(3)]
-        tree, = play([game], until(400), width=fixed_width(3, 3, 0))
+        tree, = play([game], until(400), width=fixed_width(3, 3, 10 ** 9))
         assert moves_to(best_path(tree)[-1]) in wins and tree.root.q > 0.5
         assert tree.root.children[lost].visits < 40
 
@@ -217,34 +217,34 @@ def test_widths():
             for node in [node for node in tree.nodes if node.children]:
                 waves = 1 + (node.visits - 1) // every
                 drawn = (2 if node.parent else 4) * waves
-                assert node.drawn == sum(child.count for child in node.children) == drawn
+                assert node.asked == sum(child.count for child in node.children) == drawn
 
-@pytest.mark.parametrize("width", (importance_width(), fixed_width(1, 1, 0)))
+@pytest.mark.parametrize("width", (importance_width, fixed_width(1, 1)))
 def test_half_solutions_of_a_grown_tree(width):
     """A tree that samples grew has children without visits. A simulation ends there, too."""
     tree, depths = Tree(None, 0, [0]), []
     for first in (1, 2):
         node = tree.root
         for token in (first, 3, 4):
-            node.drawn += 1
+            node.asked += 1
             node = tree.add(node, [token], [-1.0], NOTHING, "answer" * (token == 4))
-    tree.root.drawn = 40
+    tree.root.asked = 40
     look = lambda nodes: [depths.append(len(node.path()) - 1) or 0.5 for node in nodes]
     search([tree], Scrambled(0), look, until(4), RULES["uct"], width, to_end=False)
     assert depths == [1, 1, 2, 2]
 
 def test_importance_width():
     """The docstring's example. n lies in 1..10, at the root in 5..40; times 1 + visits // 8."""
-    tree, width = Tree(None, 0, [0]), importance_width()
+    tree, width = Tree(None, 0, [0]), importance_width
     node = tree.add(tree.root, [1], [-1.0], NOTHING)
     node.score, node.visits = 0.5, 1
     for i, score in enumerate((0.9, 0.4)):
         child = tree.add(node, [i], [-1.0], NOTHING)
-        assert width(node) == node.drawn                # not tried yet
-        child.score, child.visits, node.drawn = score, 1, i + 1
-    for node.drawn, n in ((2, 3), (99, 5)):             # one more; at most n = 5, as I = .4
+        assert width(node) == node.asked                # not tried yet
+        child.score, child.visits, node.asked = score, 1, i + 1
+    for node.asked, n in ((2, 3), (99, 5)):             # one more; at most n = 5, as I = .4
         assert width(node) == n
-    tree.root.drawn = 999
+    tree.root.asked = 999
     for mine, theirs, visits, n in ((0.3, 0.5, 7, 5), (0.3, 0.5, 15, 10), (-9, 0.5, 7, 40),
                                     (-9, 0.5, 16, 120)):
         tree.root.score, node.score, tree.root.visits = mine, theirs, visits

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -186,7 +187,9 @@ def test_forms(read):
     """Each data set by its own fields. SciQ, ARC and CommonsenseQA, in the forms they are published
     in, are the same lettered question; the support of SciQ is not shown."""
     assert read(GSM8K).test == [Question("How much is 4 + 5?", "4 + 5 = 9\n#### 9")]
-    half, bare = read(MATH, MATH | dict(solution="", answer="7")).test
+    unboxed = MATH | dict(solution="So it is seven.", answer="7")
+    half, bare, more = read(MATH, MATH | dict(solution="", answer="7"), unboxed).test
+    assert more.answer == r"So it is seven. \boxed{7}"
     assert half.answer == MATH["solution"] and grade("\\boxed{x/2}", half.answer)
     assert grade("\\boxed{7}", bare.answer)
     sciq, = read(SCIQ).test
@@ -261,6 +264,10 @@ def test_odd_files(read, tmp_path, capsys):
     ("no answer to grade", [GSM8K | dict(answer="")]), ("no answer", [MATH | dict(solution="")]),
     ("shown to nobody", [GSM8K | dict(choices=["a"])]), ("'E'", [ARC | dict(answerKey="E")]),
     ("'distractor2'", [SCIQ | dict(distractor2=3)]), ("'label'", [ARC | dict(choices=[{}])]),
+    ("stands twice", [ARC | dict(choices=CHOICES | dict(label=[*"AABC"]))]),
+    ("3 labels for 4 texts", [ARC | dict(choices=CHOICES | dict(label=[*"ABC"]))]),
+    ("none of them empty", [SCIQ | dict(distractor2=" ")]),
+    ("different options", [SCIQ | dict(distractor2="iron ")]),
     ("choices", [ARC | dict(choices="A B C")]), ("twice", ['{"question": "1", "question": "2"}'])])
 def test_wrong_shapes_are_refused(words, items, read):
     """One sentence with the file, the item and what is wrong."""
@@ -290,6 +297,9 @@ def test_prompts(read):
     assert ids("<s>", "") == [begin, *b"Question: <s>\nAnswer:"]
     assert ids("4?", "Question: {question}\\nAnswer:") == ids("4?", "")
     assert ids("4?", "$\\neq$\\n{question}") == [begin, *b"$\\neq$\n4?"]
+    tokenizer = Tokenizer.from_pretrained(Path(__file__).parent / "data" / "tokenizers" / "qwen2")
+    whole = tokenizer.encode("Question: Is 4 right?\nAnswer:")         # ": Is" is two tokens, not 3
+    assert ids("Is 4 right?", "Question: {question}\\nAnswer:") == ids("Is 4 right?", "") == whole
 
 
 def test_where_a_solution_ends(read):
@@ -318,6 +328,8 @@ def test_training_questions_and_references(read, tmp_path, capsys):
     assert found == 3 * [whole]
     assert "3 of 6 reference solutions exceed the model's context" in capsys.readouterr().out
     assert len(one.examples(2, random.Random(0))) == 1
+    chat = read(GSM8K, sft_data=write(tmp_path / "s", GSM8K), template="{question}\\n")
+    assert bytes(chat.examples(1, random.Random(0))[0][1]) == b"4 + 5 = 9\n#### 9"
     one.references = one.references[:1]
     with pytest.raises(BadInput, match="None of the reference"):
         one.examples(3, random.Random(0))
