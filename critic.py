@@ -263,10 +263,10 @@ def measure(said, truth) -> dict:
 # HACK HERE: what a leaf of the search is worth. Also change: the numbers in tests/test_critic.py.
 def leaf_values(nodes, critic, sampler, combine="weakest", rollouts=None, known=None) -> list:
     """One number in [0, 1] for each node. Heads that are not trusted are left out.
-    weakest (ours): the lowest of what the heads say along the path: value of every unfinished step,
-        process of every step, outcome of the end. Among many samples one will fool a single head. (Best of
-        64 on homework: 72% by the outcome head, 89% by the weakest link.) Set no threshold on it:
-        the value of a prefix is low wherever the policy seldom succeeds.
+    weakest (ours): the lowest of what the heads say along the path: value of every open step,
+        process of every step, outcome of the end. Among many samples one will fool a single head.
+        (Best of 64 on homework: 72% by the outcome head, 89% by the weakest link.) Set no threshold
+        on it: the value of a prefix is low wherever the policy seldom succeeds.
     mean, judge: the mean of what is said of the node alone (the paper: a sum with weights).
         heads say (value, process, outcome): a (.7, .9, -), its end b (-, .8, .95)
         weakest   a: min(.7, .9) = .7        b: min(.7, .9, .8, .95) = .7
@@ -379,7 +379,7 @@ CHANGES = ("and|cannot|cubed|doubled?|dozens?|factorial|half|halve[ds]|hundreds?
            "not|negative|nearly|almost|never|over|plus|point|squared|than|thirds?|thousands?|"
            "twice|thrice|tripled?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|unclear|"
            "unknown|divided|multiplied|sqrt|root|log|sin|cos|tan|lakhs?|crores?|[a-z]+illions?")
-WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")      # any other word from 3 letters
+WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")   # 3 letters or more
 # 18, not 20; but in "18 is not right" nothing is cut off
 REASON = re.compile(r"(?<!well )(?<!is )\b(?:because|since|as|not|given)\b(?! well)")
 WORKING = re.compile(r"(?: *[A-Za-z]\w* *=)?"                           # x = 9 + 9 = 18
@@ -393,6 +393,10 @@ for _ in range(7):                      # braces within braces, seven deep
     BOX = rf"(?:[^{{}}]|\{{{BOX}\}})*"
 
 
+HEADING = re.compile(r"[^\w\\]*(?:[A-Za-z]{2,}[\s:]|[AaI] ).*[0-9]")     # Step 1: count
+NUMBERED = re.compile(r"\W*[0-9]+[.)] +\W*[A-Za-z]")                     # 1. Count
+
+
 def tidy(text: str) -> str:
     r"""One spelling of signs, without $ and \text: ` - 18  cm ` of `\(−\$18\text{ cm}\)`."""
     text = text.translate(SYMBOLS)
@@ -401,8 +405,8 @@ def tidy(text: str) -> str:
 
 
 def last_box(text: str) -> str:
-    r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or "". Some
-    references of MATH have `\boxed 2`."""
+    r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or "".
+    `\boxed 2` holds 2 (some references of MATH have it)."""
     found = re.findall(rf"\\boxed(?:\s*\{{({BOX})\}}| +(-?\w+))", text)
     return "".join([("", ""), *found][-1])
 
@@ -420,11 +424,10 @@ def stated(text: str):
     for mark, found in pieces.items():
         for piece in reversed(found):
             line, _, below = piece.partition("\n")
-            if mark == "phrase" and not line.strip("*_ ") and re.fullmatch(r"\s*.*\w.*\s*", below):
-                line, below = below.strip(), ""                         # "The answer is:\nB"
-            heading = re.match(r"[^\w\\]*(?:[A-Za-z]{2,}[\s:]|[AaI] ).*[0-9]", line)     # Step 1: ...
-            if mark == "####":                                          # "#### 1. Count"
-                heading = heading or re.match(r"\W*[0-9]+[.)] +\W*[A-Za-z]", line)
+            lines = [one for one in below.split("\n") if re.search(r"\w", one)]
+            if mark == "phrase" and not re.search(r"\w", line) and len(lines) == 1:
+                line, below = lines[0], ""                              # "The answer is:\nB"
+            heading = HEADING.match(line) or mark == "####" and NUMBERED.match(line)
             if not (below and heading):
                 yield mark, line
     if not box and not re.search(f"####|{PHRASE}", text.split("\n")[-1]):

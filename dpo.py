@@ -318,8 +318,8 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothi
 
     sigmoid  DPO (2305.18290 eq. 7); with label_smoothing a, a number or (J,), conservative DPO as
              in MCTS-DPO: -(1 - a) log sigmoid(beta h) - a log sigmoid(-beta h)
-    ipo      (h - 1 / (2 beta))^2 (2310.12036 eq. 17), without smoothing; to be called with log-probs
-             per token, as preference_loss does
+    ipo      (h - 1 / (2 beta))^2 (2310.12036 eq. 17), without smoothing. Call it with log-probs per
+             token, as preference_loss does
 
     Where the policy is the reference the loss is ln 2, or 1 / (4 beta^2). ValueError: unknown kind.
     """
@@ -450,8 +450,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
             loss: remove it yourself if you change that
 
     An update whose loss or gradient is not finite is skipped; BadInput if half of them are. Returns
-    steps (updates made), skipped, trained_tokens (of their rows, without padding) and, as means over the
-    last quarter of the updates, loss, norm (of the gradient) and the statistics of the loss."""
+    steps (updates made), skipped, trained_tokens (of their rows, without padding) and, as means
+    over the last quarter of the updates, loss, norm (of the gradient) and the loss's statistics."""
     masters = model.masters()           # fp32: bf16 would round most of an update away
     optimizers = make_optimizers(masters, lr, muon, shares)
     # a state with another plan, that is of other rows or rates, belongs to another stage
@@ -480,9 +480,9 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
         else:
             counts["skipped"] += 1
         if 2 * counts["skipped"] >= len(batches):
-            raise BadInput(f"{label or 'training'}: in half of the updates the loss or its gradient "
-                           "was not finite; lower the learning rate. (Or was store_reference not "
-                           "called?)")
+            raise BadInput(f"{label or 'training'}: in half of the updates the loss or gradient "
+                           "was not finite; lower the learning rate (or call store_reference "
+                           "first).")
         mean = batch_sums["loss"] / (batch_sums["weight"] or 1)         # no weight: it was skipped
         bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
         if state and (began := time.monotonic()) >= save_at:

@@ -1456,8 +1456,8 @@ TASKS = dict(homework=Homework, countdown=Countdown)
 def read_gsm8k(item: dict) -> tuple:
     """GSM8K, and whatever ends in #### and a number. Calculator marks <<48/2=24>> are taken out."""
     hidden = {"choices", "options"} & item.keys()
-    need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody: give question, "
-         "choices (a list of label and text) and answerKey")
+    need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody: give "
+         "question, choices (a list of label and text) and answerKey")
     return field(item, "question", str), re.sub(r"<<[^<>]*>>", "", field(item, "answer", str))
 
 

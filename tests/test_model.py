@@ -452,7 +452,8 @@ def test_why_it_stops():
     line = sampler.unfinished_line([*range(3, 11)])
     assert sampler.extend([Request(path, 0, 99, line=line)])[0].why == "answer"
     assert run(99, step="3", whole=False) == (3, "step")
-    paragraph = Sampler(net, Letters(16, texts={5: "2=2", 6: "\n\n"}), 8, step="paragraph").step_over
+    letters = Letters(16, texts={5: "2=2", 6: "\n\n"})
+    paragraph = Sampler(net, letters, 8, step="paragraph").step_over
     assert paragraph([5, 6]) and not paragraph([4, 6]) and not paragraph([5, 6, 5])
     with pytest.raises(BadInput, match="--unit"):
         run(9, step="sentence")

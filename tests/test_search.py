@@ -170,7 +170,7 @@ def test_budget_and_patience():
     assert budget.left() == 10 and budget.affords(10) and not budget.affords(11)
     tree.tokens += 10
     assert budget.left() == 0 and not budget.affords(0)
-    patient, = play([Game(1, depth=1)], until(20, patience=4), width=fixed_width(5, 3, every=10 ** 9))
+    patient, = play([Game(1, depth=1)], until(20, patience=4), width=fixed_width(5, 3, 10 ** 9))
     assert patient.root.visits == 5
 
 def test_docstring_examples():

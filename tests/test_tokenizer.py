@@ -152,7 +152,7 @@ def test_bytes_only_and_saving(tmp_path):
     assert tokenizer.encode("1 \t\r\n é水🙂\0") == list("1 \t\r\n é水🙂\0".encode())
     assert (tokenizer.n_ids, tokenizer.newline_ids, tokenizer.eos_ids) == (258, [10], {256})
     tokenizer.save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_bytes(b"{{ x }}")          # as transformers 5 writes it
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ x }}")      # as transformers 5 writes it
     again = Tokenizer.from_pretrained(tmp_path)
     assert again.files == tokenizer.files | {"chat_template.jinja": b"{{ x }}"}
 
