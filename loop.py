@@ -1678,9 +1678,17 @@ def solve_greedily(lab, questions: list, r: int) -> list:
     jobs = {folder / f"{first:06d}.jsonl": partial(make, first)
             for first in range(0, len(questions), EVALUATED_AT_ONCE)}
     solutions = cached(folder.with_suffix(".jsonl"),
-                       lambda: sum(share_out(lab, "evaluate", 0, jobs, read_lines), []))
+                       lambda: sum(share_out(lab, "evaluate", 0, jobs, read_solutions), []),
+                       load=read_solutions)
     remove(folder)                              # the parts, which are joined now
     return solutions
+
+
+def read_solutions(path: Path) -> list:
+    """The records of a file that solve_greedily wrote. ValueError: one lacks what we read."""
+    rows, names = read_lines(path), {"solution", "why", "right", "tokens", "sound"}
+    need(all(names <= row.keys() for row in rows), f"each line needs {', '.join(sorted(names))}")
+    return rows
 
 
 def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) -> dict:
@@ -1815,7 +1823,7 @@ def compare(s: Settings, names: list, seeds: int) -> None:
             one.out = str(Path(s.out, f"{name}_seed{seed}")) if s.out else default_folder(one)
             print(f"\n{name}, seed {seed}", flush=True)
             rows += run(one)
-            solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), read_lines)
+            solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), read_solutions)
             hits[name, "accuracy"].append([row["right"] for row in solutions])
             hits[name, "sound"].append([row["right"] and row["sound"] for row in solutions])
     pictures = Path(s.out or "runs", "compare.html")
