@@ -633,7 +633,8 @@ def wilson(right: int, n: int) -> tuple:
 def mcnemar(ours: list, theirs: list) -> float:
     """Exact two-sided p on the same questions of one seed; 1 against 9 that only one got: .021."""
     won = [bool(a) for a, b in zip(ours, theirs) if bool(a) != bool(b)]
-    n, fewer = len(won), min(sum(won), len(won) - sum(won))
+    n = len(won)
+    fewer = min(sum(won), n - sum(won))
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2 ** n)
 
 
@@ -643,7 +644,9 @@ def t_interval(differences) -> tuple:
     t_95 = ("12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 "
             "2.131 2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 "
             "2.045 2.042").split()                      # Student's t, 1 to 30 degrees of freedom
-    mean, half, n = statistics.fmean(differences), math.inf, len(differences)
+    mean = statistics.fmean(differences)
+    half = math.inf
+    n = len(differences)
     if n > 1:
         half = float(t_95[min(n, 31) - 2]) * statistics.stdev(differences) / math.sqrt(n)
     return mean, mean - half, mean + half

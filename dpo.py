@@ -498,7 +498,8 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares
     """The gradient of a batch's mean loss, left in the masters' .grad; returns the batch's sums."""
     def gradient(share: list) -> tuple:
         """The gradient of the loss summed over some of the rows, in fp32, and their sums."""
-        found, sums = [torch.zeros_like(p) for p in masters.values()], Counter()
+        found = [torch.zeros_like(p) for p in masters.values()]
+        sums = Counter()
         for part in by_length(share, tokens):
             loss, weight, statistics = loss_fn(model, part)
             # materialize_grads: 0 for what a loss of your own does not use

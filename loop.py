@@ -133,17 +133,16 @@ def cached(path: Path, make, save=None, load=None):
 
 def restored(path: Path, load):
     """load(path). BadInput if a file of a run does not hold what the run wrote there."""
-    # a round in the log is not run again: so log.jsonl must go, too
-    mend = (f"move {path} away (and log.jsonl, if its round is finished), and the same command "
-            "makes it again.")
     try:
         found = load(path)
         need(found != [], "it is empty")
         return found
-    except BadInput as error:                   # this one names the file already
-        raise BadInput(f"{error}; {mend}") from error
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise BadInput(f"{path} is damaged, or its reader fails ({error!r}); {mend}") from error
+        named = isinstance(error, BadInput)     # it names the file already
+        said = str(error) if named else f"{path} is damaged, or its reader fails ({error!r})"
+        # a round in the log is not run again: so log.jsonl must go, too
+        raise BadInput(f"{said}; move {path} away (and log.jsonl, if its round is finished), and "
+                       "the same command makes it again.") from error
 
 
 def write_lines(path: Path, items: list) -> None:
@@ -237,14 +236,8 @@ FREE = {"rounds", "out", "device", "threads", "workers", "rows"}    # may differ
 OF_TASK = {"task", "traps", "classes", "split", "model", "template", "data", "eval_data"}
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
             "batch", "epochs", "eval_questions")
-STREAM = dict(                          # random numbers of a stage are made of the seed and this
-    questions=1,                        # the training questions of a round
-    examples=6,                         # the examples that sft trains on
-    writing=8,                          # the policy writes new questions
-    imagining=10,                       # which old questions the new ones are made from
-    voting=11,                          # the samples of --decode
-    searching=12,                       # the search of --decode
-)
+# random numbers of a stage are made of the seed, its number here, and the place
+STREAM = dict(questions=1, examples=6, writing=8, imagining=10, voting=11, searching=12)
 
 
 def check(s: Settings) -> None:
@@ -253,7 +246,8 @@ def check(s: Settings) -> None:
                    split=("test", "dev"), self_evaluation=("off", "plain", "gold"),
                    critic=("weakest", "mean", "judge"))
     for name, value in asdict(s).items():
-        flag, least = f"--{name.replace('_', '-')} {value}", int(name in POSITIVE)
+        flag = f"--{name.replace('_', '-')} {value}"
+        least = int(name in POSITIVE)
         if value not in choices.get(name, [value]):
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
         if not isinstance(value, str) and not least <= value < 1e12:
@@ -299,9 +293,8 @@ def learn_examples(lab, r, trees):
     """Train on the task's own examples: careless homework, or reference solutions."""
     s = lab.settings
     rng = random.Random(mix(s.seed, r, STREAM["examples"]))
-    rows = lab.example_rows(s.steps * s.batch, rng)
-    # epochs=1: `rows` has all passes
-    return fit(lab, rows, sft_loss, imitation_lr(lab), s.steps, epochs=1)
+    rows = lab.example_rows(s.steps * s.batch, rng)                     # of all passes
+    return fit(lab, rows, sft_loss, lab.sft_lr, s.steps, epochs=1)
 
 
 # rft: rejection sampling (Yuan et al. 2023, 2308.01825)
@@ -443,49 +436,46 @@ BASE = Recipe(grow_nothing, lambda lab, r, trees: train_base(lab))      # round 
 def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> list:
     """One tree for each question, grown by method(lab, trees, tokens). Each finished chunk is a
     file of JSON lines, one tree a line. A tree's seed is made of (seed, name, place)."""
-    s = lab.settings
-
-    def make(first):
-        """Grow one chunk. Its first line also tells what fast rollouts sampled for it."""
+    def make(chunk, first):
+        """The first line also tells what fast rollouts sampled for this chunk."""
         if lab.rollouts:
             lab.rollouts.forget()
         before = lab.rollouts.tokens if lab.rollouts else 0
-        trees = planted(lab, questions[first:first + s.chunk], zlib.crc32(name.encode()), first)
+        trees = planted(lab, chunk, zlib.crc32(name.encode()), first)
         method(lab, trees, tokens_each * len(trees))
         records = [tree_record(lab, tree) for tree in trees]
         records[0]["rollout_tokens"] = lab.rollouts.tokens - before if lab.rollouts else 0
         return records
     if tokens_each <= 0:
         return []
-    jobs = {lab.folder / name / f"{first:06d}.jsonl": partial(make, first)
-            for first in range(0, len(questions), s.chunk)}
-    forest, tokens = [], tokens_each * len(questions)
-    for trees, rollout_tokens in share_out(lab, name, tokens, jobs, read_trees):
-        forest += trees
-        lab.rollout_tokens += rollout_tokens
+    files = sampled_files(lab, lab.folder / name, questions, lab.settings.chunk, make, read_trees,
+                          tokens_each * len(questions))
+    lab.rollout_tokens += sum(rollout_tokens for _, rollout_tokens in files)
+    forest = [tree for trees, _ in files for tree in trees]
     lab.sampled_tokens += sum(tree.tokens for tree in forest)
     return forest
 
 
-def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
-    """The contents of files that sampling makes: jobs is {path: make}. On a CPU --workers processes
-    share the files that are missing. Each process is a copy (fork) of this one, so nothing has to
-    be sent. If a process fails or is killed, this one makes its missing files afterwards, and
-    reports the error if it occurs again.
+def sampled_files(lab, folder, items: list, size: int, make, load=read_lines, tokens=0) -> list:
+    """The contents of files, one for every `size` items: cached(path, make(items, first)). On a CPU
+    --workers processes make those that are missing. Each process is a copy (fork) of this one, so
+    nothing has to be sent. If a process fails or is killed, this one makes its missing files
+    afterwards, and reports the error if it occurs again.
 
-    Workers run only if there are several files and at most two threads a file. Each then has one
-    thread. Otherwise this process makes all files with all its threads (the tiny GPT has one). The
-    files that exist are counted, too: so a resumed run has the same threads, and its sums round as
-    those of a run that was left alone.
+    If there are several files, and at most two threads a file, each file is made by one thread, in
+    a worker or (--workers 1) here. Otherwise this process makes them with all its threads. Files
+    that exist count, too: so a resumed run has the same threads, and its sums round alike.
 
     tokens: expected number of sampled tokens, for the progress bar."""
+    jobs = {folder / f"{first:06d}.jsonl": partial(make, items[first:first + size], first)
+            for first in range(0, len(items), size)}
     threads = torch.get_num_threads()
     one_thread = lab.forks and len(jobs) > 1 and 2 * len(jobs) >= threads
     todo = [job for job in jobs.items() if not job[0].exists()]
     workers = min(lab.workers, len(todo)) if one_thread else 1
     sampled = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()   # by each process
-    bar = tqdm(total=int(tokens) or None, desc=name, unit=" tokens", unit_scale=True, leave=False,
-               disable=None)
+    bar = tqdm(total=int(tokens) or None, desc=folder.name, unit=" tokens", unit_scale=True,
+               leave=False, disable=None)
     lab.progress = bar.update
     children = []
     try:
@@ -511,7 +501,8 @@ def share_out(lab, name: str, tokens: float, jobs: dict, load) -> list:
 def start(child, children: list) -> None:
     """Start a process and append it to `children`. A Ctrl-C that comes meanwhile is raised behind
     that. (Inside a fork it can get lost while a lock of Python's is held, and the run hangs.)"""
-    handler, pressed = signal.getsignal(signal.SIGINT), []
+    handler = signal.getsignal(signal.SIGINT)
+    pressed = []
     signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
         child.start()
@@ -632,8 +623,10 @@ def search_with_critic(lab, trees: list, tokens: float) -> None:
 
     The chosen path is kept if the outcome head says at least KEEP, as in the paper. The weakest
     link cannot be a threshold (critic.leaf_values says why)."""
-    s, known, outcome = lab.settings, {}, critic.HEADS.index("outcome")
-    values = partial(lab.leaf_values, combine=s.critic, known=known)    # {node: what heads said}
+    s = lab.settings
+    known = {}                                          # node -> what the heads said of it
+    outcome = critic.HEADS.index("outcome")
+    values = partial(lab.leaf_values, combine=s.critic, known=known)
     steps = lab.step_sampler(key=lambda ids: calculations(lab.decode(ids)))
     go_on = until(SIMULATIONS, tokens / len(trees), patience=16)
     search(trees, steps, values, go_on, RULES[s.rule or "uct"], importance_width, to_end=False)
@@ -672,9 +665,8 @@ def search_for_solution(lab, trees: list, tokens: float) -> None:
     def values(nodes):
         """One number in [0, 1] for each node."""
         grade_ends(lab, [node for node in nodes if node.ended])
-        others = [node for node in nodes if not node.ended]
-        guess = dict(zip(others, lab.leaf_values(others, "mean")))
-        return [float(node.right) if node.ended else guess[node] for node in nodes]
+        guesses = lab.leaf_values(nodes, "mean")
+        return [float(node.right) if node.ended else guess for node, guess in zip(nodes, guesses)]
     more = until(SIMULATIONS, tokens / len(trees), patience=64)
     search(trees, lab.step_sampler(), values, lambda tree: not tree.root.rights and more(tree),
            RULES[lab.settings.rule or "uct"], fixed_width(1, 1), to_end=False)
@@ -728,12 +720,7 @@ def imitate(lab, trees: list, solutions, updates: int) -> dict:
     no limit."""
     rows = [tree_row(solutions=ends) for tree in trees if (ends := solutions(tree))]
     epochs = lab.settings.epochs if lab.settings.model else float("inf")
-    return fit(lab, rows, sft_loss, imitation_lr(lab), updates, epochs)
-
-
-def imitation_lr(lab) -> float:
-    """The learning rate of imitation."""
-    return lab.settings.sft_lr or scaled_lr(lab.model, SFT_LR)
+    return fit(lab, rows, sft_loss, lab.sft_lr, updates, epochs)
 
 
 def prefer(lab, r: int, trees: list, pairs) -> dict:
@@ -805,7 +792,7 @@ def train_base(lab) -> dict:
     if not s.base_steps or not lab.task.has_examples:
         return dict(steps=0)
     corpus = lab.task.examples(64, random.Random(s.seed))       # changes when the task's code does
-    lr = imitation_lr(lab) if s.model else 6e-3         # from random weights, with Muon
+    lr = lab.sft_lr if s.model else 6e-3                # from random weights, with Muon
     made_of = [s.seed, s.base_steps, s.preset, s.model, lab.model.config.raw, s.traps, s.classes,
                lr, corpus, file_hash(s.sft_data), s.epochs if s.sft_data else 0, lab.part_tokens]
     name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:10]
@@ -917,7 +904,8 @@ def imagined_questions(lab, r: int, old: list) -> list:
 
     def make():
         """The questions, and the tokens in a last line."""
-        before, rng = counts["sampled"], random.Random(mix(s.seed, r, STREAM["imagining"]))
+        before = counts["sampled"]
+        rng = random.Random(mix(s.seed, r, STREAM["imagining"]))
         new = [asdict(question) for question in lab.task.imagine(old, rng, write)]
         return new + [dict(tokens=counts["sampled"] - before)]
 
@@ -993,6 +981,7 @@ class Lab:
             self.tokenizer = Tokenizer.bytes_only()
             config = GPTConfig.tiny(self.tokenizer.n_ids, **TINY[s.preset] | shape)
             self.model = GPT(config).initialise(s.seed).to(device)
+        self.sft_lr = s.sft_lr or scaled_lr(self.model, SFT_LR)         # of imitation
         task = FileTask if s.eval_data else TASKS[s.task]
         self.task = task(s, self.tokenizer, self.model.config.max_positions)
         if RECIPES[s.recipe].no_letters and self.task.letters:
@@ -1099,7 +1088,8 @@ class Lab:
 
 def same_settings(folder: Path, mine: dict, names, mend: str) -> None:
     """BadInput unless these settings are those that the run in a folder was begun with."""
-    saved, said = restored(folder / "settings.json", read_lines)[0], {}
+    saved = restored(folder / "settings.json", read_lines)[0]
+    said = {}                                           # flag -> what is wrong with it
     for name in [name for name in mine if name in names and saved.get(name) != mine[name]]:
         flag = "--" + name.removesuffix("_hash").replace("_", "-")
         changed = name.endswith("_hash") and saved.get(name)
@@ -1264,11 +1254,8 @@ class Homework(Task):
     and chooses wrongly, and more of the same corpus does not help. Seven of ten solutions with a
     wrong line end in the right answer, by luck. (With --classes 0 the answer is 9: none does.)"""
     careless = 0.8
-
-    def __init__(self, *given):
-        super().__init__(*given)
-        if self.settings.classes == 2:          # odd or even, and only behind ####
-            self.reader = lambda piece, mark: mark == "####" and critic.read_words(piece, mark)
+    # only what stands behind #### is an answer
+    reader = staticmethod(lambda piece, mark: mark == "####" and critic.read_words(piece, mark))
 
     def claim(self, number: int) -> str:
         """What the last line says of a value."""
@@ -1321,7 +1308,8 @@ class Homework(Task):
         """A line is true if it works off one operation and keeps the value by precedence. None: the
         question is a made-up one that has no value in 0..99."""
         x = parse(question.text)
-        number, lines = value(x), text.rstrip("\n").split("\n")
+        number = value(x)
+        lines = text.rstrip("\n").split("\n")
         if number is None:
             return None
         for place, line in enumerate(lines[:-1]):
@@ -1650,7 +1638,8 @@ class FileTask(Task):
             three = rng.sample(old, min(3, len(old)))
             shown = "".join(f"Question: {question.text}\n\n" for question in three) + "Question:"
             prompts.append(self.tokenizer.encode_prompt(shown))
-        known, found = [triples(question.text) for question in self.train + self.test], []
+        known = [triples(question.text) for question in self.train + self.test]
+        found = []
         for text, _ in write([ids for ids in prompts if len(ids) < self.context // 2]):
             asked, mark, _ = text.strip().partition("?")
             new = triples(asked + mark)
@@ -1666,20 +1655,17 @@ class FileTask(Task):
 # --------------------------------------------------------------------------------------------------
 def solve_greedily(lab, questions: list, r: int) -> list:
     """A record of each question: its greedy solution, and whether it is right."""
-    def make(first):
+    def make(part, first):
         """The records of one part."""
-        part = questions[first:first + EVALUATED_AT_ONCE]
         prompts = [lab.task.prompt_ids(question) for question in part]
         return [asdict(question) | dict(
             solution=text, why=one.why, right=lab.task.reward(question, text, one.why == "length"),
             tokens=len(one.ids), sound=lab.task.sound(question, text))
             for question, (text, one) in zip(part, continuations(lab, prompts))]
     folder = lab.folder / f"eval_{r}"
-    jobs = {folder / f"{first:06d}.jsonl": partial(make, first)
-            for first in range(0, len(questions), EVALUATED_AT_ONCE)}
-    solutions = cached(folder.with_suffix(".jsonl"),
-                       lambda: sum(share_out(lab, "evaluate", 0, jobs, read_solutions), []),
-                       load=read_solutions)
+    joined = lambda: sum(sampled_files(lab, folder, questions, EVALUATED_AT_ONCE, make,
+                                       read_solutions), [])
+    solutions = cached(folder.with_suffix(".jsonl"), joined, load=read_solutions)
     remove(folder)                              # the parts, which are joined now
     return solutions
 
@@ -1700,7 +1686,8 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
     sound = by_luck = None
     if solutions[0]["sound"] is not None:
         both = sum(row["right"] and row["sound"] for row in solutions)
-        sound, by_luck = both / count, 1 - both / right if right else None
+        sound = both / count
+        by_luck = 1 - both / right if right else None
     marks = [find_answer(row["solution"], lab.task.reader)[1] for row in solutions]
     strict = sum(row["right"] and mark in ("####", "boxed") for row, mark in zip(solutions, marks))
     budget = s.budget * s.questions if lab.sampled_tokens else 0
@@ -1798,8 +1785,8 @@ def first_trees(folder: Path) -> list:
 def picture(record: dict, width: int = 56) -> str:
     """A saved tree as text, its steps cut at `width` columns."""
     tree = from_record(record)
-    pits = [tree.nodes[i] for i in record["pits"]]
-    return draw(tree, lambda node: record["step_texts"][node.index], tree.chosen, pits, width=width)
+    text = lambda node: record["step_texts"][node.index]
+    return draw(tree, text, tree.chosen, pits_of(tree), width=width)
 
 
 def compare(s: Settings, names: list, seeds: int) -> None:
@@ -1842,7 +1829,8 @@ def compare(s: Settings, names: list, seeds: int) -> None:
 def compared(ours: list, theirs: list) -> str:
     """Four cells of a table: our mean, less theirs, interval of the difference, our seeds."""
     each = 100 * np.mean(ours, axis=1)                                          # (seeds,)
-    gain, interval = each - 100 * np.mean(theirs, axis=1), "-"                  # (seeds,)
+    gain = each - 100 * np.mean(theirs, axis=1)                                 # (seeds,)
+    interval = "-"
     if ours is not theirs and len(ours) > 1:
         interval = "{1:+.1f} to {2:+.1f}".format(*critic.t_interval(gain))
     elif ours is not theirs:
@@ -1871,7 +1859,8 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
     majority, best of n and the weighted vote choose among the same samples. The critics learn from
     fresh samples of the model that they judge."""
     lab = Lab(s)
-    folder, lab.folder = lab.folder / f"round_{r}", lab.folder / f"decode_{r}"
+    folder = lab.folder / f"round_{r}"
+    lab.folder = lab.folder / f"decode_{r}"
     if not folder.exists():
         raise BadInput(f"--decode {r}: there is no {folder}; give a run's flags, and its round.")
     same_settings(folder.parent, asdict(s), OF_TASK, "give the run's own flags, too.")
@@ -1884,7 +1873,8 @@ def decode(s: Settings, r: int, n: int = 16) -> None:
 
     def show(method, trees, ends):
         """One row of the table; `ends` are those that a method chose for the trees, or None."""
-        right, sound, tokens = [], [], sum(tree.tokens for tree in trees)
+        right, sound = [], []
+        tokens = sum(tree.tokens for tree in trees)
         for question, end in zip(questions, ends):
             text = lab.text(end) if end else ""
             right.append(bool(end) and lab.task.reward(question, text, end.ended == "length"))
@@ -1996,27 +1986,25 @@ def fault(task, record: dict) -> tuple:
 
 
 def compare_page(rows: list) -> str:
-    """--compare as a page: means over seeds with Student's intervals. rows: the logs of all runs.
-    A curve is a recipe. A bar is its difference to the first recipe after the last round."""
-    names, last = list(dict.fromkeys(row["recipe"] for row in rows)), rows[-1]["round"]
-
-    def spread(name, values):
-        """{name: mean}, and the ends of its interval from two seeds on, cut at -1 and 1."""
-        mean, low, high = critic.t_interval(values)
-        ends = {f"{name}_low": max(-1, low), f"{name}_high": min(1, high)}
-        return {name: mean} | (ends if len(values) > 1 else {})
-    pieces = ["<p>Thick lines are 95% intervals over seeds. A bar whose line spans zero shows "
-              "nothing.</p>"]
+    """--compare as a page: means over seeds and differences to the first recipe, with Student's
+    intervals from two seeds on. A curve is a recipe. rows: the logs of all runs."""
+    pieces = ["<p>Thick lines are 95% intervals over seeds. A difference whose line spans zero "
+              "shows nothing.</p>"]
+    first = rows[0]["recipe"]
     for key in [key for key in ("accuracy", "sound") if rows[0].get(key) is not None]:
-        rates = lambda name, r: np.array([row[key] for row in rows if row["recipe"] == name
-                                          and row["round"] == r])           # (seeds,)
-        means, gains = [dict(round=r) for r in range(last + 1)], dict(round=last)
-        for name in names:
-            for r in range(last + 1):
-                means[r] |= spread(name, rates(name, r))
-            gains |= spread(name, rates(name, last) - rates(names[0], last))
-        pieces += [f"<h2>{key}</h2>", plot(means, names)]
-        pieces += [f"<h2>{key}, less {names[0]}</h2>", plot([gains], names)]
+        rates = defaultdict(list)                       # (round, recipe) -> one rate a seed
+        for row in rows:
+            rates[row["round"], row["recipe"]].append(row[key])
+        for title, zero in ((key, 0), (f"{key}, less {first}", 1)):
+            table = [dict(round=r) for r in range(rows[-1]["round"] + 1)]
+            for (r, name), ours in rates.items():
+                values = np.array(ours) - zero * np.array(rates[r, first])         # (seeds,)
+                mean, low, high = critic.t_interval(values)
+                table[r][name] = mean
+                if len(ours) > 1:
+                    table[r] |= {f"{name}_low": max(-1, low), f"{name}_high": min(1, high)}
+            names = [name for r, name in rates if r == 0]
+            pieces += [f"<h2>{title}</h2>", plot(table, names)]
     return page("Recipes compared", pieces)
 
 
@@ -2045,11 +2033,10 @@ def plot(rows: list, keys: list, x: str = "round") -> str:
 
 def chart(curves: dict, form: str) -> str:
     """SVG. curves: {key: [(x, y, low, high)]}, each with its name at its end, y with an interval
-    from low to high. Curves of one point are drawn as bars, which begin at zero."""
-    bars = all(len(curve) == 1 for curve in curves.values())
+    from low to high."""
     points = [point for curve in curves.values() for point in curve]
     xs = sorted({x for x, *_ in points})
-    ys = [y for _, *rest in points for y in rest] + [0] * bars
+    ys = [y for _, *rest in points for y in rest]
     unit = 10 ** math.floor(math.log10(max(ys) - min(ys) or 1))     # .1 if ys go from .48 to .95
     low, high = math.floor(min(ys) / unit) * unit, math.ceil(max(ys) / unit) * unit
     x_of = lambda x: round(60 + 190 * (x - xs[0]) / (xs[-1] - xs[0] or 1), 1)
@@ -2058,18 +2045,18 @@ def chart(curves: dict, form: str) -> str:
     for y in (low, (low + high) / 2, high):
         out.append(f'<path class="grid" d="M60 {y_of(y)}h190"/>')
         out.append(f'<text y="{y_of(y) + 4}">{format(y, form).replace(".0", "")}</text>')
-    for x in xs[bars::len(xs) // 6 + 1]:        # bars have no ticks
+    for x in xs[::len(xs) // 6 + 1]:
         out.append(f'<text x="{x_of(x) - 4}" y="195">{x:.2g}</text>')
     free = -99                                  # names go down from the highest, 14 apart at least
     for key in sorted(curves, key=lambda key: -curves[key][-1][1]):
         place = list(curves).index(key)
-        shift = place * (26 if bars else 3)     # neither bars nor intervals hide one another
-        ends = [(x_of(x) + shift, *map(y_of, rest)) for x, *rest in curves[key]]
-        line = "L".join(f"{x} {y}" for x, y, *_ in ends) + f"V{y_of(0)}" * bars
+        # 3 * place to the right: no interval hides another
+        ends = [(x_of(x) + 3 * place, *map(y_of, rest)) for x, *rest in curves[key]]
+        line = "L".join(f"{x} {y}" for x, y, *_ in ends)
         thick = "".join(f"M{x} {a}V{b}" for x, _, a, b in ends)
         free = max(free + 14, ends[-1][1] + 4)
         out.append(f'<g style="--hue:{215 + 137 * place}">'
-                   f'<path class="{"bars" * bars}" d="M{line}"/><path class="ends" d="{thick}"/>'
+                   f'<path d="M{line}"/><path class="ends" d="{thick}"/>'
                    f'<text x="278" y="{free}">{key.split(".")[-1]}</text></g>')
     return "".join([*out, "</svg>"])
 

@@ -180,9 +180,11 @@ def from_json(saved: dict, question) -> Tree:
 
 def _add_row(tree: Tree, row) -> Node:
     """The node of one row of a file, below its parent; BadInput if it cannot be one."""
-    ids, logps = _numbers(row, "ids", int), _numbers(row, "logps", float, -1e9, 0.0, [])
+    ids = _numbers(row, "ids", int)
+    logps = _numbers(row, "logps", float, -1e9, 0.0, [])
     need(ids and len(logps) in (0, len(ids)), "keys 'ids', 'logps' do not fit")
-    parent, end = model.field(row, "parent", int), model.field(row, "end", str, "")
+    parent = model.field(row, "parent", int)
+    end = model.field(row, "end", str, "")
     need(0 <= parent < len(tree.nodes), f"key 'parent': no node {parent} stands before it")
     need(end in ("", "eos", "answer", "length"), f"key 'end' is {end!r:.60}")
     return tree.add(tree.nodes[parent], ids, logps, NOTHING, end)
@@ -513,7 +515,6 @@ th { text-align: left; font-weight: normal }  path { fill: none }  text { fill: 
 svg { flex: 1 1 20em; max-width: 26em; font-size: 12px; overflow: visible }
 g { color: hsl(var(--hue) 60% var(--light)); stroke: currentColor }  g text { stroke: none }
 .ends { stroke-width: 5; stroke-linecap: round; opacity: .6 }
-.bars { stroke-width: 16; opacity: .4 }
 </style><h1>TITLE</h1>"""
 
 
@@ -577,7 +578,8 @@ def toy(rule) -> None:
 
     def ask(node, k):
         """In place of a model: all three moves at once, equally likely."""
-        x, end = int(node.ids[-1]), "answer" if len(node.path()) == 4 else ""
+        x = int(node.ids[-1])
+        end = "answer" if len(node.path()) == 4 else ""
         for move, result in enumerate((x + 1, x + 3, x * 2)):
             tree.add(node, [move, result], [-1.3, -1.3], NOTHING, end)
         node.asked += k
@@ -601,10 +603,12 @@ def show(flags) -> None:
         last = len(lines) - 1
         need(0 <= flags.question <= last, f"--question must be from 0 to {last}")
         saved = read_json(f"line {flags.question + 1}", lines[flags.question].encode())
-        tree, texts = from_json(saved, saved.get("text")), model.field(saved, "step_texts", list)
+        tree = from_json(saved, saved.get("text"))
+        texts = model.field(saved, "step_texts", list)
         need(len(texts) == len(tree.nodes), "key 'step_texts' must hold one text a node")
         pits = [tree.nodes[i] for i in _numbers(saved, "pits", int, 0, len(texts) - 1, [])]
-    text, prior = lambda node: str(texts[node.index]), flags.rule == "puct"
+    text = lambda node: str(texts[node.index])
+    prior = flags.rule == "puct"
     print(draw(tree, text, tree.chosen, pits, prior=prior))
     if flags.html:
         whole = draw(tree, text, tree.chosen, pits, len(texts), UNCUT, prior)

@@ -216,7 +216,7 @@ def test_prefer_passes_the_settings_on(r, share, updates, tmp_path, monkeypatch)
 def test_sft_draws_other_examples_each_round(monkeypatch):
     """Rounds differ; the batches of all updates are full."""
     monkeypatch.setattr(loop, "fit", lambda lab, rows, *_, **__: rows)
-    lab = SimpleNamespace(settings=Settings(sft_lr=1.0), model=None,
+    lab = SimpleNamespace(settings=Settings(), sft_lr=1.0,
                           example_rows=lambda count, rng: (count, rng.random()))
     (count, one), (_, two) = (loop.learn_examples(lab, r, []) for r in (1, 2))
     assert count == 64 * 32 and one != two

@@ -54,7 +54,8 @@ def test_compare_page():
     rates = {"rft": [0.5, 0.7, 0.6], "mine": [0.6, 0.7, 0.95]}
     rows = [dict(recipe=name, seed=seed, round=r, accuracy=rates[name][seed] * r, sound=None)
             for seed in range(3) for name in rates for r in (0, 1)]
-    for count, expected in ((12, [0, 0.6, 0, 0.75, 0, 0.15]), (4, [0, 0.5, 0, 0.6, 0, 0.1])):
+    for count, expected in ((12, [0, 0.6, 0, 0.75, 0, 0, 0, 0.15]),
+                            (4, [0, 0.5, 0, 0.6, 0, 0, 0, 0.1])):
         html = loop.compare_page(rows[:count])
         assert [float(number["value"]) for number in numbers(html)] == pytest.approx(expected)
         assert html.count("<svg") == 2 and "sound" not in html
