@@ -13,8 +13,8 @@ Four choices hold the file together:
    algorithm box of its paper. No other code asks for a recipe's name.
 2. Every stage is a function whose result is a file. `cached` calls the function only if the file is
    not there. A run can be killed at any moment, and the same command goes on where it stopped.
-3. Random numbers come from the seed, the stage and the place, never from what ran before. A resumed
-   run therefore has the same samples and weights as one that was left alone.
+3. Random numbers come from the seed and, for questions and samples, from stage and place; never
+   from what ran before. So a resumed run has the samples and weights of one that was left alone.
 4. Trees are held to the budget of sampled tokens by one class, mcts.Budget.
 
 When does which method win? Where a right answer implies right steps (--classes 0), one round of
@@ -177,7 +177,7 @@ class Settings:
     template: str = ""          # chat prompt with {question}; \n is a newline (not in \neq, \nu)
     rounds: int = 3             # a finished run goes on when this is raised
     seed: int = 0               # of everything: questions, samples, training
-    out: str = ""               # folder of the run; empty: runs/TASK_RECIPE_seedS
+    out: str = ""               # folder of the run (--compare: of all runs); empty: one in runs/
     preset: str = "default"     # or smoke: everything tiny, to see that it runs; it learns little
     device: str = ""            # cpu or cuda; empty: cuda where there is one
     threads: int = 0            # CPU threads; 0: all cores (tiny GPT: 2). A busy machine wants 1
@@ -186,7 +186,7 @@ class Settings:
     questions: int = 320        # training questions drawn for each round
     samples: int = 8            # solutions of each question that are sampled in one wave
     budget: int = 1000          # sampled tokens per question and round, whatever they are used for
-    temperature: float = 1.0    # of all samples; the papers' 0.7 is for 7B models
+    temperature: float = 1.0    # of samples (fast rollouts: 1); the papers' 0.7 is for 7B models
     max_tokens: int = 128       # of one solution
     unit: str = "line"          # what a step of a solution is: line, paragraph, or so many tokens
     chunk: int = 160            # questions whose trees grow together; a finished chunk is a file
@@ -195,8 +195,8 @@ class Settings:
     # pits and searches
     completions: int = 4        # k: a step is bad if k samples below it all fail (pits, critics)
     rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
-    commit: int = 0             # go on below the best child after so many simulations; 0: never
-    self_evaluation: str = "off"    # add the policy's own verdict to the return: off, plain, gold
+    commit: int = 0             # mcts_dpo: go on below the best child every so often; 0: never
+    self_evaluation: str = "off"    # mcts_dpo: add the policy's own verdict: off, plain, gold
     # AlphaLLM
     critic: str = "weakest"     # leaf value: weakest link of the heads, their mean, or judge
     rollouts: int = 0           # fast rollouts of each leaf by a smaller policy (paper: 4)
@@ -211,7 +211,7 @@ class Settings:
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
     base_steps: int = 850       # most updates of round 0 (corpus or --sft-data); 0: none
-    traps: int = 0              # homework: least number of lines on which leftmost is wrong; 0 to 2
+    traps: int = 0              # homework: least number of lines that are not leftmost first; 0 to 2
     classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
     eval_questions: int = 2000  # held-out questions
@@ -530,7 +530,8 @@ def make_files(lab, jobs: list, sampled) -> None:
 
 
 def planted(lab, questions: list, stage: int, first: int = 0) -> list:
-    """A tree for each question that is only its root: the prompt."""
+    """A tree for each question that is only its root: the prompt. Slots of all earlier trees are
+    void after this, for the sampler forgets them."""
     lab.sampler.reset()
     trees = []
     for place, question in enumerate(questions, first):
@@ -765,6 +766,7 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
         return s.budget, {}
     trees = grow_forest(lab, "first_1", questions, s.share * s.budget, sample)
     notes = imitate_right_ones(lab, r, trees)
+    # so far this round has sampled these trees alone
     return s.budget - lab.sampled_tokens / len(questions), notes
 
 
@@ -1199,13 +1201,15 @@ class Task:
     def distinct(self, draw, count: int, split: str, known=()) -> list:
         """`count` different questions of a split, or all that draw() finds. `known` are keys of
         questions that do not count."""
-        found, misses = {}, 0
-        while len(found) < count and misses < 5_000:
+        found = {}
+        in_vain = 0                             # draws since the last new question
+        while len(found) < count and in_vain < 5_000:
             question = draw()
             key = self.key(question.text)
-            misses += 1
+            in_vain += 1
             if self.split(question) == split and key not in found and key not in known:
-                found[key], misses = question, 0
+                found[key] = question
+                in_vain = 0
         return list(found.values())
 
     def train_questions(self, r: int) -> list:
@@ -1355,8 +1359,9 @@ def value(x: list, order=due) -> int | None:
 
 
 def traps(x: list) -> int:
-    """On how many lines of the right solution the leftmost operation is wrong. 0 if working
-    leftmost throughout gives the right value, or leaves 0..99: 7+1*4 has one trap, 7*1+4 none."""
+    """On how many lines precedence asks for another operation than the leftmost one: 7+1*4 has one
+    trap, 7*1+4 none. (It need not be a mistake to begin with 1+2 in 1+2+3*4, but it has a trap,
+    too.) 0 if working leftmost throughout gives the right value, or leaves 0..99."""
     if value(x, order=lambda rest: 1) in (None, value(x)):
         return 0
     count = 0
@@ -1420,7 +1425,7 @@ class Countdown(Task):
         return lines + f"#### {last}"
 
     def answer(self, text: str) -> str | None:
-        """All solutions claim the target, so a solution is its own answer."""
+        """Many plays reach a target, so each text is an answer of its own: no vote joins them."""
         return text if "####" in text else None
 
     def reward(self, question, text: str, cut: bool = False) -> bool:
@@ -1628,7 +1633,7 @@ class FileTask(Task):
     def imagine(self, old: list, rng, write) -> list:
         """The policy sees three questions and writes one more. It is cut at its question mark, as
         many models go on with a solution. It is kept if it has a question mark and a digit, and
-        shares fewer than half of its word triples with any known question."""
+        shares fewer than half of its word triples with every known question."""
         def triples(text):
             """The word triples of a text."""
             words = text.split()
@@ -1754,6 +1759,7 @@ def show_example(lab, log: list) -> None:
 
     def show(title, told, solution):
         """Print a solution below its verdict."""
+        told = told or "nobody knows whether it is right"
         print(f"\n{title}: {told}\n\n   " + solution.replace("\n", "\n   "))
     show("A question of round 1. The base writes", *before[place])
     print("\nWhat was tried in round 1:\n\n" + picture(records[place]))
@@ -1769,7 +1775,9 @@ def verdict(task, question, text: str, cut: bool) -> str:
     sound, line = task.sound(question, text), task.first_false(question, text)
     if sound is False and line is not None:
         return "right by luck, " * bool(right) + f"line {line + 1} is false"
-    return {True: "right", False: "wrong", None: ""}[sound or right]
+    if sound is None and right is None:
+        return ""
+    return "right" if sound or right else "wrong"
 
 
 def first_trees(folder: Path) -> list:
