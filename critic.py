@@ -10,6 +10,12 @@ What is different from the published codes:
 Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Formulas  7 Statistics
 Try:  python critic.py      labels the first pit of one wrong solution; two seconds
 """
+import signal
+
+if __name__ == "__main__":              # Ctrl-C and `| head` end the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)    # not on Windows
+
 import math
 import re
 import statistics
@@ -21,14 +27,14 @@ import torch
 import torch.nn.functional as F
 
 from mcts import NOTHING, Tree, draw, grow, record_grade
-from model import BadInput, end_quietly
+from model import BadInput
 
 # --------------------------------------------------------------------------------------------------
 # 1. The first pit
 # --------------------------------------------------------------------------------------------------
 # HACK HERE: what a pit is. `known_successes` says what is known of each step, `first_pit` which one
 # is the pit. For "the success rate drops by half", the former gives tried_right / tried (None if
-# not tried, 0 at the end), and the latter compares neighbours. Also change: tests/test_critic.py.
+# not tried, 0 at the end), and the latter compares neighbours. Tests of pits will fail then.
 def known_successes(path: list) -> list:
     """For each step of a wrong solution: how many right samples pass through it; None: unknown. A
     count of 0 is known if the step ends the solution, or if fresh completions of it all failed.
@@ -579,9 +585,8 @@ def find_answer(text: str, read=read_number) -> tuple:
 
 
 def extract_answer(text: str) -> str | None:
-    """The number that a text states, as written, for programs that use this file: "18" of `so 9+9 =
-    18`. Where a mark is followed by no number, what it is followed by if that has a digit, or None.
-    """
+    """For programs that use this file: the number that a text states, as written ("18" of `so 9+9 =
+    18`), what stands behind a mark if that has digits but is no number, or None."""
     return find_answer(text)[0]
 
 
@@ -673,5 +678,4 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    end_quietly()
     demo()

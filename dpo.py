@@ -24,6 +24,12 @@ therefore has the mean length of each.
 Chapters: 1 Pairs   2 Rows   3 Log-probs   4 Losses   5 Batches and optimisers   6 Training
 Try:  python dpo.py      trains a tiny random model on one preference pair; three seconds
 """
+import signal
+
+if __name__ == "__main__":              # Ctrl-C and `| head` end the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)    # not on Windows
+
 import json
 import math
 import random
@@ -41,8 +47,7 @@ from tqdm import tqdm
 
 from critic import pit
 from mcts import NOTHING, Packed, Tree, pack
-from model import (GPT, BadInput, GPTConfig, Tokenizer, end_quietly, need, read_safetensors,
-                   write_safetensors)
+from model import GPT, BadInput, GPTConfig, Tokenizer, need, read_safetensors, write_safetensors
 
 # B rows of a batch   T tokens of a row   J pairs of a row   S imitated solutions of a row
 # M learnt tokens of a batch   C hidden size   V ids of the vocabulary
@@ -67,7 +72,6 @@ def pit_pairs(tree: Tree, most: int = 8) -> list:
     """Self-Explore (2404.10346): rejected is the first pit alone, chosen the shortest right
     completion of the prefix before it. Steps after the pit are in neither side: they may be right.
     A pit that is the last step keeps its end-of-text, which the paper strips.
-
         root --+- A --+- B --- C  wrong     B is the pit:  Pair([D, E], [B])
                |      `- D --- E  right
                `- F  right"""
@@ -116,7 +120,6 @@ def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
     differ by more than `gap`. Smoothing is N(loser) / N(both) (eq. 6): the more often the search
     went to the loser, the less sure is the label. With .5 or more the loss does not prefer the
     winner, and the pair is dropped. (So is a winner that was cut at the length limit.)
-
         n --+- A  N 12  Q +.4       Pair([A], [C], smoothing = 3 / (12 + 3) = .2)
             |- B  N  5  Q +.1
             |- C  N  3  Q -.6
@@ -137,7 +140,6 @@ def sibling_pairs(tree: Tree, gap: float = 0.25, least_visits: int = 2) -> list:
 def rate_pairs(tree: Tree, gap: float = 0.3) -> list:
     """Siblings by their rate, the share of samples below them that are right: the best child
     against each one that is `gap` worse (for `combined`; from no paper).
-
         n --+- A  4 of 5 right      rates .8 .5 .5: Pair([A], [B]) and Pair([A], [C])
             |- B  1 of 2
             |- C  2 of 4
@@ -192,7 +194,6 @@ def apart(one: list, other: list) -> bool:
 class Row:
     """A packed tree with masks over its tokens, so that one matrix product sums the log-probs of
     all sides. With Packed's picture, one pair (a chosen, b rejected), and a is also imitated:
-
         ids       q1 q2 a1 a2 b1        chosen     0  0  1  1  0
         learn      0  0  1  1  1        rejected   0  0  0  0  1
                                         imitate    0  0  1  1  0"""
@@ -256,7 +257,6 @@ def equal_shares(rows: list, most: int) -> list:
 def log_probs(model: GPT, rows: list) -> list:
     """For each row the log-probs (T,) of its learnt tokens, on the CPU, 0 at the others. A token is
     predicted from the one before it *in its branch*, which need not be its left neighbour:
-
         columns of a row    q1 q2 a1 a2 b1
         before              -1  0  1  2  1      columns 1, 2, 1 predict the learnt a1, a2, b1"""
     columns = []
@@ -288,7 +288,6 @@ def target_logps(model: GPT, hidden, targets, at_once: int = 1 << 27):
     """log p(target) over the tokenizer's ids: (M, C), (M,) -> (M,). Logits (M, V) of more than
     `at_once` entries (1,046 tokens of 128,256 ids: .5 GB) are made in slices, in backward again."""
     def of_slice(hidden, targets):
-        """The same for a part of the M tokens."""
         return -F.nll_loss(model.all_logps(hidden), targets, reduction="none")
     size = max(1, at_once // model.config.vocab_size)
     if len(targets) <= size:
@@ -579,5 +578,4 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    end_quietly()
     demo()

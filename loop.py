@@ -17,11 +17,6 @@ Four choices hold the file together:
    from what ran before. So a resumed run has the samples and weights of one that was left alone.
 4. Trees are held to the budget of sampled tokens by one class, mcts.Budget.
 
-When does which method win? Where a right answer implies right steps (--classes 0), one round of
-imitation removes nearly all wrong steps, and preferences have little left to teach. Where wrong
-steps often end in a right answer (odd or even, multiple choice), imitation copies them and
-preferences unlearn them (README, Results).
-
 Chapters: 1 The loop   2 Settings   3 Recipes   4 Growing   5 Learning   6 The lab   7 Tasks
           8 Evaluating, comparing, decoding   9 Pictures   10 Command line
 
@@ -151,10 +146,10 @@ def write_lines(path: Path, items: list) -> None:
     write_text(path, "".join(json.dumps(item) + "\n" for item in items))
 
 
-def read_lines(path: Path) -> list:
-    """Read JSON lines. BadInput names the file and the line that is no JSON."""
+def read_lines(path: Path, text=None) -> list:
+    """Read JSON lines, of a file or of its text. BadInput names file and line that is no JSON."""
     with about(path):
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig") if text is None else text
     # split at "\n" alone: str.splitlines also splits at U+2028, which may stand in a JSON string
     return [read_json(f"{path}, line {number}", line.encode(), kind=object)
             for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -211,7 +206,7 @@ class Settings:
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
     base_steps: int = 850       # most updates of round 0 (corpus or --sft-data); 0: none
-    traps: int = 0              # homework: least number of lines where a later * comes first; 0 to 2
+    traps: int = 0              # homework: least lines where a later * comes first; 0 to 2
     classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
     eval_questions: int = 2000  # held-out questions
@@ -417,7 +412,8 @@ def learn_what_helps(lab, r, trees):
     return prefer(lab, r, trees, lambda tree: rate_pairs(tree) + outcome_pairs(tree)) | notes
 
 
-# HACK HERE: a recipe of your own is one more line, and its two functions. Also change: nothing
+# HACK HERE: a recipe of your own is one more line, and its two functions. Also change: what is
+# imported from dpo, for a loss of your own
 RECIPES = dict(
     sft=Recipe(grow_nothing, learn_examples),
     rft=Recipe(grow_samples, learn_right_solutions),
@@ -706,9 +702,10 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dic
     """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how)."""
     s = lab.settings
     if not rows:
-        print("nothing was found to learn from, so this training is left out (see solved, pits, "
-              "kept and critic in log.jsonl): raise --budget; with solved near 0 give easier "
-              "questions, near 1 harder ones")
+        what = "right solution to imitate" if loss_fn is sft_loss else "pair to learn from"
+        print(f"no {what} was found, so this training is left out (see solved, pits, kept and "
+              "critic in log.jsonl): raise --budget; with solved near 0 give easier questions, "
+              "near 1 harder ones")
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
     return lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
@@ -801,7 +798,6 @@ def train_base(lab) -> dict:
     folder = lab.bases / f"base_{name}"
 
     def make():
-        """Train the model in place; returns statistics."""
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
         plan = by_like_length(rows, BASE_BATCH, s.seed)
         print(f"training the base, {len(plan)} updates", flush=True)
@@ -874,7 +870,6 @@ def train_critic(lab, name: str, trees: list) -> tuple:
         return critic.fit_critic(torch.cat(x), labels, weights, held_out, updates, s.seed)
 
     def save(path, made):
-        """The weights, with the report in the header of the file."""
         write_safetensors(path, made[0].state_dict(), {"report": json.dumps(made[1])})
 
     def load(path):
@@ -914,7 +909,7 @@ def imagined_questions(lab, r: int, old: list) -> list:
     def load(path):
         """(questions, tokens) from the lines of make."""
         *rows, last = read_lines(path)
-        return [Question(row["text"], row["answer"]) for row in rows], last["tokens"]
+        return [Question(row["text"], row["answer"]) for row in rows], field(last, "tokens", int)
     new, tokens = cached(lab.folder / f"questions_{r}.jsonl", make, load=load)
     lab.sampled_tokens += tokens
     return new
@@ -1029,6 +1024,8 @@ class Lab:
         def load(path):
             """The rows, each shown as when its round was finished."""
             rows = read_lines(path)[:self.settings.rounds + 1]
+            rounds = [row["round"] for row in rows if "questions" in row]
+            need(rounds == [*range(len(rows))], "its rows are not those of rounds 0, 1, 2 ...")
             print("\n".join(map(summary_line, rows)))
             return rows
         path = self.folder / "log.jsonl"
@@ -1049,7 +1046,6 @@ class Lab:
         statistics. A folder that is there is only loaded. Saved in fp32, for bf16 would round an
         update of 1e-6 away. name: a folder of this run, or an absolute path (the base)."""
         def save(folder, stats):
-            """What `load` and other tools read."""
             self.model.save_pretrained(folder, torch.float32)
             self.tokenizer.save(folder)
             write_lines(folder / "training.json", [stats])
@@ -1062,7 +1058,9 @@ class Lab:
         """Take over the weights of a folder that `train_or_load` wrote; returns its statistics."""
         self.model.load_weights(folder)
         self.sampler.reset(FIRST_SLOTS)         # its keys and values are those of other weights
-        return read_lines(folder / "training.json")[0]
+        stats = read_lines(folder / "training.json")[0]
+        need("steps" in stats, "training.json has no key 'steps'")
+        return stats
 
     def step_sampler(self, key=None) -> StepSampler:
         """Samples single steps for a search."""
@@ -1090,7 +1088,7 @@ class Lab:
 
 def same_settings(folder: Path, mine: dict, names, mend: str) -> None:
     """BadInput unless these settings are those that the run in a folder was begun with."""
-    saved = restored(folder / "settings.json", read_lines)[0]
+    saved = restored(folder / "settings.json", lambda path: dict(read_lines(path)[0]))
     said = {}                                           # flag -> what is wrong with it
     for name in [name for name in mine if name in names and saved.get(name) != mine[name]]:
         flag = "--" + name.removesuffix("_hash").replace("_", "-")
@@ -1550,7 +1548,10 @@ class FileTask(Task):
         with about(file):
             text = Path(file).read_text(encoding="utf-8-sig")
         array = text.lstrip().startswith("[")       # one JSON array in place of lines
-        items = read_json(file, text.encode(), list) if array else read_lines(file)
+        try:
+            items = read_json(file, text.encode(), list) if array else read_lines(file, text)
+        except BadInput as error:
+            raise BadInput(f"{error}; data must be JSON lines or one JSON array.") from error
         found = []
         for number, item in enumerate(items, 1):
             with about(f"{file}, item {number}"):
@@ -1635,7 +1636,6 @@ class FileTask(Task):
         many models go on with a solution. It is kept if it has a question mark and a digit, and
         shares fewer than half of its word triples with every known question."""
         def triples(text):
-            """The word triples of a text."""
             words = text.split()
             return {*zip(words, words[1:], words[2:])} or {text}
         prompts = []
@@ -1661,23 +1661,23 @@ class FileTask(Task):
 def solve_greedily(lab, questions: list, r: int) -> list:
     """A record of each question: its greedy solution, and whether it is right."""
     def make(part, first):
-        """The records of one part."""
         prompts = [lab.task.prompt_ids(question) for question in part]
         return [asdict(question) | dict(
             solution=text, why=one.why, right=lab.task.reward(question, text, one.why == "length"),
             tokens=len(one.ids), sound=lab.task.sound(question, text))
             for question, (text, one) in zip(part, continuations(lab, prompts))]
     folder = lab.folder / f"eval_{r}"
-    joined = lambda: sum(sampled_files(lab, folder, questions, EVALUATED_AT_ONCE, make,
-                                       read_solutions), [])
-    solutions = cached(folder.with_suffix(".jsonl"), joined, load=read_solutions)
+    joined = lambda: sum(sampled_files(lab, folder, questions, EVALUATED_AT_ONCE, make), [])
+    load = partial(read_solutions, count=len(questions))
+    solutions = cached(folder.with_suffix(".jsonl"), joined, load=load)
     remove(folder)                              # the parts, which are joined now
     return solutions
 
 
-def read_solutions(path: Path) -> list:
-    """The records of a file that solve_greedily wrote. ValueError: one lacks what we read."""
+def read_solutions(path: Path, count: int) -> list:
+    """The records of a file that solve_greedily wrote. ValueError: not `count`, or a key lacks."""
     rows, names = read_lines(path), {"solution", "why", "right", "tokens", "sound"}
+    need(len(rows) == count, f"it has {len(rows)} lines, not {count}")
     need(all(names <= row.keys() for row in rows), f"each line needs {', '.join(sorted(names))}")
     return rows
 
@@ -1700,6 +1700,12 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "
               f"{budget:,}: a stage begins with one sample or simulation of every question, and "
               "later ones are planned by the mean cost of those before")
+    asked = {tree.question.text for tree in trees}
+    solved = {tree.question.text for tree in trees if tree.root.rights}
+    # a search or a look for pits draws more below some nodes than below others: no rate of samples
+    steered = any(node.tried or node.visits for tree in trees for node in tree.nodes)
+    rights = sum(tree.root.rights for tree in trees)
+    graded = rights + sum(tree.root.wrongs for tree in trees)
     stages = dict(zip(("grow_seconds", "learn_seconds", "eval_seconds"), np.diff(clock).tolist()))
     return dict(
         recipe=s.recipe, round=r, seed=s.seed,
@@ -1710,21 +1716,10 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
         mean_tokens=sum(row["tokens"] for row in solutions) / count,
         eval_tokens=sum(row["tokens"] for row in solutions),
         sampled_tokens=lab.sampled_tokens, budget_tokens=budget, rollout_tokens=lab.rollout_tokens,
-        **tree_counts(trees), **notes, **stages, seconds=clock[-1] - clock[0])
-
-
-def tree_counts(trees: list) -> dict:
-    """What the trees hold. sampled_accuracy is a rate of plain samples. A search or a look for pits
-    draws more samples below some nodes than below others: then there is no such rate."""
-    asked = {tree.question.text for tree in trees}
-    solved = {tree.question.text for tree in trees if tree.root.rights}
-    steered = any(node.tried or node.visits for tree in trees for node in tree.nodes)
-    right = sum(tree.root.rights for tree in trees)
-    graded = right + sum(tree.root.wrongs for tree in trees)
-    return dict(
         solved=len(solved) / len(asked) if asked else None,
-        sampled_accuracy=right / graded if graded and not steered else None,
-        pits=sum(len(pits_of(tree)) for tree in trees))
+        sampled_accuracy=rights / graded if graded and not steered else None,
+        pits=sum(len(pits_of(tree)) for tree in trees),
+        **notes, **stages, seconds=clock[-1] - clock[0])
 
 
 def summary_line(row: dict) -> str:
@@ -1758,7 +1753,6 @@ def show_example(lab, log: list) -> None:
                   if old[0] not in ("", "right") and new[0] == "right"), 0)
 
     def show(title, told, solution):
-        """Print a solution below its verdict."""
         told = told or "nobody knows whether it is right"
         print(f"\n{title}: {told}\n\n   " + solution.replace("\n", "\n   "))
     show("A question of round 1. The base writes", *before[place])
@@ -1785,9 +1779,18 @@ def first_trees(folder: Path) -> list:
     files = sorted(folder.glob("*_1/*.jsonl"))
     # first_1: samples of RFT, not the method's trees; eval_1: another process may be evaluating
     files = [file for file in files if file.parent.name not in ("first_1", "eval_1")]
-    records = [record for file in files for record in restored(file, read_lines)]
+    records = [record for file in files for record in restored(file, read_records)]
     plain = lambda record: not record["pits"] and not record["chosen"]
     return sorted(records, key=lambda one: (plain(one), abs(len(one["nodes"]) - 10)))
+
+
+def read_records(path: Path) -> list:
+    """The lines of a file of trees. BadInput or KeyError: one of them is no tree."""
+    records = read_lines(path)
+    for record in records:
+        whole = len(record["step_texts"]) == len(from_record(record).nodes) and "pits" in record
+        need(whole, "a tree needs one text for each node, and its pits")
+    return records
 
 
 def picture(record: dict, width: int = 56) -> str:
@@ -1818,7 +1821,8 @@ def compare(s: Settings, names: list, seeds: int) -> None:
             one.out = str(Path(s.out, f"{name}_seed{seed}")) if s.out else default_folder(one)
             print(f"\n{name}, seed {seed}", flush=True)
             rows += run(one)
-            solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), read_solutions)
+            load = partial(read_solutions, count=rows[-1]["questions"])
+            solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), load)
             hits[name, "accuracy"].append([row["right"] for row in solutions])
             hits[name, "sound"].append([row["right"] and row["sound"] for row in solutions])
     pictures = Path(s.out or "runs", "compare.html")
@@ -2124,7 +2128,8 @@ def main(arguments: list) -> int:
     except SystemExit:                          # --help
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what is finished", file=sys.stderr)
+        resumes = "" if "--evaluate" in arguments else "; the same command goes on where it stopped"
+        print(f"\nstopped{resumes}", file=sys.stderr)
         return 130
     except BadInput as error:
         message = error

@@ -20,6 +20,12 @@ Chapters:  1 The tree   2 Files, budget   3 Growing   4 The search   5 Packing  
 Try:  python mcts.py                                       searches a toy game and draws the tree
       python mcts.py --show FILE --question 3 --html PAGE  draws a tree that loop.py saved
 """
+import signal
+
+if __name__ == "__main__":              # Ctrl-C and `| head` end the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)    # not on Windows
+
 import math
 import sys
 from dataclasses import dataclass, field
@@ -184,8 +190,8 @@ def _add_row(tree: Tree, row) -> Node:
     logps = _numbers(row, "logps", float, -1e9, 0.0, [])
     need(ids and len(logps) in (0, len(ids)), "keys 'ids', 'logps' do not fit")
     parent = model.field(row, "parent", int)
-    end = model.field(row, "end", str, "")
     need(0 <= parent < len(tree.nodes), f"key 'parent': no node {parent} stands before it")
+    end = model.field(row, "end", str, "")
     need(end in ("", "eos", "answer", "length"), f"key 'end' is {end!r:.60}")
     return tree.add(tree.nodes[parent], ids, logps, NOTHING, end)
 
@@ -415,7 +421,6 @@ def until(simulations: float, tokens: float = math.inf, patience: float = math.i
     started = {}                        # tree -> (budget, tokens, visits) at the first call
 
     def go_on(tree):
-        """Shall this tree have another simulation?"""
         visits = tree.root.visits
         if tree not in started:
             started[tree] = Budget([tree], tokens), tree.tokens, visits
@@ -634,5 +639,4 @@ def main(arguments: list) -> int:
 
 
 if __name__ == "__main__":
-    model.end_quietly()
     sys.exit(main(sys.argv[1:]))

@@ -18,12 +18,17 @@ Chapters: 1 Files   2 Tokenizer   3 Config   4 GPT   5 Sampler   6 Program
 Try:  python model.py                                   what sharing a beginning saves; two seconds
       python model.py --model FOLDER --prompt "2+2 is"  goes on from a text, with your own weights
 """
+import signal
+
+if __name__ == "__main__":              # Ctrl-C and `| head` end the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGINT), signal.SIG_DFL)    # not on Windows
+
 import argparse
 import json
 import math
 import os
 import re
-import signal
 import sys
 import unicodedata
 from collections import deque
@@ -1457,15 +1462,7 @@ class Flags(argparse.ArgumentParser):
     """Its errors are BadInput. (argparse would print its usage and end the program.)"""
 
     def error(self, message):
-        """What argparse calls for a wrong flag or value."""
         raise BadInput(f"{message}; see --help")
-
-
-def end_quietly():
-    """Ctrl-C and `| head` end a program without a traceback. (loop.py has a sentence for each.)"""
-    for name in ("SIGINT", "SIGPIPE"):
-        if hasattr(signal, name):               # Windows has no SIGPIPE
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def start_console():
@@ -1543,5 +1540,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    end_quietly()
     sys.exit(main(sys.argv[1:]))
