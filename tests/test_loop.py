@@ -387,7 +387,8 @@ def test_stopped_at_every_stage(recipe, home, run_of, tmp_path, monkeypatch):
     ("trees_1/000000.jsonl", ""), ("settings.json", ""), ("eval_1.jsonl", ""),
     ("eval_1.jsonl", "right"), ("trees_1/000000.jsonl", "step_texts"),
     ("trees_1/000000.jsonl", "seed"), ("log.jsonl", "questions"),
-    ("round_2/training.json", "steps"), ("questions_1.jsonl", "tokens"), ("critic_1.safetensors", "report"),
+    ("round_2/training.json", "steps"),
+    ("questions_1.jsonl", "tokens"), ("critic_1.safetensors", "report"),
     ("critic_1.safetensors", "mean")])
 def test_a_damaged_file_of_a_run(name, key, run_of, home, tmp_path):
     """Its end is missing, or a key: one sentence that says what to move away, and that mends it."""
