@@ -378,6 +378,24 @@ def test_rollouts():
     assert Rollouts(small, Told({}, (1, 1, 0)), 3, 40, retell).score(nodes) == {}
 
 
+@pytest.mark.parametrize("order", (1, -1))
+def test_the_cheaper_solution_pays_for_a_shared_prefix(order):
+    """Two wrong solutions share a step, and the budget affords completions as long as the shorter
+    one: the step is completed, whichever comes first."""
+    tree, done = Tree(None, 0, [0]), []
+    shared = tree.add(tree.root, [1], NOTHING, NOTHING)
+    for length in (1, 9):
+        record_grade(tree.add(shared, [2] * length, NOTHING, NOTHING, "eos"), False)
+
+    def complete(wants):
+        """Two wrong completions."""
+        done.extend(wants)
+        for _ in range(2):
+            record_grade(tree.add(shared, [3], NOTHING, NOTHING, "eos"), False)
+    label_pits(tree.ends()[::order], complete, 2, Budget([tree], 2))
+    assert done == [(shared, 2)] and pit(tree.ends()[0]) is shared
+
+
 def test_statistics():
     """AUC is the share of won pairs; Wilson, McNemar and Student's t by hand and from tables."""
     rng = np.random.default_rng(0)

@@ -351,6 +351,15 @@ def test_another_run_is_faster(tmp_path):
     assert loop.first_trees(tmp_path) == []
 
 
+def test_a_shortened_evaluation(tmp_path):
+    """Lines that are missing at its end would give another accuracy: the file is refused."""
+    row = dict(solution="", why="eos", right=True, tokens=1, sound=None)
+    loop.write_lines(tmp_path / "eval_1.jsonl", [row] * 3)
+    assert loop.read_solutions(tmp_path / "eval_1.jsonl", 3) == [row] * 3
+    with pytest.raises(ValueError, match="3 lines, not 4"):
+        loop.read_solutions(tmp_path / "eval_1.jsonl", 4)
+
+
 class Stop(BaseException):
     """What the next test raises inside a run."""
 
