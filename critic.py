@@ -72,7 +72,7 @@ def label_pits(ends: list, complete, k: int, budget=None) -> None:
                 `- E - F  wrong         wave 2   B: 0 of 4, the pit of D;  E: 1 of 4, so F is a pit
     """
     while k > 0:
-        wave, cost = {}, 0                              # node -> right samples below it so far
+        wave, cost = {}, 0                              # node -> its right samples before
         for end in ends:
             path = end.path()[1:]
             known = known_successes(path)
@@ -541,8 +541,8 @@ def canonical(tex: str) -> str:
 
 def spell(tex: str) -> str:
     """`canonical` of a tidied formula: a list, set or bracket part by part, else one value."""
-    factor = lambda word: strange(word) or re.fullmatch("[aAI]|abc|xyz", word)   # 6 a^2: no unit
-    tex = UNIT.sub(lambda unit: unit[0] if factor(unit[1]) else "", tex.strip())
+    variable = lambda word: strange(word) or re.fullmatch("[aAI]|abc|xyz", word)     # 6 a^2
+    tex = UNIT.sub(lambda unit: unit[0] if variable(unit[1]) else "", tex.strip())
     parts = split(tex) if number(tex) is None else []   # 1,000 is no list
     if len(parts) > 1:
         return ", ".join(sorted(map(spell, parts)))

@@ -288,6 +288,7 @@ def target_logps(model: GPT, hidden, targets, at_once: int = 1 << 27):
     """log p(target) over the tokenizer's ids: (M, C), (M,) -> (M,). Logits (M, V) of more than
     `at_once` entries (1,046 tokens of 128,256 ids: .5 GB) are made in slices, in backward again."""
     def of_slice(hidden, targets):
+        """The log-probs (m,) of m of the M tokens."""
         return -F.nll_loss(model.all_logps(hidden), targets, reduction="none")
     size = max(1, at_once // model.config.vocab_size)
     if len(targets) <= size:
@@ -314,12 +315,10 @@ def store_reference(model: GPT, rows: list, tokens: int = 2048) -> None:
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0,
              kind="sigmoid"):
     """DPO on log-probs of whole sides, all (J,) -> (J,) loss, chosen_reward and rejected_reward.
-
     sigmoid  DPO (2305.18290 eq. 7); with label_smoothing a, a number or (J,), conservative DPO as
              in MCTS-DPO: -(1 - a) log sigmoid(beta h) - a log sigmoid(-beta h)
     ipo      (h - 1 / (2 beta))^2 (2310.12036 eq. 17), without smoothing. Call it with log-probs per
              token, as preference_loss does
-
     Where the policy is the reference the loss is ln 2, or 1 / (4 beta^2). ValueError: unknown kind.
     """
     need(kind in ("sigmoid", "ipo"), f"kind = {kind!r}: expected 'sigmoid' or 'ipo'")
@@ -336,7 +335,6 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothi
 
 def preference_loss(model: GPT, rows: list, beta=0.1, nll=1.0, kind="sigmoid") -> tuple:
     """DPO on all pairs of some trees, plus `nll` times the NLL per token of the chosen sides.
-
     IPO takes log-probs per token: its target for h is one number, whether a side has 5 tokens or
     100. The statistics are sums over pairs; `summary` divides them."""
     each = list(zip(rows, log_probs(model, rows)))
@@ -439,7 +437,6 @@ SAVE_EVERY = 30                         # seconds of training between two writes
 def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=2048, label="train",
           state=None, shares=1, map_fn=map) -> dict:
     """Train in place, one update a batch (a list of rows), by a loss of chapter 4 or your own.
-
     label   names the progress bar; "" for none
     tokens  padded tokens of one forward pass; fewer save memory, and results differ by rounding
     shares  into how many parts the rows of an update are cut (equal_shares). map_fn works them off:
@@ -447,7 +444,6 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     state   a file: the exact state is written to it (SAVE_EVERY). A training that finds it goes on
             from there and ends in the same bytes. It is removed at the end. It does not know the
             loss: remove it yourself if you change that
-
     An update whose loss or gradient is not finite is skipped; BadInput if half of them are. Returns
     steps (updates made), skipped, trained_tokens (of their rows, without padding) and, as means
     over the last quarter of the updates, loss, norm (of the gradient) and the loss's statistics."""

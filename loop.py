@@ -190,7 +190,7 @@ class Settings:
     # pits and searches
     completions: int = 4        # k: a step is bad if k samples below it all fail (pits, critics)
     rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
-    commit: int = 0             # mcts_dpo: go on below the best child every so often; 0: never
+    commit: int = 0             # mcts_dpo: simulations before a move to the best child; 0: no move
     self_evaluation: str = "off"    # mcts_dpo: add the policy's own verdict: off, plain, gold
     # AlphaLLM
     critic: str = "weakest"     # leaf value: weakest link of the heads, their mean, or judge
@@ -206,7 +206,7 @@ class Settings:
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
     base_steps: int = 850       # most updates of round 0 (corpus or --sft-data); 0: none
-    traps: int = 0              # homework: least lines where a later * comes first; 0 to 2
+    traps: int = 0              # homework: at least so many lines need a later * first; 0 to 2
     classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
     eval_questions: int = 2000  # held-out questions
@@ -412,8 +412,8 @@ def learn_what_helps(lab, r, trees):
     return prefer(lab, r, trees, lambda tree: rate_pairs(tree) + outcome_pairs(tree)) | notes
 
 
-# HACK HERE: a recipe of your own is one more line, and its two functions. Also change: what is
-# imported from dpo, for a loss of your own
+# HACK HERE: a recipe of your own is one more line, and its two functions. Also change: the imports
+# from dpo, if you write a loss
 RECIPES = dict(
     sft=Recipe(grow_nothing, learn_examples),
     rft=Recipe(grow_samples, learn_right_solutions),
@@ -461,7 +461,6 @@ def sampled_files(lab, folder, items: list, size: int, make, load=read_lines, to
     If there are several files, and at most two threads a file, each file is made by one thread, in
     a worker or (--workers 1) here. Otherwise this process makes them with all its threads. Files
     that exist count, too: so a resumed run has the same threads, and its sums round alike.
-
     tokens: expected number of sampled tokens, for the progress bar."""
     jobs = {folder / f"{first:06d}.jsonl": partial(make, items[first:first + size], first)
             for first in range(0, len(items), size)}
@@ -783,7 +782,6 @@ def rft_updates(lab, r: int) -> int:
 
 def train_base(lab) -> dict:
     """Round 0: SFT on the task's own examples, careless homework or --sft-data.
-
     The base is kept beside the runs, and its name is a hash of settings and examples: so it is
     trained once for all recipes of a seed. If you change the code of training, or the weights in
     the --model folder, delete base_... first."""
@@ -798,6 +796,7 @@ def train_base(lab) -> dict:
     folder = lab.bases / f"base_{name}"
 
     def make():
+        """Train the model in place; returns what dpo.train does."""
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
         plan = by_like_length(rows, BASE_BATCH, s.seed)
         print(f"training the base, {len(plan)} updates", flush=True)
@@ -870,6 +869,7 @@ def train_critic(lab, name: str, trees: list) -> tuple:
         return critic.fit_critic(torch.cat(x), labels, weights, held_out, updates, s.seed)
 
     def save(path, made):
+        """Write the weights, and the report in the header of the file."""
         write_safetensors(path, made[0].state_dict(), {"report": json.dumps(made[1])})
 
     def load(path):
@@ -1046,6 +1046,7 @@ class Lab:
         statistics. A folder that is there is only loaded. Saved in fp32, for bf16 would round an
         update of 1e-6 away. name: a folder of this run, or an absolute path (the base)."""
         def save(folder, stats):
+            """Write what `load` and other tools read."""
             self.model.save_pretrained(folder, torch.float32)
             self.tokenizer.save(folder)
             write_lines(folder / "training.json", [stats])
@@ -1636,6 +1637,7 @@ class FileTask(Task):
         many models go on with a solution. It is kept if it has a question mark and a digit, and
         shares fewer than half of its word triples with every known question."""
         def triples(text):
+            """All runs of three words; of a shorter text the text itself."""
             words = text.split()
             return {*zip(words, words[1:], words[2:])} or {text}
         prompts = []
@@ -1661,6 +1663,7 @@ class FileTask(Task):
 def solve_greedily(lab, questions: list, r: int) -> list:
     """A record of each question: its greedy solution, and whether it is right."""
     def make(part, first):
+        """A record for each question of one file."""
         prompts = [lab.task.prompt_ids(question) for question in part]
         return [asdict(question) | dict(
             solution=text, why=one.why, right=lab.task.reward(question, text, one.why == "length"),
@@ -1753,6 +1756,7 @@ def show_example(lab, log: list) -> None:
                   if old[0] not in ("", "right") and new[0] == "right"), 0)
 
     def show(title, told, solution):
+        """Print a solution below what is known of it."""
         told = told or "nobody knows whether it is right"
         print(f"\n{title}: {told}\n\n   " + solution.replace("\n", "\n   "))
     show("A question of round 1. The base writes", *before[place])

@@ -385,7 +385,7 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         4  a .85, b .35: a again, then d, its only child: children of d are sampled, ..."""
     new = lambda node: node.parent is not None and not node.visits
     # does a simulation end at this node?
-    over = lambda node: node.ended or not to_end and new(node)
+    over = lambda node: node.ended or (not to_end and new(node))
     # At any time a tree has one simulation: its node is in `standing` or in `proposer.pending`
     standing = [tree.search_from for tree in trees if go_on(tree)]
     while standing or proposer.pending:
@@ -421,6 +421,7 @@ def until(simulations: float, tokens: float = math.inf, patience: float = math.i
     started = {}                        # tree -> (budget, tokens, visits) at the first call
 
     def go_on(tree):
+        """Shall this tree have another simulation?"""
         visits = tree.root.visits
         if tree not in started:
             started[tree] = Budget([tree], tokens), tree.tokens, visits

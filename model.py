@@ -614,8 +614,8 @@ class GPTConfig:
 
 def number(given: dict, key: str, default=None, most=1 << 20):
     """given[key], or the default. ValueError unless it is above 0, at most `most`, and a whole
-    number (or a float if `most` is a float). (Bytes of a tensor of three sizes of 2**20 fit in 64
-    bits.)"""
+    number (or a float if `most` is a float). (A tensor of three sizes of 2**20 has 2**60 entries:
+    their bytes can be counted in 64 bits.)"""
     value = given.get(key, default)
     kind = type(most)                                   # not isinstance: True is an instance of int
     need(type(value) in (int, kind) and 0 < value <= most,
@@ -1014,7 +1014,6 @@ class Request:
 class Continuation:
     """What becomes of a request. Once `why` is set it has ended: append `slots` to the request's
     path to go on from there.
-
     ids    (n,) sampled ids, the end-of-text id included
     logps  (n,) log-probs at temperature 1 over the tokenizer's ids
     slots  (n,) addresses of the sampled tokens
@@ -1202,7 +1201,6 @@ class Sampler:
         """Sample a token for every live row, encode it, and take out the rows that stop. Waiting
         rows take their places: nobody waits for the longest row of a batch. ValueError: there is
         nothing to do.
-
         Nothing is read from the device before the tokens' encoding has been started there. So a
         GPU encodes while this function sees which rows stop. (Their last tokens are encoded, too: a
         search goes on from them, and critics read them.)"""
@@ -1459,9 +1457,10 @@ class Sampler:
 # 6. Program: continue a prompt
 # --------------------------------------------------------------------------------------------------
 class Flags(argparse.ArgumentParser):
-    """Its errors are BadInput. (argparse would print its usage and end the program.)"""
+    """A parser of flags whose errors are BadInput: one sentence, as for any other bad input."""
 
     def error(self, message):
+        """What argparse calls for a wrong flag or value; its own prints a usage and exits."""
         raise BadInput(f"{message}; see --help")
 
 
