@@ -277,6 +277,11 @@ def test_heads_learn_and_are_calibrated():
     assert report["value"]["brier"] < .05 < report["value"]["constant"]
     said = torch.sigmoid(first(x[kept]))[:, 1]
     assert said[soft[kept, 0] == .5].mean().item() == pytest.approx(.5, abs=.05)
+    labels[:, 1] = NAN                                  # nothing to learn: only weight decay acts
+    blank, _ = fit_critic(x, labels, torch.ones(160), kept, 100, 1)
+    begun = critic.Critic(0, 1).heads.weight
+    assert blank.heads.weight[1].tolist() == pytest.approx(begun[1].tolist(), rel=.01)
+    assert blank.heads.weight[0].tolist() != pytest.approx(begun[0].tolist(), rel=.01)
 
 
 @pytest.mark.parametrize("rows, kept, note", [
