@@ -63,8 +63,8 @@ class Pair:
     chosen: list
     rejected: list
     smoothing: float = 0.0              # probability that the label is wrong (conservative DPO)
-    ref_chosen: float = math.nan        # log-probs under the reference. nan until store_reference
-    ref_rejected: float = math.nan      # is called, and all updates are skipped
+    ref_chosen: float = math.nan        # log-probs under the reference; nan until store_reference
+    ref_rejected: float = math.nan      # is called: before that, every update is skipped
 
 
 # HACK HERE: what is preferred to what. Also change: the recipe in loop.py that calls it.
@@ -231,8 +231,7 @@ def text_row(prompt_ids, solution_ids) -> Row:
 
 def by_length(rows: list, tokens: int) -> list:
     """Groups of like length, each of at most `tokens` padded tokens (a longer row goes alone).
-    Gradients are sums, so the grouping does not change the result. With 10 tokens the lengths 3 9 4
-    5 give the groups [3 4], [5], [9]."""
+    Gradients are sums, so the result is that of one group. 10 tokens, 3 9 4 5: [3 4], [5], [9]."""
     groups = []
     for row in sorted(rows, key=lambda row: len(row.learn)):
         if not groups or (len(groups[-1]) + 1) * len(row.learn) > tokens:

@@ -111,9 +111,8 @@ def cached(path: Path, make, save=None, load=None):
 
     This is how a run resumes: a file that exists is read, and a missing one is made. A new result
     is also read back from the disk, so that an uninterrupted run continues from the same numbers
-    as a resumed one. Two runs in one folder do no harm: each writes under a temporary name that
-    holds its process id, and both make the same. Inside a training, dpo.train keeps its state every
-    half minute."""
+    as a resumed one. Two runs in one folder do no harm: each writes under a temporary name with its
+    process id, and both make the same. (Inside a training dpo.train saves a state of its own.)"""
     if not path.exists():
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -170,13 +169,13 @@ class Settings:
     eval_data: str = ""         # held-out questions of the same kind
     sft_data: str = ""          # reference solutions that the base is trained on in round 0
     template: str = ""          # chat prompt with {question}; \n is a newline (not in \neq, \nu)
-    rounds: int = 3             # a finished run goes on when this is raised
-    seed: int = 0               # of everything: questions, samples, training
+    rounds: int = 3             # after the base; a finished run goes on when this is raised
+    seed: int = 0               # of all random numbers but those of the held-out questions
     out: str = ""               # folder of the run (--compare: of all runs); empty: one in runs/
     preset: str = "default"     # or smoke: everything tiny, to see that it runs; it learns little
     device: str = ""            # cpu or cuda; empty: cuda where there is one
     threads: int = 0            # CPU threads; 0: all cores (tiny GPT: 2). A busy machine wants 1
-    workers: int = 0            # processes that sample on a CPU; 0: all cores, at most one a chunk
+    workers: int = 0            # most processes that sample on a CPU, one a chunk; 0: all cores
     # growing trees
     questions: int = 320        # training questions drawn for each round
     samples: int = 8            # solutions of each question that are sampled in one wave
@@ -206,8 +205,8 @@ class Settings:
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
     base_steps: int = 850       # most updates of round 0 (corpus or --sft-data); 0: none
-    traps: int = 0              # homework: at least so many lines need a later * first; 0 to 2
-    classes: int = 2            # homework: answers are 0 the value, 2 odd or even, m value modulo m
+    traps: int = 0              # homework: least number of lines that need a later * first; 0 to 2
+    classes: int = 2            # homework's answer: 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
     eval_questions: int = 2000  # held-out questions
 
@@ -401,8 +400,7 @@ def learn_what_helps(lab, r, trees):
     4) Siblings are even: imitation would copy wrong steps that ended right. Round 1 imitates with
     three quarters of the updates, then does DPO on siblings alone, since its trees are the base's.
     Later rounds do DPO on siblings and on whole solutions.
-    Round 1 decides for all rounds. Later trees look even on any task, because imitation has removed
-    the steps that usually fail."""
+    Round 1 decides for all. Later trees look even on any task: imitation has removed bad steps."""
     notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
     if notes["evenness"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
@@ -713,8 +711,7 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dic
 def imitate(lab, trees: list, solutions, updates: int) -> dict:
     """SFT on solutions(tree), a list of ends, of each tree. Real weights soon memorise them: after
     six passes the loss of Qwen2.5-Coder-0.5B on its own solutions was .06 nats a token (.49 on
-    references), and GSM8K fell by 6 points: so --epochs holds. The tiny GPT takes no harm, and has
-    no limit."""
+    references), and GSM8K fell by 6 points: so --epochs holds. The tiny GPT takes no harm."""
     rows = [tree_row(solutions=ends) for tree in trees if (ends := solutions(tree))]
     epochs = lab.settings.epochs if lab.settings.model else float("inf")
     return fit(lab, rows, sft_loss, lab.sft_lr, updates, epochs)
@@ -722,8 +719,7 @@ def imitate(lab, trees: list, solutions, updates: int) -> dict:
 
 def prefer(lab, r: int, trees: list, pairs) -> dict:
     """DPO on pairs(tree), a list of dpo.Pair, of each tree. The reference is the model as it is
-    now; its log-probs are stored before training. The pairs are also written to a file, as other
-    DPO trainers read them."""
+    now; its log-probs are stored before training. The pairs are written for other trainers, too."""
     s, records = lab.settings, []
     rows = [tree_row(found) for tree in trees if (found := pairs(tree))]
     store_reference(lab.model, rows, lab.part_tokens)
@@ -1014,8 +1010,8 @@ class Lab:
         # a gradient and its fp32 sum for each share; AdamW's two moments; fp32 masters below fp32
         training = count * (self.shares * (width + 4) + 8 + 4 * (width < 4))
         token = width * (2 * c.layers * c.kv_heads * c.head_dim + c.hidden_size)
-        size = (f"{count:,} parameters on {self.model.device}: {count * width >> 20:,} MiB, "
-                f"training {training >> 20:,} MiB more, a sampled token {token / 1024:.1f} KiB")
+        size = (f"{count:,} parameters on {self.model.device}: weights {count * width >> 20:,} MiB,"
+                f" training {training >> 20:,} MiB more, {token / 1024:.1f} KiB a sampled token")
         prompt = repr(self.task.prompt(self.task.eval_questions()[0]))
         return f"{size}\nprompt: {prompt[:300]}{'...' * (len(prompt) > 300)}"
 
@@ -1198,8 +1194,8 @@ class Task:
         return "test" if place < 32 else "dev" if place < 48 else "train"
 
     def distinct(self, draw, count: int, split: str, known=()) -> list:
-        """`count` different questions of a split, or all that draw() finds. `known` are keys of
-        questions that do not count."""
+        """`count` different questions of a split, or all that draw() finds; not those whose key is
+        in `known`."""
         found = {}
         in_vain = 0                             # draws since the last new question
         while len(found) < count and in_vain < 5_000:
@@ -1519,6 +1515,11 @@ KINDS = [
 ]
 
 
+# a text up to its question mark, a whole one such as "Find $3x$.", or nothing
+ASKED = re.compile(r"[^?]*\?|(?=.*\b(?:Calculate|Compute|Determine|Evaluate|Express|Find|How|"
+                   r"Simplify|Solve|What)\b).*\.$|")
+
+
 class FileTask(Task):
     """Questions from files of JSON lines (or one JSON array), all of one of the KINDS."""
 
@@ -1634,7 +1635,7 @@ class FileTask(Task):
 
     def imagine(self, old: list, rng, write) -> list:
         """The policy sees three questions and writes one more. It is cut at its question mark, as
-        many models go on with a solution. It is kept if it has a question mark and a digit, and
+        many models go on with a solution. It is kept if it asks something (ASKED) with a digit, and
         shares fewer than half of its word triples with every known question."""
         def triples(text):
             """All runs of three words; of a shorter text the text itself."""
@@ -1648,12 +1649,12 @@ class FileTask(Task):
         known = [triples(question.text) for question in self.train + self.test]
         found = []
         for text, _ in write([ids for ids in prompts if len(ids) < self.context // 2]):
-            asked, mark, _ = text.strip().partition("?")
-            new = triples(asked + mark)
-            asks = mark and re.search("[0-9]", asked)
-            if asks and all(2 * len(new & other) < len(new) for other in known):
+            asked = ASKED.match(text.strip())[0]
+            new = triples(asked)
+            differs = all(2 * len(new & other) < len(new) for other in known)
+            if re.search("[0-9]", asked) and differs:
                 known.append(new)
-                found.append(Question(asked + mark, ""))
+                found.append(Question(asked, ""))
         return found
 
 
@@ -1701,8 +1702,7 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
     budget = s.budget * s.questions if lab.sampled_tokens else 0
     if lab.sampled_tokens > 1.1 * budget:
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "
-              f"{budget:,}: a stage begins with one sample or simulation of every question, and "
-              "later ones are planned by the mean cost of those before")
+              f"{budget:,}: every stage begins with one sample or simulation of each question")
     asked = {tree.question.text for tree in trees}
     solved = {tree.question.text for tree in trees if tree.root.rights}
     # a search or a look for pits draws more below some nodes than below others: no rate of samples
@@ -1736,8 +1736,7 @@ def summary_line(row: dict) -> str:
 
 def show_example(lab, log: list) -> None:
     """A question of round 1 before, during and after: the base's solution, the tree, the last
-    model's solution. If there is one, it is a question on which the base errs and the last model
-    does not."""
+    model's solution. If possible, the base errs on it and the last model does not."""
     if lab.settings.preset == "smoke":
         print("A smoke run only shows that everything works: its model is too small to learn much.")
     records, r = first_trees(lab.folder)[:100], log[-1]["round"]
@@ -2048,8 +2047,7 @@ def plot(rows: list, keys: list, x: str = "round") -> str:
 
 
 def chart(curves: dict, form: str) -> str:
-    """SVG. curves: {key: [(x, y, low, high)]}, each with its name at its end, y with an interval
-    from low to high."""
+    """SVG of curves = {key: [(x, y, low, high)]}: a line with its name, intervals low to high."""
     points = [point for curve in curves.values() for point in curve]
     xs = sorted({x for x, *_ in points})
     ys = [y for _, *rest in points for y in rest]

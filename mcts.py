@@ -542,8 +542,7 @@ def _notes(node: Node, chosen, pits, prior: bool) -> str:
 def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) -> str:
     """The tree for a terminal, with legend; text(node) -> str. Paths are added until `limit` nodes
     are shown: first chosen, pits, often visited, often sampled. Steps, but not the question, are
-    cut at `width` columns.
-    prior: show P, which only PUCT uses."""
+    cut at `width` columns. prior: show P, which only PUCT uses."""
     weight = lambda node: (node in chosen, node in pits, node.visits, node.count, -node.index)
     shown, lines = set(), []
     for node in sorted(tree.nodes, key=weight, reverse=True):
@@ -564,7 +563,7 @@ def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) 
     lines = [f"{step:<{longest}}  {notes}".rstrip() for step, notes in lines]
     if hidden := len(tree.nodes) - len(shown):
         lines.append(f"... and {hidden} more steps")
-    legend = "x = samples that took the step"
+    legend = "x = samples that took the step" + ", FIRST PIT = no right end below" * bool(pits)
     legend += ", N = visits of the search, Q = their mean return" * (tree.root.visits > 0)
     legend += ", P = how likely the policy is to take it" * prior
     return "\n".join([*lines, legend])
@@ -628,7 +627,7 @@ def main(arguments: list) -> int:
     parser.add_argument("--show", metavar="FILE", help="a file of trees that loop.py wrote")
     parser.add_argument("--question", type=int, default=0, help="which tree of it, from 0")
     parser.add_argument("--html", metavar="FILE", help="write the tree to this page")
-    parser.add_argument("--rule", choices=RULES, default="uct", help="(--show draws P for puct)")
+    parser.add_argument("--rule", choices=RULES, default="uct", help="toy's; --show: puct draws P")
     try:
         flags = parser.parse_args(arguments)
         need(flags.show or not flags.html, "--html needs --show FILE")

@@ -371,6 +371,8 @@ class Tokenizer:
             need(not model.get(key), f"model.{key} is not supported")
         need(self.byte_level or model.get("byte_fallback"), "model.byte_fallback must be true")
         self.vocab = vocab = field(model, "vocab", dict)
+        lacks = self.byte_level and model.get("unk_token") and not vocab.keys() >= BYTES.keys()
+        need(not lacks, "model.unk_token is supported only if vocab has letters for all bytes")
         self.whole_first = model.get("ignore_merges")   # a piece that is a token is not merged
         self.pairs = {}
         no_cut = self.byte_level or self.whole_first    # or a merge crosses the start of a word
@@ -469,8 +471,8 @@ class Tokenizer:
         characters data[0] to data[1]: a question in a template must not open a chat turn.
         begins=False: the text goes on from another one (see encode_more).
             with bytes_only(("<s>",)):  "2<s>"  ->  [50, 60, 115, 62],  allow_special: [50, 256]"""
-        matches = self.finder.finditer(text) if allow_special else []
-        matches = [one for one in matches if one.end() <= data[0] or one.start() >= data[1]]
+        spans = [(0, data[0]), (data[1], len(text))] if allow_special else []
+        matches = [match for span in spans for match in self.finder.finditer(text, *span)]
         ids = []
         at = 0
         place = "first" if begins else ""
@@ -484,8 +486,7 @@ class Tokenizer:
         return ids
 
     def encode_more(self, text: str) -> list:
-        """Ids of a text that goes on from another one: no "▁" is put before it, so ids of steps
-        join to the ids of a solution."""
+        """Ids of a text that goes on from another one, without a "▁" before it: steps join."""
         return self.encode(text, begins=False)
 
     def encode_prompt(self, text: str) -> list:
@@ -517,6 +518,8 @@ class Tokenizer:
                  "tokenizer.json (nothing is downloaded, and GGUF is not read)")
             paths = [Path(folder, name) for name in (*cls.FILES, "chat_template.jinja")]
             files = {path.name: path.read_bytes() for path in paths if path.exists()}
+            links = [path.name for path in paths if path.is_symlink() and not path.exists()]
+            need(not links, f"{links} lead to no file; the cache is incomplete: download it again")
             need(cls.FILES[0] in files, "has no tokenizer.json (GGUF is not read); copy it from "
                  "where the weights are, or, of a run, give one of its models, such as round_1")
         return cls(files, folder)
@@ -561,9 +564,8 @@ class GPTConfig:
 
     @staticmethod
     def tiny(vocab_size: int, hidden_size=128, layers=3, max_positions=512):
-        """A small Qwen3 for training from scratch: with norms of queries and keys it learns from a
-        fifth fewer examples than a llama. Four query heads share one key/value head: sampling is
-        2.7 times faster than with four."""
+        """A small Qwen3: with norms of queries and keys it learns from a fifth fewer examples than
+        a llama. Four query heads share a key/value head: that samples 2.7 times faster."""
         return GPTConfig.from_json(dict(
             architectures=["Qwen3ForCausalLM"], model_type="qwen3", torch_dtype="float32",
             vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=hidden_size * 5 // 2,
@@ -695,8 +697,7 @@ def attend(q, k, v, bias):
 
     On a CPU torch's own attention is slower for T = 1 and much faster for long texts: so it serves
     all but decoding. On an H200 sampling takes 5 to 16% less time with it, but the gradients of its
-    cuDNN kernel (torch 2.11) can be NaN where T % 128 is 64 (pytorch issue 196678; seen with
-    Qwen2.5)."""
+    cuDNN kernel (torch 2.11) can be NaN where T % 128 is 64 (pytorch issue 196678)."""
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     if T > 1 and not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
@@ -707,8 +708,7 @@ def attend(q, k, v, bias):
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
-    """Zeros: nn.Embedding draws random numbers, and on "meta" torch imports its compiler for that,
-    which takes two seconds."""
+    """Zeros. (nn.Embedding draws random numbers; on "meta" this imports a compiler, 2 seconds.)"""
     return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
 
 
@@ -737,8 +737,7 @@ class Block(nn.Module):
             down_proj=nn.Linear(inner, C, c.mlp_bias)))
 
     def forward(self, x, turn, bias, layer, cache):
-        """x (B, T, C) -> (B, T, C). turn: (cos, sin) of `rotate`, None for GPT-2; bias: `attend`;
-        cache: `GPT.forward`."""
+        """x (B, T, C) -> same. turn: (cos, sin) of `rotate` or None; bias, cache: GPT.forward."""
         at, mlp = self.self_attn, self.mlp
         y = self.input_layernorm(x)
         heads = (-1, self.head_dim)
@@ -909,8 +908,8 @@ class GPT(nn.Module):
             for name, parts in plan.items():
                 _, kind, shape = files[name]
                 want = *parts[0].shape[:-1], sum(part.shape[-1] for part in parts)
-                need(shape == want and kind in FLOATS, f"{name} is {kind} "
-                     f"{shape}, config.json asks for floats {want}: they do not belong together")
+                need(shape == want and kind in FLOATS, f"{name} is {kind} {shape}, and config.json "
+                     f"asks for {', '.join(FLOATS)} of {want}: they do not belong together")
         return {name: files[name] for name in plan}
 
     def _read(self, files: dict, weights: dict):
@@ -948,13 +947,12 @@ class GPT(nn.Module):
         model = model.to(dtype).to_empty(device=device)
         model._read(files, dict(model.named_parameters()))
         path = Path(folder, "generation_config.json")
-        model.generation = read_json(path) if path.exists() else {}
+        model.generation = read_json(path) if os.path.lexists(path) else {}
         return model
 
     def masters(self) -> dict:
         """{parameter name: fp32 weights}: what an optimiser updates. They are the parameters
-        themselves or, in half precision, copies: an update of 1e-6 is lost in a bf16 weight of 1,
-        whose next value is 1.0078."""
+        themselves or, in half precision, copies: in bf16 the next value after 1 is 1.0078."""
         if self.dtype == torch.float32:
             return dict(self.named_parameters())
         if self._masters is None:
@@ -1256,8 +1254,7 @@ class Sampler:
         self.work[:, :, first:first + count, :, :given.shape[4]] = given
 
     def _draw(self) -> tuple:
-        """Ids of the live rows' next tokens, and their log-probs at temperature 1: (R,) each, on
-        the device."""
+        """Next ids of the live rows, their log-probs at temperature 1: (R,) on the device."""
         hidden = self.hidden[self._to_device(self.live["last"])]        # (R, C)
         logps = self.model.all_logps(hidden)            # (R, V)
         temperature = self.live["temperature"]
@@ -1361,8 +1358,7 @@ class Sampler:
         self.encoded[slots] = True
 
     def _gather(self, paths: list):
-        """Keys and values of encoded paths, (2, L, R, G, S, D). What stands behind the end of a
-        shorter path is masked."""
+        """Keys and values of encoded paths, (2, L, R, G, S, D); behind a shorter path: masked."""
         slots = np.zeros((len(paths), max(map(len, paths))), np.int64)          # (R, S)
         for row, path in zip(slots, paths):
             row[:len(path)] = path

@@ -336,8 +336,8 @@ def test_training_questions_and_references(read, tmp_path, capsys):
 
 
 def test_imagined_real_questions(read, tmp_path):
-    """Kept is what has a question mark, down to it, holds a number before it, and is no copy of a
-    known question."""
+    """Kept is what has a question mark, down to it, or tells to find something; what holds a number
+    there, and is no copy of a known question."""
     known = "Tom has 3 red apples and 4 green pears in a bag. How many?"
     held = "Ann buys 7 books on each of 2 days. How many?"
     new = "A train goes 60 miles an hour for 2 hours. How far?"
@@ -349,5 +349,10 @@ def test_imagined_real_questions(read, tmp_path):
     written = lambda prompts: asked.extend(prompts) or zip(lines[:len(prompts)], prompts)
     assert one.imagine(one.train, random.Random(0), written) == [Question(new, "")]
     assert [*map(bytes, asked)] == [b"Question: %b\n\n" % known.encode() * 3 + b"Question:"] * 6
+    told = ["Find the value of $x$ with $3x + 4 = 19$.", "There are 19 ways to do this.",
+            "Find 3", "Compute the square of the sum of all letters."]
+    written = lambda prompts: zip(told, prompts)
+    assert one.imagine(one.train, random.Random(0), written) == [Question(told[0], "")]
+    written = lambda prompts: asked.extend(prompts) or zip(lines[:len(prompts)], prompts)
     one.context = 100                                       # no prompt fits into half of it
     assert one.imagine(one.train, random.Random(0), written) == [] and len(asked) == 6

@@ -124,6 +124,8 @@ def test_special_tokens_count_only_where_asked_for():
     assert tokenizer.encode(" <l><r> ", True) == [256, 257]
     assert tokenizer.encode("<r> <l><r>\n\t<l>", True) == [257, 256] * 2     # white space of both
     assert tokenizer.encode("<l> ") == [*b"<l> "]
+    # data: no token begins, ends or takes white space in it; those beside it count as before
+    assert tokenizer.encode("<r> 1<l> <l>", True, data=(3, 9)) == [257, *b" 1<l> ", 256]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,6 +169,16 @@ def test_eos_is_where_the_folder_says(config, older, want, tmp_path):
     for name, eos in zip(Tokenizer.FILES[1:], (config, older)):
         (tmp_path / name).write_text(json.dumps({"eos_token": eos}))
     assert Tokenizer.from_pretrained(tmp_path).eos_ids == want
+
+
+def test_link_to_nothing(tmp_path):
+    """A cache that lost a file still has its link: an error, for an absent file is a default."""
+    Tokenizer.bytes_only().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.from_pretrained(tmp_path).eos_ids == set()
+    (tmp_path / "tokenizer_config.json").symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(BadInput, match="tokenizer_config.json.*lead to no file"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("change, want", [
@@ -215,7 +227,8 @@ REFUSED = [
     ("add_prefix_space", {"pre_tokenizer": STEP | {"add_prefix_space": True}}),
     ("single_word", {"added_tokens": [{"id": 300, "content": "<x>", "single_word": True}]}),
     ("two ids", {"added_tokens": [{"id": 300, "content": "a"}]}),
-    ("one id", {"added_tokens": [{"id": 97, "content": "<x>"}]})]
+    ("one id", {"added_tokens": [{"id": 97, "content": "<x>"}]}),
+    ("unk_token", {"model": {"type": "BPE", "unk_token": "?", "vocab": {"a": 0}, "merges": []}})]
 
 
 def test_what_would_be_read_wrongly_is_refused_by_name():
