@@ -249,8 +249,8 @@ def measure(said, truth) -> dict:
     auc          chance that a right node (label >= .5) scores above a wrong one
     brier        mean (said - truth)^2;  constant: that of the best constant, for comparison
     calibration  for each tenth of [0, 1]: (mean said, mean truth, number of nodes)
-    trusted      is auc at least LEAST_AUC?  note: if not, why, in words. With few labels noise often
-                 passes: 40% of the time with 5 right and 20 wrong nodes, 11% with 60 and 300"""
+    trusted      is auc at least LEAST_AUC?  note: if not, why, in words
+    Of heads that know nothing 40% pass with 5 right and 20 wrong nodes, 11% with 60 and 300."""
     said, truth = said[~np.isnan(truth)], truth[~np.isnan(truth)]
     area, n = auc(said, truth >= 0.5), len(truth)
     note = "" if (area or 0) >= LEAST_AUC else f"AUC below {LEAST_AUC}"
@@ -443,7 +443,7 @@ def stated(text: str):
 
 def strange(text: str) -> list:
     """The tokens that are not known: 18 and k of "only 18 k, or so"."""
-    tokens = TOKEN.findall(text)
+    tokens = TOKEN.findall(re.sub(r"\band (?=[A-Z][a-z]|every\b)", "", text))      # April and May
     return [token for token in tokens if token not in KNOWN and not WORD.fullmatch(token)]
 
 
@@ -471,7 +471,8 @@ def number(spelling: str) -> Fraction | None:
 
 
 LETTER = re.compile(r"(?i)(?!.*\n)[^\w\\]*(?:(?:option|choice)\W+)?([a-z])(?![\w'])")
-CLOSED = r"\w[*_`\"'\])}]*(?:[).:](?!\w)|[\s.,;:!?)\]}'\"*_`-]*$)"      # (B) iron   B.
+CLOSED = (r"\w[*_`\"'\])}]*(?:[).:](?!\w)| is (?:correct|right)\b"          # (B) iron   B.
+          r"|[\s.,;:!?)\]}'\"*_`-]*$)")
 APART = (r"|\w[*_]*(?:[,;]| -)(?!\w)|\w \("                             # B, iron   B - iron
          r"|[B-HJ-Z] (?!plus|minus)[a-z]{4,}\.?$")                      # B iron; but not A car
 
@@ -480,6 +481,7 @@ def read_letter(piece: str, mark: str, options=None):
     """The letter of an option: B, (B), "B. iron", "(b) since"; a text of several lines has none.
     options: {letter: its text} as shown, if known. Then the text after the letter must not be that
     of another option. In `B, iron` and `B iron` it must be the text of option B."""
+    piece = piece.split("\n\n")[0] if mark == "bare" else piece         # "B", then an explanation
     found = LETTER.match(piece)
     if not found:
         return None
@@ -493,8 +495,8 @@ def read_letter(piece: str, mark: str, options=None):
         if words(text) and words(text) in (words(behind), words(sentence)):
             return letter if name == letter else None
     clear = re.match(CLOSED if options else CLOSED + APART, found[1] + sentence)
-    several = re.search(r"\b(OR|AND|NOR|[A-Z])\b", sentence.upper())        # B or C
-    return letter if clear and not several else None
+    other = re.search(r"\b(OR|AND|NOR|[A-Z])\b|^\W*IS (WRONG|INCORRECT|NOT)\b", sentence.upper())
+    return letter if clear and not other else None                      # B or C   (B) is wrong
 
 
 def read_words(piece: str, mark: str):

@@ -86,8 +86,7 @@ def pit_pairs(tree: Tree, most: int = 8) -> list:
 
 
 def pits_of(tree: Tree) -> list:
-    """All first pits of a tree. Without completions: wrong ends whose parent is the question, or
-    has a right end below it."""
+    """All first pits. Without completions: wrong ends below the root or a node with a right end."""
     return list(filter(None, dict.fromkeys(map(pit, tree.ends()))))     # each once, in order
 
 
@@ -475,8 +474,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
             counts["skipped"] += 1
         if 2 * counts["skipped"] >= len(batches):
             raise BadInput(f"{label or 'training'}: in half of the updates the loss or gradient "
-                           "was not finite; lower the learning rate (or call store_reference "
-                           "first).")
+                           "was not finite; lower the learning rate (--sft-lr, --dpo-lr), or "
+                           "call store_reference first.")
         mean = batch_sums["loss"] / (batch_sums["weight"] or 1)         # no weight: it was skipped
         bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
         if state and (began := time.monotonic()) >= save_at:

@@ -101,8 +101,8 @@ def run(s: "Settings") -> list:
         log.append(report(lab, r, solutions, trees, notes, clock))
         write_lines(lab.folder / "log.jsonl", log)
         print(summary_line(log[-1]), flush=True)
-    write_text(lab.folder / "report.html", report_page(lab.folder, lab.task))
     show_example(lab, log)
+    write_text(lab.folder / "report.html", report_page(lab.folder, lab.task))
     return log
 
 
@@ -117,11 +117,13 @@ def cached(path: Path, make, save=None, load=None):
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             (save or write_lines)(temporary, make())
-            os.replace(temporary, path)
+            if not path.exists():               # the first one stays, also if it says otherwise
+                os.replace(temporary, path)
         except (OSError, BadInput):             # fine if another run has finished it meanwhile
-            remove(temporary)
             if not path.exists():
                 raise
+        finally:
+            remove(temporary)
     return restored(path, load or read_lines)
 
 
@@ -339,8 +341,7 @@ def grow_searched(lab, r, questions):
 
 
 def learn_siblings(lab, r, trees):
-    """3) DPO on siblings of different Q. The NLL term is on the better steps alone, for a right
-    solution may hold wrong steps."""
+    """3) DPO on siblings of different Q. The NLL term is on the better steps, not on solutions."""
     return prefer(lab, r, trees, sibling_pairs)
 
 
@@ -778,9 +779,8 @@ def rft_updates(lab, r: int) -> int:
 
 def train_base(lab) -> dict:
     """Round 0: SFT on the task's own examples, careless homework or --sft-data.
-    The base is kept beside the runs, and its name is a hash of settings and examples: so it is
-    trained once for all recipes of a seed. If you change the code of training, or the weights in
-    the --model folder, delete base_... first."""
+    The base is kept beside the runs; its name is a hash of settings and examples. So all recipes of
+    a seed share it. Delete it if you change the code of training or the weights of --model."""
     s = lab.settings
     if not s.base_steps or not lab.task.has_examples:
         return dict(steps=0)
@@ -1194,8 +1194,7 @@ class Task:
         return "test" if place < 32 else "dev" if place < 48 else "train"
 
     def distinct(self, draw, count: int, split: str, known=()) -> list:
-        """`count` different questions of a split, or all that draw() finds; not those whose key is
-        in `known`."""
+        """`count` questions of a split, or all that draw() finds. known: keys to avoid."""
         found = {}
         in_vain = 0                             # draws since the last new question
         while len(found) < count and in_vain < 5_000:
@@ -1443,9 +1442,9 @@ TASKS = dict(homework=Homework, countdown=Countdown)
 # ValueError in a reader becomes a sentence that names file and line. Also change: nothing.
 def read_gsm8k(item: dict) -> tuple:
     """GSM8K, and whatever ends in #### and a number. Calculator marks <<48/2=24>> are taken out."""
-    hidden = {"choices", "options"} & item.keys()
-    need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody: give "
-         "question, choices (a list of label and text) and answerKey")
+    hidden = {"choices", "options", "body", "passage", "context"} & item.keys()
+    need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody: write it into "
+         "question, or give question, choices (a list of label and text) and answerKey")
     return field(item, "question", str), re.sub(r"<<[^<>]*>>", "", field(item, "answer", str))
 
 
@@ -1474,14 +1473,15 @@ def read_arc(item: dict) -> tuple:
         labels, texts = field(choices, "label", list), field(choices, "text", list)
         need(len(labels) == len(texts), f"{len(labels)} labels for {len(texts)} texts")
         choices = [dict(label=label, text=text) for label, text in zip(labels, texts)]
-    need(isinstance(choices, list), "choices must be a list, or a table with label and text")
+    pairs = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
+    need(pairs, "choices must be a list of objects, or a table, with label and text")
     labels, texts = ([field(choice, key, str) for choice in choices] for key in ("label", "text"))
     need(len({*labels}) == len(labels), f"a label stands twice: {labels}")
     need(item["answerKey"] in labels, f"answerKey {item['answerKey']!r} is no label of the choices")
     return lettered(field(inner, "stem", str), texts, labels.index(item["answerKey"]))
 
 
-OWN_LETTER = re.compile(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])[).:])\s+")         # (a) iron   B. iron
+OWN_LETTER = re.compile(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])(?:\)|[.:](?=\s)))\s*")     # (a) 1  B. 1
 OF_OPTIONS = re.compile(r"(?i:\b(?:all|both|either|neither|none|some|any|two)\b.*\b(?:above|below|"
                         r"these|those|them|options|choices|answers)\b)|"      # none of the above
                         r"\b[A-H]\)?(?: ?[,&] ?| and | or | nor )+\(?[A-H]\b")     # both A and B
@@ -1547,13 +1547,14 @@ class FileTask(Task):
         that leave no room for an answer are skipped, and counted in one line."""
         if not file:
             return []
-        with about(file):
-            text = Path(file).read_text(encoding="utf-8-sig")
-        array = text.lstrip().startswith("[")       # one JSON array in place of lines
         try:
+            with about(file):
+                text = Path(file).read_text(encoding="utf-8-sig")
+            array = text.lstrip().startswith("[")       # one JSON array in place of lines
             items = read_json(file, text.encode(), list) if array else read_lines(file, text)
         except BadInput as error:
-            raise BadInput(f"{error}; data must be JSON lines or one JSON array.") from error
+            raise BadInput(f"{error}; data must be a file of JSON lines or one JSON array (from the"
+                           " Hub: datasets.load_dataset(...)[...].to_json(FILE)).") from error
         found = []
         for number, item in enumerate(items, 1):
             with about(f"{file}, item {number}"):
@@ -1687,8 +1688,7 @@ def read_solutions(path: Path, count: int) -> list:
 
 
 def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) -> dict:
-    """One row of log.jsonl; the README explains every key. clock: the times before growing,
-    learning and evaluating, and at the end."""
+    """One row of log.jsonl (README: every key). clock: when the three stages began, and the end."""
     s, count = lab.settings, len(solutions)
     right = sum(row["right"] for row in solutions)
     low, high = critic.wilson(right, count)
@@ -1757,7 +1757,8 @@ def show_example(lab, log: list) -> None:
     def show(title, told, solution):
         """Print a solution below what is known of it."""
         told = told or "nobody knows whether it is right"
-        print(f"\n{title}: {told}\n\n   " + solution.replace("\n", "\n   "))
+        print(f"\n{title}: {told}\n")
+        print("\n".join("   " + printable(line) for line in solution.split("\n")))
     show("A question of round 1. The base writes", *before[place])
     print("\nWhat was tried in round 1:\n\n" + picture(records[place]))
     show(f"The model of round {r} writes", *after[place])

@@ -162,8 +162,7 @@ def safetensors_header(path) -> tuple:
 
 
 def read_safetensors(path) -> tuple:
-    """({name: CPU tensor}, metadata), each tensor in memory of its own. (No memory map: a file that
-    is cut short while it is mapped kills the process.)"""
+    """({name: CPU tensor}, metadata). No memory map: if a mapped file is cut, the process dies."""
     tensors = {}
     header, metadata = safetensors_header(path)
     with about(path), open(path, "rb") as file:
@@ -1461,7 +1460,8 @@ class Flags(argparse.ArgumentParser):
 
 
 def start_console():
-    """Characters that the console's encoding lacks are printed as "?" and end no program."""
+    """No character that the console lacks (it becomes "?") and no closed stderr ends a program."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -347,6 +347,13 @@ def test_another_run_is_faster(tmp_path):
         loop.write_lines(path, ["theirs"])
         return loop.read_lines(tmp_path / "eval_1" / "000000.jsonl")    # which they have removed
     assert loop.cached(path, make) == ["theirs"] and os.listdir(tmp_path) == [path.name]
+    path.unlink()
+
+    def slow():
+        """Another run, with other settings perhaps, finishes the file first: its file stays."""
+        loop.write_lines(path, ["theirs"])
+        return ["ours"]
+    assert loop.cached(path, slow) == ["theirs"] and os.listdir(tmp_path) == [path.name]
     loop.write_lines(tmp_path / "eval_1" / "000000.jsonl", [dict(right=True)])
     assert loop.first_trees(tmp_path) == []
 

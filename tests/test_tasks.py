@@ -229,6 +229,7 @@ def test_options_that_speak_of_options(read, texts, kept):
 def test_letters_of_the_options_own(read):
     """`A. iron` as the first option is shown as iron; letters that are no series stay."""
     for marks, stays in ((["A. ", "B. ", "C. "], 0), (["(a) ", "(b) ", "(c) "], 0),
+                         (["A)", "B)", "C)"], 0), (["A.", "B.", "C."], 1),
                          (["C. ", "A. ", "B. "], 1), (["A. ", "", "C. "], 1)):
         texts = [mark + word for mark, word in zip(marks, ("iron", "salt", "water"))]
         choices = dict(text=texts, label=["1", "2", "3"])
@@ -263,6 +264,8 @@ def test_odd_files(read, tmp_path, capsys):
     ("'answer' must be", [GSM8K | dict(answer=9)]), ("empty", [GSM8K | dict(question=" ")]),
     ("no answer to grade", [GSM8K | dict(answer="")]), ("no answer", [MATH | dict(solution="")]),
     ("shown to nobody", [GSM8K | dict(choices=["a"])]), ("'E'", [ARC | dict(answerKey="E")]),
+    ("field body would be shown to nobody", [GSM8K | dict(body="Seven red apples.")]),
+    ("list of objects", [ARC | dict(choices=["iron", "salt"])]),
     ("'distractor2'", [SCIQ | dict(distractor2=3)]), ("'label'", [ARC | dict(choices=[{}])]),
     ("stands twice", [ARC | dict(choices=CHOICES | dict(label=[*"AABC"]))]),
     ("3 labels for 4 texts", [ARC | dict(choices=CHOICES | dict(label=[*"ABC"]))]),
