@@ -216,7 +216,7 @@ def fit_critic(inputs, labels, weights, held_out, updates: int, seed: int) -> tu
     """(Critic trained on the nodes that are not held out, report on those that are).
     inputs (M, C + 4), labels (M, 3), weights (M,), held_out (M,) bool. Hold out whole questions,
     never single nodes: the nodes of one tree share their ends. M may be 0. The loss is the
-    cross-entropy (paper: squares) of the labels that exist; .75, a soft one, is learnt as .75."""
+    cross-entropy (paper: squared error) of the labels that exist; a soft .75 is learnt as .75."""
     critic = Critic(inputs.shape[1] - 4, seed).to(inputs.device)
     x, y, w = inputs[~held_out], labels[~held_out], weights[~held_out]
     if len(x):

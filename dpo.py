@@ -230,7 +230,7 @@ def text_row(prompt_ids, solution_ids) -> Row:
 
 def by_length(rows: list, tokens: int) -> list:
     """Groups of like length, each of at most `tokens` padded tokens (a longer row goes alone).
-    Gradients are sums, so the result is that of one group. 10 tokens, 3 9 4 5: [3 4], [5], [9]."""
+    Gradients are sums, so grouping changes nothing. With 10, lengths 3 9 4 5 give [3 4] [5] [9]."""
     groups = []
     for row in sorted(rows, key=lambda row: len(row.learn)):
         if not groups or (len(groups[-1]) + 1) * len(row.learn) > tokens:

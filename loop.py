@@ -112,12 +112,12 @@ def cached(path: Path, make, save=None, load=None):
     This is how a run resumes: a file that exists is read, and a missing one is made. A new result
     is also read back from the disk, so that an uninterrupted run continues from the same numbers
     as a resumed one. Two runs in one folder do no harm: each writes under a temporary name with its
-    process id, and both make the same. (Inside a training dpo.train saves a state of its own.)"""
+    process id, and the first file stays. (Inside a training dpo.train saves a state of its own.)"""
     if not path.exists():
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             (save or write_lines)(temporary, make())
-            if not path.exists():               # the first one stays, also if it says otherwise
+            if not path.exists():               # else another run was first: its file stays
                 os.replace(temporary, path)
         except (OSError, BadInput):             # fine if another run has finished it meanwhile
             if not path.exists():
@@ -341,7 +341,7 @@ def grow_searched(lab, r, questions):
 
 
 def learn_siblings(lab, r, trees):
-    """3) DPO on siblings of different Q. The NLL term is on the better steps, not on solutions."""
+    """3) DPO on siblings of different Q. NLL on better steps alone: a right end may have bad ones."""
     return prefer(lab, r, trees, sibling_pairs)
 
 
@@ -1442,7 +1442,7 @@ TASKS = dict(homework=Homework, countdown=Countdown)
 # ValueError in a reader becomes a sentence that names file and line. Also change: nothing.
 def read_gsm8k(item: dict) -> tuple:
     """GSM8K, and whatever ends in #### and a number. Calculator marks <<48/2=24>> are taken out."""
-    hidden = {"choices", "options", "body", "passage", "context"} & item.keys()
+    hidden = {"choices", "options", "body", "passage", "context"} & {*filter(item.get, item)}
     need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody: write it into "
          "question, or give question, choices (a list of label and text) and answerKey")
     return field(item, "question", str), re.sub(r"<<[^<>]*>>", "", field(item, "answer", str))

@@ -627,7 +627,7 @@ def main(arguments: list) -> int:
     parser.add_argument("--show", metavar="FILE", help="a file of trees that loop.py wrote")
     parser.add_argument("--question", type=int, default=0, help="which tree of it, from 0")
     parser.add_argument("--html", metavar="FILE", help="write the tree to this page")
-    parser.add_argument("--rule", choices=RULES, default="uct", help="toy's; --show: puct draws P")
+    parser.add_argument("--rule", choices=RULES, default="uct", help="of the toy; puct shows P too")
     try:
         flags = parser.parse_args(arguments)
         need(flags.show or not flags.html, "--html needs --show FILE")

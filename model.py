@@ -485,7 +485,7 @@ class Tokenizer:
         return ids
 
     def encode_more(self, text: str) -> list:
-        """Ids of a text that goes on from another one, without a "▁" before it: steps join."""
+        """Ids of a text that goes on from another one: no "▁" comes between two steps."""
         return self.encode(text, begins=False)
 
     def encode_prompt(self, text: str) -> list:
@@ -736,7 +736,7 @@ class Block(nn.Module):
             down_proj=nn.Linear(inner, C, c.mlp_bias)))
 
     def forward(self, x, turn, bias, layer, cache):
-        """x (B, T, C) -> same. turn: (cos, sin) of `rotate` or None; bias, cache: GPT.forward."""
+        """x (B, T, C) -> same. turn: cos, sin of `rotate`; bias: `attend`; cache: `GPT.forward`."""
         at, mlp = self.self_attn, self.mlp
         y = self.input_layernorm(x)
         heads = (-1, self.head_dim)

@@ -264,7 +264,7 @@ def test_odd_files(read, tmp_path, capsys):
     ("'answer' must be", [GSM8K | dict(answer=9)]), ("empty", [GSM8K | dict(question=" ")]),
     ("no answer to grade", [GSM8K | dict(answer="")]), ("no answer", [MATH | dict(solution="")]),
     ("shown to nobody", [GSM8K | dict(choices=["a"])]), ("'E'", [ARC | dict(answerKey="E")]),
-    ("field body would be shown to nobody", [GSM8K | dict(body="Seven red apples.")]),
+    ("field body would be shown to nobody", [GSM8K | dict(context="", body="Seven apples.")]),
     ("list of objects", [ARC | dict(choices=["iron", "salt"])]),
     ("'distractor2'", [SCIQ | dict(distractor2=3)]), ("'label'", [ARC | dict(choices=[{}])]),
     ("stands twice", [ARC | dict(choices=CHOICES | dict(label=[*"AABC"]))]),
