@@ -341,7 +341,7 @@ def grow_searched(lab, r, questions):
 
 
 def learn_siblings(lab, r, trees):
-    """3) DPO on siblings of different Q. NLL on better steps alone: a right end may have bad ones."""
+    """3) DPO on siblings of different Q; NLL on better steps: right ends may follow bad ones."""
     return prefer(lab, r, trees, sibling_pairs)
 
 
