@@ -487,9 +487,8 @@ def read_letter(piece: str, mark: str, options=None):
         return None
     letter = found[1].upper()
     behind = piece[found.end():]
-    # the first sentence, and what takes it back: "B. No, C" has two letters
     end = r"[.!?][\"')*_]* +(?!(?:No|Wait|Actually|But|Hmm|Sorry)\b)(?=[A-Z] ?[a-z])"
-    sentence = re.split(end, REASON.split(behind)[0])[0]
+    sentence = re.split(end, REASON.split(behind)[0])[0]                # up to C of "B. No, C"
     words = lambda text: re.findall(r"\w+", text.casefold())
     for name, text in (options or {}).items():
         if words(text) and words(text) in (words(behind), words(sentence)):
