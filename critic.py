@@ -384,8 +384,7 @@ KNOWN = set("""a I an as at be by do he in is it my of on so to up us we A An As
 CHANGES = ("and|cannot|cubed|doubled?|dozens?|factorial|half|halve[ds]|hundreds?|maybe|minus|nor|"
            "not|negative|nearly|almost|never|over|plus|point|squared|than|thirds?|thousands?|"
            "twice|thrice|tripled?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|unclear|"
-           "unknown|divided|multiplied|sqrt|root|log|sin|cos|tan|lakhs?|crores?|[a-z]+illions?|"
-           "wrong|incorrect|false|except|reciprocal|remainder")
+           "unknown|divided|multiplied|sqrt|root|log|sin|cos|tan|lakhs?|crores?|[a-z]+illions?")
 WORD = re.compile(rf"(?i)[-/]?(?!(?:{CHANGES})\b)[a-z' ]{{3,}}")   # 3 letters or more
 # 18, not 20; but in "18 is not right" nothing is cut off
 REASON = re.compile(r"(?<!well )(?<!is )\b(?:because|since|as|not|given)\b(?! well)")
@@ -443,7 +442,9 @@ def stated(text: str):
 
 def strange(text: str) -> list:
     """The tokens that are not known: 18 and k of "only 18 k, or so"."""
-    tokens = TOKEN.findall(re.sub(r"\band (?=[A-Z][a-z]|every\b)", "", text))      # April and May
+    text = re.sub(r"\band (?=[A-Z][a-z]|every\b)", "", text)             # 18 in April and May
+    text = re.sub(r"\bis (?:wrong|incorrect|false)\b", "!", text)        # 18 is wrong; ! is strange
+    tokens = TOKEN.findall(text)
     return [token for token in tokens if token not in KNOWN and not WORD.fullmatch(token)]
 
 
