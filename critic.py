@@ -488,15 +488,15 @@ def read_letter(piece: str, mark: str, options=None):
         return None
     letter = found[1].upper()
     behind = piece[found.end():]
-    end = r"[.!?][\"')*_]* +(?!(?:No|Wait|Actually|But|Hmm|Sorry)\b)(?=[A-Z] ?[a-z])"
-    sentence = re.split(end, REASON.split(behind)[0])[0]                # up to C of "B. No, C"
+    stop = r"[.!?][\"')*_]* +(?!(?:No|Wait|Actually|But|Hmm|Sorry)\b)(?=[A-Z] ?[a-z])"
+    sentence = re.split(stop, REASON.split(behind)[0])[0]               # up to C of "B. No, C"
     words = lambda text: re.findall(r"\w+", text.casefold())
     for name, text in (options or {}).items():
         if words(text) and words(text) in (words(behind), words(sentence)):
             return letter if name == letter else None
     clear = re.match(CLOSED if options else CLOSED + APART, found[1] + sentence)
-    other = re.search(r"\b(OR|AND|NOR|[A-Z])\b|^\W*IS (WRONG|INCORRECT|NOT)\b", sentence.upper())
-    return letter if clear and not other else None                      # B or C   (B) is wrong
+    doubt = re.search(r"\b(OR|AND|NOR|[A-Z])\b|^\W*IS (WRONG|INCORRECT|NOT)\b", sentence.upper())
+    return letter if clear and not doubt else None                      # B or C   (B) is wrong
 
 
 def read_words(piece: str, mark: str):

@@ -340,7 +340,8 @@ def grow_searched(lab, r, questions):
 
 
 def learn_siblings(lab, r, trees):
-    """3) DPO on siblings of different Q; NLL on better steps: right ends may follow bad ones."""
+    """3) DPO on siblings of different Q. The NLL term is on the better steps alone, for a right
+    solution may hold wrong steps."""
     return prefer(lab, r, trees, sibling_pairs)
 
 
@@ -1441,7 +1442,7 @@ TASKS = dict(homework=Homework, countdown=Countdown)
 # ValueError in a reader becomes a sentence that names file and line. Also change: nothing.
 def read_gsm8k(item: dict) -> tuple:
     """GSM8K, and whatever ends in #### and a number. Calculator marks <<48/2=24>> are taken out."""
-    hidden = {"choices", "options", "body", "passage", "context"} & {*filter(item.get, item)}
+    hidden = {"choices", "options", "body", "passage", "context"} & {k for k in item if item[k]}
     need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody: write it into "
          "question, or give question, choices (a list of label and text) and answerKey")
     return field(item, "question", str), re.sub(r"<<[^<>]*>>", "", field(item, "answer", str))
@@ -1472,8 +1473,8 @@ def read_arc(item: dict) -> tuple:
         labels, texts = field(choices, "label", list), field(choices, "text", list)
         need(len(labels) == len(texts), f"{len(labels)} labels for {len(texts)} texts")
         choices = [dict(label=label, text=text) for label, text in zip(labels, texts)]
-    pairs = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
-    need(pairs, "choices must be a list of objects, or a table, with label and text")
+    listed = isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices)
+    need(listed, "choices must be a list of objects, or a table, with label and text")
     labels, texts = ([field(choice, key, str) for choice in choices] for key in ("label", "text"))
     need(len({*labels}) == len(labels), f"a label stands twice: {labels}")
     need(item["answerKey"] in labels, f"answerKey {item['answerKey']!r} is no label of the choices")

@@ -417,8 +417,8 @@ def until(simulations: float, tokens: float = math.inf, patience: float = math.i
     """A stop rule: go_on(tree) is False when a tree has so many simulations (those in its file
     included), after `patience` in a row that sampled nothing, or when the next one, at twice the
     mean cost so far, may exceed `tokens`, counted from the first call. Example: tokens = 30. Two
-    simulations took 16, 8 each. The next may cost 16, and only 14 are left: stop. (The first ones
-    cost most: round 1 of mcts_dpo spends 81%. With the mean itself it would exceed 100% by 3.)"""
+    simulations took 16, 8 each. The next may cost 16, and only 14 are left: stop. (First ones
+    cost most: so mcts_dpo spends 81% in round 1. With once the mean it would spend 103%.)"""
     started = {}                        # tree -> (budget, tokens, visits) at the first call
 
     def go_on(tree):

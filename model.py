@@ -615,8 +615,7 @@ class GPTConfig:
 
 def number(given: dict, key: str, default=None, most=1 << 20):
     """given[key], or the default. ValueError unless it is above 0, at most `most`, and a whole
-    number (or a float if `most` is a float). (A tensor of three sizes of 2**20 has 2**60 entries:
-    their bytes can be counted in 64 bits.)"""
+    number (or a float if `most` is a float). (With 2**20, bytes of any tensor fit 64 bits.)"""
     value = given.get(key, default)
     kind = type(most)                                   # not isinstance: True is an instance of int
     need(type(value) in (int, kind) and 0 < value <= most,
@@ -951,7 +950,7 @@ class GPT(nn.Module):
 
     def masters(self) -> dict:
         """{parameter name: fp32 weights}: what an optimiser updates. They are the parameters
-        themselves or, in half precision, copies: in bf16 the next value after 1 is 1.0078."""
+        themselves or, in half precision, copies: bf16 loses small updates (1.0078 follows 1)."""
         if self.dtype == torch.float32:
             return dict(self.named_parameters())
         if self._masters is None:
@@ -1357,7 +1356,7 @@ class Sampler:
         self.encoded[slots] = True
 
     def _gather(self, paths: list):
-        """Keys and values of encoded paths, (2, L, R, G, S, D); behind a shorter path: masked."""
+        """Keys and values of encoded paths, (2, L, R, G, S, D). Shorter ones are masked behind."""
         slots = np.zeros((len(paths), max(map(len, paths))), np.int64)          # (R, S)
         for row, path in zip(slots, paths):
             row[:len(path)] = path
