@@ -63,7 +63,7 @@ from critic import canonical, find_answer, grade
 from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, evenness, outcome_pairs, pit_pairs,
                  pits_of, preference_loss, rate_pairs, scaled_lr, sft_loss, sibling_pairs,
                  store_reference, text_row, train, tree_row)
-from mcts import (RULES, UNCUT, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
+from mcts import (NOTHING, RULES, UNCUT, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
                   from_json, grow, importance_width, page, printable, record_grade, search, to_json,
                   until)
 from model import (GPT, BadInput, Flags, GPTConfig, Request, Sampler, Tokenizer, about, field, mix,
@@ -142,8 +142,7 @@ def restored(path: Path, load):
 
 
 def write_lines(path: Path, items: list) -> None:
-    """Write JSON lines. All beyond ASCII is escaped, so that any text that a model samples, half
-    characters and odd line separators included, is read back as it was."""
+    """Write JSON lines, in ASCII: any sampled text, even half a character, is read back exactly."""
     write_text(path, "".join(json.dumps(item) + "\n" for item in items))
 
 
@@ -246,11 +245,10 @@ def check(s: Settings) -> None:
         least = int(name in POSITIVE)
         if value not in choices.get(name, [value]):
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
-        most = dict(seed=10 ** 12, threads=1024, traps=2).get(name, 10 ** 6)
+        most = dict(seed=10 ** 12, threads=1024, traps=2, share=0.99).get(name, 10 ** 6)
         if not isinstance(value, str) and not least <= value <= most:
             raise BadInput(f"{flag}: give a number from {least} to {most:,}.")
     for wrong, sentence in (
-            (s.share >= 1, f"--share {s.share}: give a part below 1."),
             (s.classes == 1, "--classes 1: every answer would be 0; give 0, 2, 3 ..."),
             (s.sft_data and not s.data or s.data and not (s.eval_data and s.model),
              "--data needs --eval-data and --model; --sft-data needs all three."),
@@ -273,7 +271,6 @@ def check(s: Settings) -> None:
 #
 #    mcts.Budget shows what each recipe spends its tokens on
 # --------------------------------------------------------------------------------------------------
-# Imitation uses the trees of all rounds so far (forests_so_far), DPO those of this round.
 # no_letters: refused for multiple choice, since it cannot make up questions with options
 Recipe = namedtuple("Recipe", "grow learn no_letters", defaults=[False])
 
@@ -372,18 +369,15 @@ def learn_trusted(lab, r, trees):
     return imitate(lab, found, lambda tree: tree.chosen[-1:], lab.settings.steps)
 
 
-# combined: ours. It makes two decisions:
-# - If more than two thirds of the questions are unsolved after the first samples, it searches each
-#   unsolved one for a right end. Otherwise every question gets a second tree of samples.
-# - If siblings in the trees of round 1 end right about equally often (`dpo.evenness`), wrong steps
-#   often end right, so it learns from preferences. Otherwise it imitates, as rft does
-SEARCH_ABOVE = 2 / 3
-PREFER_ABOVE = 1 / 2
+# combined: ours. It chooses between search and samples, and between preferences and imitation
+SEARCH_ABOVE = 2 / 3    # share of questions that the first samples left unsolved
+PREFER_ABOVE = 1 / 2    # dpo.evenness of the trees of round 1: how often wrong steps end right
 
 
 def grow_unsolved(lab, r, questions):
     """1) Sample every question with a part of the budget.
-    2) Spend the rest on a search of the unsolved questions, led by critics, or on more samples."""
+    2) If more than two thirds are unsolved, search each of these for a right end, led by critics.
+    Otherwise every question gets a second tree of samples."""
     s = lab.settings
     trees = grow_forest(lab, f"trees_{r}", questions, s.share * s.budget, sample)
     left = s.budget * len(questions) - lab.sampled_tokens
@@ -398,9 +392,9 @@ def grow_unsolved(lab, r, questions):
 
 def learn_what_helps(lab, r, trees):
     """3) Siblings are uneven: imitate right solutions, as rft does.
-    4) Siblings are even: imitation would copy wrong steps that ended right. Round 1 imitates with
-    three quarters of the updates, then does DPO on siblings alone, since its trees are the base's.
-    Later rounds do DPO on siblings and on whole solutions.
+    4) Siblings end right about equally often: imitation would copy wrong steps. Round 1 imitates
+    with three quarters of the updates, then does DPO on siblings alone, since its trees are the
+    base's. Later rounds do DPO on siblings and on whole solutions.
     Round 1 decides for all. Later trees look even on any task: imitation has removed bad steps."""
     notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
     if notes["evenness"] <= PREFER_ABOVE:
@@ -443,18 +437,17 @@ def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> 
         return records
     if tokens_each <= 0:
         return []
-    files = sampled_files(lab, lab.folder / name, questions, lab.settings.chunk, make, read_trees,
+    found = sampled_files(lab, lab.folder / name, questions, lab.settings.chunk, make, read_trees,
                           tokens_each * len(questions))
-    lab.rollout_tokens += sum(rollout_tokens for _, rollout_tokens in files)
-    forest = [tree for trees, _ in files for tree in trees]
-    lab.sampled_tokens += sum(tree.tokens for tree in forest)
-    return forest
+    lab.rollout_tokens += sum(record.get("rollout_tokens", 0) for _, record in found)
+    lab.sampled_tokens += sum(tree.tokens for tree, _ in found)
+    return [tree for tree, _ in found]
 
 
 def sampled_files(lab, folder, items: list, size: int, make, load=read_lines, tokens=0) -> list:
-    """The contents of files, one for every `size` items: cached(path, make(items, first)). On a CPU
-    --workers processes make those that are missing. Each process is a copy (fork) of this one, so
-    nothing has to be sent. If a process fails or is killed, this one makes its missing files
+    """The joined lines of files, one for every `size` items: cached(path, make(items, first)). On a
+    CPU --workers processes make those that are missing. Each process is a copy (fork) of this one,
+    so nothing has to be sent. If a process fails or is killed, this one makes its missing files
     afterwards, and reports the error if it occurs again.
 
     If there are several files, and at most two threads a file, each file is made by one thread, in
@@ -482,7 +475,7 @@ def sampled_files(lab, folder, items: list, size: int, make, load=read_lines, to
         while any(child.is_alive() for child in children):
             time.sleep(0.02)
             bar.update(sampled.sum().item() - bar.n)
-        return [cached(path, make, load=load) for path, make in jobs.items()]
+        return [item for path, make in jobs.items() for item in cached(path, make, load=load)]
     finally:
         for child in children:                  # Ctrl-C: no orphan is left
             child.kill()
@@ -493,8 +486,8 @@ def sampled_files(lab, folder, items: list, size: int, make, load=read_lines, to
 
 
 def start(child, children: list) -> None:
-    """Start a process and append it to `children`. A Ctrl-C that comes meanwhile is raised behind
-    that. (Inside a fork it can get lost while a lock of Python's is held, and the run hangs.)"""
+    """Start a process and append it to `children`. A Ctrl-C during this is raised afterwards:
+    inside a fork it can get lost while Python holds a lock, and the run hangs."""
     handler = signal.getsignal(signal.SIGINT)
     pressed = []
     signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
@@ -524,8 +517,7 @@ def make_files(lab, jobs: list, sampled) -> None:
 
 
 def planted(lab, questions: list, stage: int, first: int = 0) -> list:
-    """A tree for each question that is only its root: the prompt. Slots of all earlier trees are
-    void after this, for the sampler forgets them."""
+    """For each question a tree with only its root, the prompt. Slots of earlier trees are void."""
     lab.sampler.reset()
     trees = []
     for place, question in enumerate(questions, first):
@@ -542,22 +534,21 @@ def tree_record(lab, tree: Tree) -> dict:
     return asdict(tree.question) | to_json(tree) | shown
 
 
-def from_record(record: dict) -> Tree:
-    """The inverse of tree_record."""
-    return from_json(record, Question(record["text"], record["answer"]))
-
-
-def read_trees(path: Path) -> tuple:
-    """A file that grow_forest wrote: (trees, tokens that fast rollouts sampled for them)."""
-    records = read_lines(path)
-    return [from_record(record) for record in records], records[0]["rollout_tokens"]
+def read_trees(path: Path) -> list:
+    """[(tree, its record)] of a file that grow_forest wrote. ValueError: it is damaged."""
+    found = []
+    for record in read_lines(path):
+        tree = from_json(record, Question(record["text"], record["answer"]))
+        need(len(record["step_texts"]) == len(tree.nodes), "a tree needs one text for each node")
+        found.append((tree, record))
+    return found
 
 
 def forests_so_far(lab, r: int, *kinds) -> list:
     """The trees of these kinds of rounds 1 to r, from their files."""
     folders = [lab.folder / f"{kind}_{i}" for i in range(1, r + 1) for kind in kinds]
     files = [file for folder in folders for file in sorted(folder.glob("*.jsonl"))]
-    return [tree for file in files for tree in restored(file, read_trees)[0]]
+    return [tree for file in files for tree, _ in restored(file, read_trees)]
 
 
 def grade_ends(lab, ends: list) -> None:
@@ -569,8 +560,7 @@ def grade_ends(lab, ends: list) -> None:
 
 def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
     """Waves of whole solutions until the budget is used up. With `label` (Self-Explore) label_pits
-    follows each wave but the first: it completes prefixes of wrong solutions, and completions are
-    branches, too.
+    follows each wave but the first. Its completions of prefixes are branches, too.
 
     The first wave is one sample of each question. It tells what a sample costs, and later waves are
     made to fit: 1, 7, 8, 8, ... samples while the budget pays for them."""
@@ -764,8 +754,7 @@ def imitate_first(lab, r: int, questions: list) -> tuple:
 
 
 def imitate_right_ones(lab, r: int, trees: list) -> dict:
-    """RFT before DPO; returns what it did, under names of its own. It is saved on its own (rft/):
-    DPO then has the state file of trainings for itself, and a killed DPO goes on."""
+    """RFT before DPO; returns notes. Saved in rft/, so that a killed DPO does not repeat it."""
     make = lambda: imitate(lab, trees, partial(right_solutions, lab), rft_updates(lab, r))
     stats = lab.train_or_load("rft", make)
     return dict(rft_steps=stats["steps"], rft_tokens=stats.get("trained_tokens", 0))
@@ -882,12 +871,10 @@ def train_critic(lab, name: str, trees: list) -> tuple:
 def encode_again(trees: list, sampler) -> None:
     """Give trees from a file a place in a sampler's store, and encode them there."""
     sampler.reset()
-    path = {None: np.zeros(0, np.int64)}                # node -> slots from the root down to it
     for node in (node for tree in trees for node in tree.nodes):
-        above = path[node.parent]
-        path[node] = sampler.follow(above, node.ids)
-        node.slots = path[node][len(above):]
-    sampler.encode([path[end] for tree in trees for end in tree.ends()])
+        above = node.parent.slots_from_root() if node.parent else NOTHING
+        node.slots = sampler.follow(above, node.ids)[len(above):]
+    sampler.encode([end.slots_from_root() for tree in trees for end in tree.ends()])
 
 
 def imagined_questions(lab, r: int, old: list) -> list:
@@ -988,9 +975,8 @@ class Lab:
         """Write settings.json, or compare with the one that is there. This comes last, so that a
         refused command leaves no folder behind. BadInput: begun with other settings or files."""
         mine = asdict(self.settings)
-        if mine["rollouts"] and (small := mine["rollout_model"]):   # it is used hours later
-            tokenizer = Tokenizer.from_pretrained(small)
-            GPT.from_pretrained(small, "cpu").bind(tokenizer)
+        if small := mine["rollout_model"]:      # it is used hours later
+            GPT.from_pretrained(small, "cpu").bind(Tokenizer.from_pretrained(small))
         self.task.train_questions(1)            # are there enough?
         for name in ("data", "eval_data", "sft_data"):
             mine[name + "_hash"] = file_hash(mine[name])
@@ -1672,7 +1658,7 @@ def solve_greedily(lab, questions: list, r: int) -> list:
             tokens=len(one.ids), sound=lab.task.sound(question, text))
             for question, (text, one) in zip(part, continuations(lab, prompts))]
     folder = lab.folder / f"eval_{r}"
-    joined = lambda: sum(sampled_files(lab, folder, questions, EVALUATED_AT_ONCE, make), [])
+    joined = lambda: sampled_files(lab, folder, questions, EVALUATED_AT_ONCE, make)
     load = partial(read_solutions, count=len(questions))
     solutions = cached(folder.with_suffix(".jsonl"), joined, load=load)
     remove(folder)                              # the parts, which are joined now
@@ -1739,10 +1725,10 @@ def show_example(lab, log: list) -> None:
     model's solution. If possible, the base errs on it and the last model does not."""
     if lab.settings.preset == "smoke":
         print("A smoke run only shows that everything works: its model is too small to learn much.")
-    records, r = first_trees(lab.folder)[:100], log[-1]["round"]
-    if not records:                             # sft grows no trees
+    trees, r = first_trees(lab.folder)[:100], log[-1]["round"]
+    if not trees:                               # sft grows none
         return
-    questions = [Question(record["text"], record["answer"]) for record in records]
+    questions = [tree.question for tree, _ in trees]
     prompts = [lab.task.prompt_ids(question) for question in questions]
 
     def answers(number):
@@ -1760,7 +1746,7 @@ def show_example(lab, log: list) -> None:
         print(f"\n{title}: {told}\n")
         print("\n".join("   " + printable(line) for line in solution.split("\n")))
     show("A question of round 1. The base writes", *before[place])
-    print("\nWhat was tried in round 1:\n\n" + picture(records[place]))
+    print("\nWhat was tried in round 1:\n\n" + picture(*trees[place]))
     show(f"The model of round {r} writes", *after[place])
     print(f"\nAll files are in {lab.folder}; report.html shows the run. Ask the model yourself:\n"
           f"python model.py --model {shlex.quote(str(lab.folder / f'round_{r}'))} "
@@ -1779,27 +1765,17 @@ def verdict(task, question, text: str, cut: bool) -> str:
 
 
 def first_trees(folder: Path) -> list:
-    """The saved trees of round 1; first those with a pit or a chosen path that fit a screen."""
+    """read_trees of round 1; first those with a pit or a chosen path that fit a screen."""
     files = sorted(folder.glob("*_1/*.jsonl"))
     # first_1: samples of RFT, not the method's trees; eval_1: another process may be evaluating
     files = [file for file in files if file.parent.name not in ("first_1", "eval_1")]
-    records = [record for file in files for record in restored(file, read_records)]
-    plain = lambda record: not record["pits"] and not record["chosen"]
-    return sorted(records, key=lambda one: (plain(one), abs(len(one["nodes"]) - 10)))
+    found = [one for file in files for one in restored(file, read_trees)]
+    plain = lambda tree: not pits_of(tree) and not tree.chosen
+    return sorted(found, key=lambda one: (plain(one[0]), abs(len(one[0].nodes) - 10)))
 
 
-def read_records(path: Path) -> list:
-    """The lines of a file of trees. BadInput or KeyError: one of them is no tree."""
-    records = read_lines(path)
-    for record in records:
-        whole = len(record["step_texts"]) == len(from_record(record).nodes) and "pits" in record
-        need(whole, "a tree needs one text for each node, and its pits")
-    return records
-
-
-def picture(record: dict, width: int = 56) -> str:
+def picture(tree: Tree, record: dict, width: int = 56) -> str:
     """A saved tree as text, its steps cut at `width` columns."""
-    tree = from_record(record)
     text = lambda node: record["step_texts"][node.index]
     return draw(tree, text, tree.chosen, pits_of(tree), width=width)
 
@@ -1857,10 +1833,9 @@ def compared(ours: list, theirs: list) -> str:
 
 def evaluate(s: Settings) -> None:
     """--evaluate: greedy accuracy of a model folder on held-out questions, as one JSON object."""
-    with contextlib.redirect_stdout(sys.stderr):        # what it says of files is no JSON
-        lab, start = Lab(s), time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        lab.folder = Path(folder)
+    # what is said of files is no JSON: it goes to stderr
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
+        lab, start = Lab(replace(s, out=folder)), time.time()
         solutions = solve_greedily(lab, lab.task.eval_questions(), 0)
     row = report(lab, 0, solutions, [], {}, [start, start, start, time.time()])
     of_runs = ("recipe", "round", "seed", "sampled_tokens", "budget_tokens", "rollout_tokens",
@@ -1872,8 +1847,7 @@ def evaluate(s: Settings) -> None:
 def decode(s: Settings, r: int, n: int = 16) -> None:
     """--decode R: what search with critics buys at test time, for the model of round R of a run.
     (Give the flags of the run, too.) All methods but greedy get the tokens of n sampled solutions;
-    majority, best of n and the weighted vote choose among the same samples. The critics learn from
-    fresh samples of the model that they judge."""
+    the three votes choose among the same samples. Critics learn from fresh samples of the model."""
     lab = Lab(s)
     folder = lab.folder / f"round_{r}"
     lab.folder = lab.folder / f"decode_{r}"
@@ -1965,24 +1939,24 @@ def report_page(folder: Path, task) -> str:
 
 def unfolding_trees(folder: Path, task) -> list:
     """HTML of three trees of round 1: a small one, one with an error, one at random."""
-    records = first_trees(folder)
-    if not records:
+    trees = first_trees(folder)
+    if not trees:
         return []
-    erred = max(records, key=lambda record: fault(task, record)[0])
-    shown = {"A small tree": records[0], "An error: " + fault(task, erred)[1]: erred,
-             "A random one": random.Random(task.settings.seed).choice(records)}
+    erred = max(trees, key=lambda one: fault(task, *one)[0])
+    shown = {"A small tree": trees[0], "An error: " + fault(task, *erred)[1]: erred,
+             "A random one": random.Random(task.settings.seed).choice(trees)}
     pieces = ["<h2>Three trees of round 1</h2>"]
-    for title, record in shown.items():
+    for title, one in shown.items():
         summary = f"<summary>{escape(printable(title))}</summary>"
-        pieces.append(f"<details>{summary}<pre>{escape(picture(record, UNCUT))}</pre></details>")
+        pieces.append(f"<details>{summary}<pre>{escape(picture(*one, UNCUT))}</pre></details>")
     return pieces
 
 
-def fault(task, record: dict) -> tuple:
+def fault(task, tree: Tree, record: dict) -> tuple:
     """Where the method erred on a tree, as far as the task can tell: (how telling, a sentence). It
     puts a first pit elsewhere than at the first false line, or takes a solution with a false line
     to be right (by its answer, or by the critics), or finds no solution."""
-    tree, found = from_record(record), [(0, "none was found")]
+    found = [(0, "none was found")]
     if tree.question.answer and not tree.root.rights:
         found.append((1, "nothing ended right, so there was nothing to learn"))
     texts = record["step_texts"]

@@ -146,10 +146,11 @@ def test_a_run_leaves_what_it_says(run_of):
         tokenizer = Tokenizer.from_pretrained(folder / f"round_{r}")
         assert GPT.from_pretrained(folder / f"round_{r}").config.vocab_size == tokenizer.n_ids
         texts = set()
-        for record in trees(folder, f"trees_{r}"):
-            steps = [record["text"] + "?", *record["step_texts"][1:]]
-            for node in loop.from_record(record).nodes:
-                texts.add("".join(steps[one.index] for one in node.path()))
+        for file in folder.glob(f"trees_{r}/*"):
+            for tree, record in loop.read_trees(file):
+                steps = [record["text"] + "?", *record["step_texts"][1:]]
+                for node in tree.nodes:
+                    texts.add("".join(steps[one.index] for one in node.path()))
         for pair in loop.read_lines(folder / f"pairs_{r}.jsonl") if r else []:
             assert pair.keys() == {"prompt", "chosen", "rejected"} and "" not in pair.values()
             assert {pair["prompt"] + pair[side] for side in ("chosen", "rejected")} <= texts
@@ -223,7 +224,7 @@ def test_the_explorer_is_the_rft_model(recipe, home, tmp_path):
     for name in gaps:
         model = GPT.from_pretrained(tmp_path / name)
         model.bind(Tokenizer.from_pretrained(tmp_path / name))
-        for tree in map(loop.from_record, trees(tmp_path, "trees_1")):
+        for tree, _ in loop.read_trees(tmp_path / "trees_1" / "000000.jsonl"):
             for end in tree.ends():
                 ids = torch.tensor([[*tree.root.ids, *end.solution()]])
                 with torch.no_grad():

@@ -180,7 +180,7 @@ def test_imitation_learns_from_all_rounds_so_far(monkeypatch, tmp_path):
     """From samples and searches of rounds 1 to r."""
     for name in ("first_1", "trees_1", "more_1", "trees_2", "searched_2", "trees_3"):
         loop.write_lines(tmp_path / name / "000000.jsonl", [name])
-    monkeypatch.setattr(loop, "read_trees", lambda file: (loop.read_lines(file), 0))
+    monkeypatch.setattr(loop, "read_trees", lambda file: [(loop.read_lines(file)[0], {})])
     monkeypatch.setattr(loop, "imitate", lambda lab, found, solutions, updates: found)
     lab = SimpleNamespace(folder=tmp_path, settings=Settings())
     assert loop.learn_right_solutions(lab, 2, []) == ["trees_1", "more_1", "trees_2", "searched_2"]
