@@ -130,9 +130,9 @@ def cached(path: Path, make, save=None, load=None):
 def restored(path: Path, load):
     """load(path). BadInput if a file of a run does not hold what the run wrote there."""
     try:
-        found = load(path)
-        need(found != [], "it is empty")
-        return found
+        content = load(path)
+        need(content != [], "it is empty")
+        return content
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         named = isinstance(error, BadInput)     # it names the file already
         said = str(error) if named else f"{path} is damaged, or its reader fails ({error!r})"
@@ -297,8 +297,8 @@ def grow_samples(lab, r, questions):
 
 def learn_right_solutions(lab, r, trees):
     """Imitate the distinct right solutions of all rounds so far, sampled or searched for."""
-    found = forests_so_far(lab, r, "trees", "more", "searched")
-    return imitate(lab, found, partial(right_solutions, lab), lab.settings.steps)
+    all_trees = forests_so_far(lab, r, "trees", "more", "searched")
+    return imitate(lab, all_trees, partial(right_solutions, lab), lab.settings.steps)
 
 
 # outcome_dpo: the control of Self-Explore. Whole solutions as pairs
@@ -365,8 +365,8 @@ def grow_imagined(lab, r, questions):
 def learn_trusted(lab, r, trees):
     """4) Imitate the searched solutions that the critics trust (tree.chosen, a path or nothing), of
     all rounds so far. The right samples are left out: some are right by luck."""
-    found = forests_so_far(lab, r, "imagined")
-    return imitate(lab, found, lambda tree: tree.chosen[-1:], lab.settings.steps)
+    all_trees = forests_so_far(lab, r, "imagined")
+    return imitate(lab, all_trees, lambda tree: tree.chosen[-1:], lab.settings.steps)
 
 
 # combined: ours. It chooses between search and samples, and between preferences and imitation
@@ -437,11 +437,11 @@ def grow_forest(lab, name: str, questions: list, tokens_each: float, method) -> 
         return records
     if tokens_each <= 0:
         return []
-    found = sampled_files(lab, lab.folder / name, questions, lab.settings.chunk, make, read_trees,
+    grown = sampled_files(lab, lab.folder / name, questions, lab.settings.chunk, make, read_trees,
                           tokens_each * len(questions))
-    lab.rollout_tokens += sum(record.get("rollout_tokens", 0) for _, record in found)
-    lab.sampled_tokens += sum(tree.tokens for tree, _ in found)
-    return [tree for tree, _ in found]
+    lab.rollout_tokens += sum(record.get("rollout_tokens", 0) for _, record in grown)
+    lab.sampled_tokens += sum(tree.tokens for tree, _ in grown)
+    return [tree for tree, _ in grown]
 
 
 def sampled_files(lab, folder, items: list, size: int, make, load=read_lines, tokens=0) -> list:
@@ -536,12 +536,12 @@ def tree_record(lab, tree: Tree) -> dict:
 
 def read_trees(path: Path) -> list:
     """[(tree, its record)] of a file that grow_forest wrote. ValueError: it is damaged."""
-    found = []
+    saved = []
     for record in read_lines(path):
         tree = from_json(record, Question(record["text"], record["answer"]))
         need(len(record["step_texts"]) == len(tree.nodes), "a tree needs one text for each node")
-        found.append((tree, record))
-    return found
+        saved.append((tree, record))
+    return saved
 
 
 def forests_so_far(lab, r: int, *kinds) -> list:
@@ -670,7 +670,7 @@ def calculations(text: str) -> str:
         "So 2 + 3 + 4 = $9 in all" -> "2+3+4=9"        "12-9=3 : 10 3" -> "12-9=3:10 3"
         "5% of 40 = 2 so" -> "5% 40=2"                 "Then x + 3 = 7" -> "Then x+3=7"
         "3 boxes * 6 pens = 18 pens" -> "3*6=18" """
-    found = []
+    kept = []
     for line in critic.tidy(re.sub(r"\\times|\\cdot", "*", text)).split("\n"):
         line = re.sub(r"(?<=\d),(?=\d{3})", "", line)
         line = re.sub(r"(?<=[\d)]) *x *(?=[\d(])", "*", line)
@@ -679,8 +679,8 @@ def calculations(text: str) -> str:
             pieces = re.split(r"[^-+*/=()^<>%.\d]+", line) if EXPRESSION.search(line) else []
             line = " ".join(piece.strip(".") for piece in pieces if re.search(r"\d", piece))
             line = re.sub(" (?=[-+*/=])", "", line)         # 3 *6 =18
-        found.append(line)
-    return " ".join(filter(None, found)) or " ".join(text.split())
+        kept.append(line)
+    return " ".join(filter(None, kept)) or " ".join(text.split())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -712,7 +712,7 @@ def prefer(lab, r: int, trees: list, pairs) -> dict:
     """DPO on pairs(tree), a list of dpo.Pair, of each tree. The reference is the model as it is
     now; its log-probs are stored before training. The pairs are written for other trainers, too."""
     s, records = lab.settings, []
-    rows = [tree_row(found) for tree in trees if (found := pairs(tree))]
+    rows = [tree_row(of_tree) for tree in trees if (of_tree := pairs(tree))]
     store_reference(lab.model, rows, lab.part_tokens)
     text = lambda side: lab.decode(np.concatenate([node.ids for node in side]))
     for pair in (pair for row in rows for pair in row.pairs):
@@ -729,10 +729,10 @@ def prefer(lab, r: int, trees: list, pairs) -> dict:
 def right_solutions(lab, tree: Tree, most: int = 8) -> list:
     """Right ends that differ in their calculations; the same ones in other words teach nothing new.
     (At most 8, as in Self-Explore.) A solution that was cut at the length limit is not imitated."""
-    found = {}
+    distinct = {}
     for path in complete_right_paths(tree):
-        found.setdefault(calculations(lab.text(path[-1])), path[-1])
-    return list(found.values())[:most]
+        distinct.setdefault(calculations(lab.text(path[-1])), path[-1])
+    return list(distinct.values())[:most]
 
 
 RFT_PART = 3 / 4        # of the updates of round 1, where imitation comes before DPO
@@ -792,12 +792,13 @@ def train_base(lab) -> dict:
 
 def by_like_length(rows: list, size: int, seed: int) -> list:
     """Batches of rows of like length, in random order: 1% of their tokens are padding, not 8%."""
-    rng, found = random.Random(seed), []
+    rng = random.Random(seed)
+    shuffled = []
     for block in parts(rows, 16 * size):
         block.sort(key=lambda row: len(row.packed.ids))
         alike = parts(block, size)
-        found += rng.sample(alike, len(alike))
-    return found
+        shuffled += rng.sample(alike, len(alike))
+    return shuffled
 
 
 def parts(items: list, size: int) -> list:
@@ -812,12 +813,12 @@ def train_critics(lab, name: str, trees: list) -> dict:
     if s.critic == "judge":
         lab.critic = critic.Judge()
         return {}
-    lab.critic, found = train_critic(lab, name, trees)
-    for head, measured in found.items():
+    lab.critic, heads = train_critic(lab, name, trees)
+    for head, measured in heads.items():
         if measured["note"]:
             print(f"{name}: the {head} head is not used: {measured['note']}")
     if not s.rollouts:
-        return dict(critic=found)
+        return dict(critic=heads)
     # the smaller policy has a lab of its own; its critic learns from its own samples
     threads = torch.get_num_threads()
     small = Lab(replace(s, model=s.rollout_model, out=str(lab.folder / "small")), layers=1)
@@ -830,7 +831,7 @@ def train_critics(lab, name: str, trees: list) -> dict:
     text = lambda node: lab.decode(node.ids) if node.parent else lab.task.prompt(node.tree.question)
     lab.rollouts = critic.Rollouts(small.sampler, small.critic, s.rollouts, s.max_tokens, text)
     lab.rollout_tokens += small.sampled_tokens
-    return dict(critic=found, rollout_critic=small_found)
+    return dict(critic=heads, rollout_critic=small_found)
 
 
 def train_critic(lab, name: str, trees: list) -> tuple:
@@ -842,9 +843,9 @@ def train_critic(lab, name: str, trees: list) -> tuple:
         x, rows = [torch.zeros(0, size + 4, device=device)], []
         for group in parts(trees, s.chunk):
             encode_again(group, lab.sampler)
-            found = [row for tree in group for row in critic.critic_labels(tree, s.completions)]
-            x.append(critic.features([node for node, _, _ in found], lab.sampler))
-            rows += found
+            new = [row for tree in group for row in critic.critic_labels(tree, s.completions)]
+            x.append(critic.features([node for node, _, _ in new], lab.sampler))
+            rows += new
         tensor = partial(torch.tensor, dtype=torch.float32, device=device)
         labels = tensor([label for _, label, _ in rows]).reshape(-1, len(critic.HEADS))
         weights = tensor([weight for _, _, weight in rows])
@@ -907,9 +908,9 @@ def continuations(lab, prompts: list, temperature: float = 0, over=None, stage=0
     requests = [Request(lab.sampler.prompt(ids), seed, s.max_tokens)
                 for ids, seed in zip(prompts, seeds)]
     lab.sampler.finished = over or lab.task.over
-    found = lab.sampler.extend(requests, temperature, progress=lab.progress)
+    written = lab.sampler.extend(requests, temperature, progress=lab.progress)
     lab.sampler.finished = lab.task.over
-    return [(lab.decode(one.ids), one) for one in found]
+    return [(lab.decode(one.ids), one) for one in written]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1153,8 +1154,8 @@ class Task:
 
     def answer(self, text: str) -> str | None:
         """What a solution answers, in one spelling for equal values; None if it states none."""
-        found = find_answer(text, self.reader)[0]
-        return None if found is None else canonical(found)
+        stated = find_answer(text, self.reader)[0]
+        return None if stated is None else canonical(stated)
 
     def reward(self, question, text: str, cut: bool = False) -> bool:
         """Is the solution right? By its final answer alone. cut: it ran into the length limit."""
@@ -1181,44 +1182,45 @@ class Task:
 
     def distinct(self, draw, count: int, split: str, known=()) -> list:
         """`count` questions of a split, or all that draw() finds. known: keys to avoid."""
-        found = {}
+        questions = {}
         in_vain = 0                             # draws since the last new question
-        while len(found) < count and in_vain < 5_000:
+        while len(questions) < count and in_vain < 5_000:
             question = draw()
             key = self.key(question.text)
             in_vain += 1
-            if self.split(question) == split and key not in found and key not in known:
-                found[key] = question
+            if self.split(question) == split and key not in questions and key not in known:
+                questions[key] = question
                 in_vain = 0
-        return list(found.values())
+        return list(questions.values())
 
     def train_questions(self, r: int) -> list:
         """The questions of a round, the same for all recipes of a seed."""
         s = self.settings
         rng = random.Random(mix(s.seed, r, STREAM["questions"]))
-        found = self.distinct(lambda: self.draw(rng), s.questions, "train")
-        if len(found) < s.questions:
-            raise BadInput(f"--questions {s.questions}: {s.task} has {len(found)}; ask for fewer.")
-        return found
+        questions = self.distinct(lambda: self.draw(rng), s.questions, "train")
+        if len(questions) < s.questions:
+            raise BadInput(f"--questions {s.questions}: {s.task} has {len(questions)}; ask for "
+                           "fewer.")
+        return questions
 
     @cache
     def eval_questions(self) -> list:
         """The held-out questions, the same for all seeds and recipes; drawn once."""
         s, rng = self.settings, random.Random(99)
-        found = self.distinct(lambda: self.draw(rng), s.eval_questions, s.split)
-        if len(found) < s.eval_questions:
-            print(f"{s.task} has only {len(found)} held-out questions")
-        return found
+        questions = self.distinct(lambda: self.draw(rng), s.eval_questions, s.split)
+        if len(questions) < s.eval_questions:
+            print(f"{s.task} has only {len(questions)} held-out questions")
+        return questions
 
     def examples(self, count: int, rng) -> list:
         """[(ids of a prompt, ids of somebody's solution)] for SFT."""
-        found = []
-        while len(found) < count:
+        solved = []
+        while len(solved) < count:
             question = self.draw(rng)
             if self.split(question) == "train":
                 solution = self.tokenizer.encode_more(self.solve(question, rng))
-                found.append((self.prompt_ids(question), solution))
-        return found
+                solved.append((self.prompt_ids(question), solution))
+        return solved
 
     def imagine(self, old: list, rng, write) -> list:
         """AlphaLLM's first step: as many new questions, each an old one with one thing changed.
@@ -1364,7 +1366,7 @@ class Countdown(Task):
 
     def moves(self, numbers: tuple) -> list:
         """All legal moves: [(line, numbers left)]."""
-        found = []
+        legal = []
         for i, j in permutations(range(len(numbers)), 2):
             rest = tuple(number for k, number in enumerate(numbers) if k not in (i, j))
             for op in "+-*":
@@ -1372,8 +1374,8 @@ class Countdown(Task):
                 left = rest + (result,)
                 line = f"{numbers[i]}{op}{numbers[j]}={result} : {' '.join(map(str, left))}"
                 if 0 <= result <= 99:
-                    found.append((line, left))
-        return found
+                    legal.append((line, left))
+        return legal
 
     def play(self, numbers: tuple, rng) -> tuple:
         """Random legal play to the end: (its lines, the last number)."""
@@ -1479,9 +1481,9 @@ def lettered(question: str, options: list, right: int, rationale: str = "") -> t
     stays. If all carry letters of their own, in order, these are taken off."""
     options = [" ".join(option.split()) for option in options]          # one line each
     own = [OWN_LETTER.match(option) for option in options]
-    letters = "".join((found[1] or found[2]).upper() if found else "-" for found in own)
+    letters = "".join((match[1] or match[2]).upper() if match else "-" for match in own)
     if letters == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]:
-        options = [option[found.end():] for option, found in zip(options, own)]
+        options = [option[match.end():] for option, match in zip(options, own)]
     different = 2 <= len(set(options)) == len(options) <= 26
     need(different and all(options), "2 to 26 different options are needed, none of them empty")
     digest = lambda i: hashlib.sha256((question + options[i]).encode("utf-8", "replace")).digest()
@@ -1541,7 +1543,7 @@ class FileTask(Task):
         except BadInput as error:
             raise BadInput(f"{error}; data must be a file of JSON lines or one JSON array (from the"
                            " Hub: datasets.load_dataset(...)[...].to_json(FILE)).") from error
-        found = []
+        questions = []
         for number, item in enumerate(items, 1):
             with about(f"{file}, item {number}"):
                 text, reference = self.read_item(item)
@@ -1550,14 +1552,14 @@ class FileTask(Task):
                      r"the reference holds no answer to grade by, such as #### 18 or \boxed{18}")
             question = Question(text, reference)
             if len(self.prompt_ids(question)) < self.context:
-                found.append(question)
-        if len(found) < len(items):
-            print(f"{file}: {len(items) - len(found)} questions skipped, since each fills the "
+                questions.append(question)
+        if len(questions) < len(items):
+            print(f"{file}: {len(items) - len(questions)} questions skipped, since each fills the "
                   f"model's context of {self.context} tokens")
-        if not found:
+        if not questions:
             raise BadInput(f"{file} holds no question{' that fits the model' if items else ''}; "
                            "give another file.")
-        return found
+        return questions
 
     def read_item(self, item) -> tuple:
         """(question, reference), by the first of KINDS whose fields the item has. ValueError."""
@@ -1603,7 +1605,8 @@ class FileTask(Task):
     def examples(self, count: int, rng) -> list:
         """Questions with their reference solutions, in shuffled passes over all, at most --epochs.
         One that does not fit the context is left out: cut, it would teach to stop halfway."""
-        given, found = self.references or self.train, []
+        given = self.references or self.train
+        fitting = []
         order = [question for _ in range(self.settings.epochs)
                  for question in rng.sample(given, len(given))][:count]
         for question in order:
@@ -1611,14 +1614,14 @@ class FileTask(Task):
             gap = "" if self.after[-1:].isspace() else " "
             solution = self.tokenizer.encode_more(gap + question.answer)
             if len(prompt) + len(solution) < self.context:
-                found.append((prompt, solution))
-        if not found:
+                fitting.append((prompt, solution))
+        if not fitting:
             raise BadInput("None of the reference solutions fits the model's context of "
                            f"{self.context} tokens; give shorter ones.")
-        if len(found) < len(order):
-            print(f"{len(order) - len(found)} of {len(order)} reference solutions exceed the "
+        if len(fitting) < len(order):
+            print(f"{len(order) - len(fitting)} of {len(order)} reference solutions exceed the "
                   f"model's context of {self.context} tokens and are left out")
-        return found
+        return fitting
 
     def imagine(self, old: list, rng, write) -> list:
         """The policy sees three questions and writes one more. It is cut at its question mark, as
@@ -1634,15 +1637,15 @@ class FileTask(Task):
             shown = "".join(f"Question: {question.text}\n\n" for question in three) + "Question:"
             prompts.append(self.tokenizer.encode_prompt(shown))
         known = [triples(question.text) for question in self.train + self.test]
-        found = []
+        kept = []
         for text, _ in write([ids for ids in prompts if len(ids) < self.context // 2]):
             asked = ASKED.match(text.strip())[0]
             new = triples(asked)
             differs = all(2 * len(new & other) < len(new) for other in known)
             if re.search("[0-9]", asked) and differs:
                 known.append(new)
-                found.append(Question(asked, ""))
-        return found
+                kept.append(Question(asked, ""))
+        return kept
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1769,9 +1772,9 @@ def first_trees(folder: Path) -> list:
     files = sorted(folder.glob("*_1/*.jsonl"))
     # first_1: samples of RFT, not the method's trees; eval_1: another process may be evaluating
     files = [file for file in files if file.parent.name not in ("first_1", "eval_1")]
-    found = [one for file in files for one in restored(file, read_trees)]
+    trees = [one for file in files for one in restored(file, read_trees)]
     plain = lambda tree: not pits_of(tree) and not tree.chosen
-    return sorted(found, key=lambda one: (plain(one[0]), abs(len(one[0].nodes) - 10)))
+    return sorted(trees, key=lambda one: (plain(one[0]), abs(len(one[0].nodes) - 10)))
 
 
 def picture(tree: Tree, record: dict, width: int = 56) -> str:
@@ -1910,8 +1913,8 @@ def report_page(folder: Path, task) -> str:
     scores = ("auc", "brier", "constant")
     for row in log:
         heads = row.get("critic") or heads
-        for head, found in row.get("critic", {}).items():
-            row |= {f"critic.{head}.{score}": found[score] for score in scores}
+        for head, measured in row.get("critic", {}).items():
+            row |= {f"critic.{head}.{score}": measured[score] for score in scores}
         if row.get("sound") is not None:
             hits = row["sound"] * row["questions"]
             row["sound_low"], row["sound_high"] = critic.wilson(hits, row["questions"])
@@ -1924,9 +1927,9 @@ def report_page(folder: Path, task) -> str:
                     "eval_tokens"]),
         "<h2>Seconds</h2><p>The highest curve is the phase that is worth making faster.</p>",
         plot(work, ["grow_seconds", "learn_seconds", "eval_seconds"])]
-    for head, found in heads.items():
+    for head, measured in heads.items():
         key, cells = f"critic.{head}.calibration", []
-        for said, true, count in found["calibration"]:
+        for said, true, count in measured["calibration"]:
             low, high = critic.wilson(true * count, count)
             cells.append({"said": said, key: true, f"{key}_low": low, f"{key}_high": high})
         pieces += [
@@ -1956,9 +1959,9 @@ def fault(task, tree: Tree, record: dict) -> tuple:
     """Where the method erred on a tree, as far as the task can tell: (how telling, a sentence). It
     puts a first pit elsewhere than at the first false line, or takes a solution with a false line
     to be right (by its answer, or by the critics), or finds no solution."""
-    found = [(0, "none was found")]
+    faults = [(0, "none was found")]
     if tree.question.answer and not tree.root.rights:
-        found.append((1, "nothing ended right, so there was nothing to learn"))
+        faults.append((1, "nothing ended right, so there was nothing to learn"))
     texts = record["step_texts"]
     text = lambda node: "".join(texts[step.index] for step in node.path()[1:])
     for end in tree.ends():
@@ -1969,10 +1972,10 @@ def fault(task, tree: Tree, record: dict) -> tuple:
         pit, false = critic.pit(end), f"{lines[place]} is the first false line"
         looked = any(step.tried for step in end.path())
         if end.right or end in tree.chosen:
-            found.append((2, f"{false} of a solution that was taken to be right"))
+            faults.append((2, f"{false} of a solution that was taken to be right"))
         if pit and looked and text(pit.parent).count("\n") != place:
-            found.append((3, f"{false}, but another one was called the first pit"))
-    return max(found)
+            faults.append((3, f"{false}, but another one was called the first pit"))
+    return max(faults)
 
 
 def compare_page(rows: list) -> str:
@@ -2061,8 +2064,8 @@ def flags() -> Flags:
     for line in re.search(r"class Settings:.*?def ", source, re.DOTALL)[0].split("\n"):
         if title := re.fullmatch(r"    # (.*)", line):
             group = parser.add_argument_group(title[1])
-        elif found := re.fullmatch(r"    (\w+): \w+ = \S+ +# (.*)", line):
-            name, text = found[1], found[2].replace("%", "%%")
+        elif setting := re.fullmatch(r"    (\w+): \w+ = \S+ +# (.*)", line):
+            name, text = setting[1], setting[2].replace("%", "%%")
             group.add_argument("--" + name.replace("_", "-"), type=type(default[name]),
                                help=f"{text} (default: {default[name]!r})", metavar="X")
     group = parser.add_argument_group("instead of a run")
