@@ -62,11 +62,11 @@ def pit(end):
     return None if step is None else path[step]
 
 
-def label_pits(ends: list, complete, k: int, budget=None) -> None:
+def label_pits(ends: list, complete, k: int, left=lambda: math.inf) -> None:
     """Complete prefixes of wrong solutions until each has its pit or the budget is spent.
     complete([(node, k)]) samples k completions below each node and grades them (record_grade).
-    budget: a mcts.Budget or None. A completion is expected to be as long as the rest of the
-    solution; a prefix that the budget does not afford stays unknown. k = 0 labels nothing.
+    left: the budget, see mcts.tokens_left. A completion is expected to be as long as the rest of
+    the solution; a prefix that the budget does not afford stays unknown. k = 0 labels nothing.
     In every wave each solution asks for one prefix. Here are two that share A; k = 4:
         root - A - B - C - D  wrong     wave 1   A, for both: 2 of 4 are right
                 `- E - F  wrong         wave 2   B: 0 of 4, the pit of D;  E: 1 of 4, so F is a pit
@@ -79,7 +79,7 @@ def label_pits(ends: list, complete, k: int, budget=None) -> None:
             if end.right is False and None in known and first_pit(known) is None:
                 step = known.index(None)
                 tokens = k * sum(len(node.ids) for node in path[step + 1:])
-                if path[step] not in wave and (not budget or budget.affords(cost + tokens)):
+                if path[step] not in wave and cost + tokens <= left():
                     wave[path[step]] = path[step].rights
                     cost += tokens
         if not wave:
@@ -104,8 +104,8 @@ def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> li
     `template` is appended to the solution; the cached keys and values of the solution are reused.
     Models favour one letter, so both orders of the options are asked and averaged: .3 with correct
     as (B) and .4 with correct as (A) give .35. An order that does not fit the context counts as .5.
-    shown: a reference solution, as text or function node -> text. It tells the judge the answer, so
-    say when you use it: AUC .747, without .620 (MCTS-DPO). BadInput: A or B is not one token."""
+    shown: a function node -> reference solution, or "". It tells the judge the answer, so say when
+    you use it: AUC .747, without .620 (MCTS-DPO). BadInput: A or B is not one token."""
     model, tokenizer = sampler.model, sampler.tokenizer
     letters = tokenizer.encode_more("A") + tokenizer.encode_more("B")
     if len(letters) != 2:
@@ -115,8 +115,7 @@ def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> li
     for i, node in enumerate(nodes):
         above = node.slots_from_root()
         above = above[:-1] if node.ended == "eos" else above            # judge before end-of-text
-        text = shown(node) if callable(shown) else shown
-        text = text and REFERENCE.format(text)
+        text = shown and REFERENCE.format(shown(node))
         for order, options in enumerate((("incorrect", "correct"), ("correct", "incorrect"))):
             ids = tokenizer.encode_more(text + template.format(*options))
             if len(above) + len(ids) < model.config.max_positions:
@@ -333,7 +332,7 @@ class Rollouts:
                     return None
                 slots = self.sampler.follow(above, ids)[len(above):]
                 if twin:
-                    self.twin[step] = twin.tree.add(twin, ids, NOTHING, slots)
+                    self.twin[step] = twin.tree.add(twin, ids, slots=slots)
                 else:
                     self.twin[step] = Tree(None, step.tree.seed + 1, ids, slots).root
             twin = self.twin[step]
@@ -413,8 +412,8 @@ def tidy(text: str) -> str:
 def last_box(text: str) -> str:
     r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or "".
     `\boxed 2` holds 2 (some references of MATH have it)."""
-    found = re.findall(rf"\\boxed(?:\s*\{{({BOX})\}}| +(-?\w+))", text)
-    return "".join([("", ""), *found][-1])
+    boxes = re.findall(rf"\\boxed(?:\s*\{{({BOX})\}}| +(-?\w+))", text)
+    return "".join([("", ""), *boxes][-1])
 
 
 def stated(text: str):
@@ -427,8 +426,8 @@ def stated(text: str):
     text = text.replace(". I hope it is correct", "")                   # how Minerva's prompt ends
     box = last_box(text).replace("\n", " ")
     pieces = {"####": text.split("####")[1:], "boxed": [box], "phrase": re.split(PHRASE, text)[1:]}
-    for mark, found in pieces.items():
-        for piece in reversed(found):
+    for mark, of_mark in pieces.items():
+        for piece in reversed(of_mark):
             line, _, below = piece.partition("\n")
             lines = [one for one in below.split("\n") if re.search(r"\w", one)]
             if mark == "phrase" and not re.search(r"\w", line) and len(lines) == 1:
@@ -459,9 +458,9 @@ def read_number(piece: str, mark: str):
     line = REASON.split(WORKING.sub("", last, count=1))[0]
     if mark == "bare":
         line = RESULT.split(last)[-1]
-    found = strange(line)
-    if len(found) == 1 and re.fullmatch(NUMBER, found[0]):
-        return re.sub(r"[+,\s]", "", found[0])
+    unknown = strange(line)
+    if len(unknown) == 1 and re.fullmatch(NUMBER, unknown[0]):
+        return re.sub(r"[+,\s]", "", unknown[0])
     return piece.strip() if last and mark != "bare" else None
 
 
@@ -482,19 +481,19 @@ def read_letter(piece: str, mark: str, options=None):
     """The letter of an option: B, (B), "B. iron", "(b) since"; a text of several lines has none.
     options: {letter: its text} as shown, if known. Then the text after the letter must not be that
     of another option. In `B, iron` and `B iron` it must be the text of option B."""
-    piece = piece.split("\n\n")[0] if mark == "bare" else piece         # "B", then an explanation
-    found = LETTER.match(piece)
-    if not found:
+    piece = piece.split("\n\n")[0]                      # "B", then an explanation
+    match = LETTER.match(piece)
+    if not match:
         return None
-    letter = found[1].upper()
-    behind = piece[found.end():]
+    letter = match[1].upper()
+    behind = piece[match.end():]
     stop = r"[.!?][\"')*_]* +(?!(?:No|Wait|Actually|But|Hmm|Sorry)\b)(?=[A-Z] ?[a-z])"
     sentence = re.split(stop, REASON.split(behind)[0])[0]               # up to C of "B. No, C"
     words = lambda text: re.findall(r"\w+", text.casefold())
     for name, text in (options or {}).items():
         if words(text) and words(text) in (words(behind), words(sentence)):
             return letter if name == letter else None
-    clear = re.match(CLOSED if options else CLOSED + APART, found[1] + sentence)
+    clear = re.match(CLOSED if options else CLOSED + APART, match[1] + sentence)
     doubt = re.search(r"\b(OR|AND|NOR|[A-Z])\b|^\W*IS (WRONG|INCORRECT|NOT)\b", sentence.upper())
     return letter if clear and not doubt else None                      # B or C   (B) is wrong
 
@@ -618,8 +617,8 @@ def grade(text: str, reference: str, cut: bool = False, question: str = "") -> b
     wanted = {read: find_answer(reference, read) for read in readers}
     sureness = ("####", "boxed", "phrase", "bare", None).index
     read = min(readers, key=lambda read: sureness(wanted[read][1]))     # ties: the first
-    found, mark = find_answer(text, read)
-    return same_answer(found, wanted[read][0]) and not (cut and mark == "bare")
+    answer, mark = find_answer(text, read)
+    return same_answer(answer, wanted[read][0]) and not (cut and mark == "bare")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -671,8 +670,7 @@ def demo() -> None:
              "6+1=7 : 8-7": "8-7=1 : 1", "8-7=1 : 1": "#### 1"}
     tree = Tree("", 0, list(b"8-2*3+1"))
     text = lambda node: bytes(node.ids.tolist()).decode()
-    write = lambda node, line: tree.add(node, list(line.encode()), NOTHING, NOTHING,
-                                        "eos" if line[0] == "#" else "")
+    write = lambda node, line: tree.add(node, list(line.encode()), ended="eos" * (line[0] == "#"))
 
     def complete(wants) -> None:
         """k completions below each node, graded."""

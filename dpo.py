@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from critic import pit
-from mcts import NOTHING, Packed, Tree, pack
+from mcts import Packed, Tree, pack
 from model import GPT, BadInput, GPTConfig, Tokenizer, need, read_safetensors, write_safetensors
 
 # B rows of a batch   T tokens of a row   J pairs of a row   S imitated solutions of a row
@@ -209,23 +209,21 @@ def tree_row(pairs=(), solutions=(), also=()) -> Row:
     loss needs. ValueError: the sides of a pair are empty or equal, or have different parents."""
     for pair in pairs:
         need(apart(pair.chosen, pair.rejected), "a pair needs two different branches of one node")
-    chosen = [pair.chosen for pair in pairs]
-    rejected = [pair.rejected for pair in pairs]
-    imitate = [end.path() for end in solutions]
-    groups = [*chosen, *rejected, *imitate, also]
+    groups = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    groups += [end.path() for end in solutions] + [also]
     packed = pack([node for group in groups for node in group])
     masks = torch.zeros(len(groups), len(packed.ids))
     for mask, group in zip(masks, groups):
         for node in group:
             mask[packed.span[node]] = node.parent is not None           # the root is the question
-    parts = masks.split([len(chosen), len(rejected), len(imitate), 1])
+    parts = masks.split([len(pairs), len(pairs), len(solutions), 1])
     return Row(packed, *parts[:3], masks.any(0), list(pairs))
 
 
 def text_row(prompt_ids, solution_ids) -> Row:
     """A question and one solution, for plain SFT: a tree with one branch."""
     tree = Tree(None, 0, prompt_ids)
-    return tree_row(solutions=[tree.add(tree.root, solution_ids, NOTHING, NOTHING, "eos")])
+    return tree_row(solutions=[tree.add(tree.root, solution_ids, ended="eos")])
 
 
 def by_length(rows: list, tokens: int) -> list:
@@ -253,10 +251,8 @@ def equal_shares(rows: list, most: int) -> list:
 # 3. Log-probs of packed trees
 # --------------------------------------------------------------------------------------------------
 def log_probs(model: GPT, rows: list) -> list:
-    """For each row the log-probs (T,) of its learnt tokens, on the CPU, 0 at the others. A token is
-    predicted from the one before it *in its branch*, which need not be its left neighbour:
-        columns of a row    q1 q2 a1 a2 b1
-        before              -1  0  1  2  1      columns 1, 2, 1 predict the learnt a1, a2, b1"""
+    """For each row the log-probs (T,) of its learnt tokens, on the CPU, 0 at the others. In the
+    picture of mcts.Packed columns 1, 2 and 1 (`before`) predict the learnt a1, a2 and b1."""
     columns = []
     for row in rows:
         own = row.packed
@@ -491,16 +487,16 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares
     """The gradient of a batch's mean loss, left in the masters' .grad; returns the batch's sums."""
     def gradient(share: list) -> tuple:
         """The gradient of the loss summed over some of the rows, in fp32, and their sums."""
-        found = [torch.zeros_like(p) for p in masters.values()]
+        totals = [torch.zeros_like(p) for p in masters.values()]
         sums = Counter()
         for part in by_length(share, tokens):
             loss, weight, statistics = loss_fn(model, part)
             # materialize_grads: 0 for what a loss of your own does not use
             own = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
-            for total, g in zip(found, own):
+            for total, g in zip(totals, own):
                 total += g
             sums.update(statistics, loss=loss.item(), weight=weight)
-        return found, sums
+        return totals, sums
     for p in masters.values():
         p.grad = None                           # frees that of the last update
     gradients, of_shares = zip(*map_fn(gradient, equal_shares(rows, shares)))
@@ -516,16 +512,16 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares
 
 def summary(counts: dict, sums: dict) -> dict:
     """What `train` returns. Statistics are sums over pairs; without pairs, over the weight."""
-    found = dict(counts)
+    stats = dict(counts)
     divisor = dict(loss=sums["weight"], norm=sums["finite"])
     for name in sums:
         if name not in ("weight", "finite", "pairs"):
-            found[name] = sums[name] / divisor.get(name, sums["pairs"] or sums["weight"])
-    if found.get("chosen_shift", 0.0) < -0.05:
-        found["alarm"] = (f"the chosen side fell by {-found['chosen_shift']:.3f} nats a token: "
+            stats[name] = sums[name] / divisor.get(name, sums["pairs"] or sums["weight"])
+    if stats.get("chosen_shift", 0.0) < -0.05:
+        stats["alarm"] = (f"the chosen side fell by {-stats['chosen_shift']:.3f} nats a token: "
                           "lower --dpo-lr or raise --nll")
-        print("alarm:", found["alarm"])
-    return found
+        print("alarm:", stats["alarm"])
+    return stats
 
 
 def save_state(path, plan: str, masters: dict, optimizers: list, counts: dict, sums: dict) -> None:
@@ -559,8 +555,8 @@ def demo() -> None:
     tokenizer = Tokenizer.bytes_only()
     model = GPT(GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)).initialise(seed=0)
     tree = Tree(None, 0, tokenizer.encode("7+1*4?"))
-    good, bad = (tree.add(tree.root, tokenizer.encode(step), NOTHING, NOTHING)
-                 for step in ("1*4=4 : 7+4", "7+1=8 : 8*4"))
+    steps = "1*4=4 : 7+4", "7+1=8 : 8*4"
+    good, bad = (tree.add(tree.root, tokenizer.encode(step)) for step in steps)
     row = tree_row([Pair([good], [bad])])
     store_reference(model, [row])
     print("7+1*4? goes on with 1*4=4 : 7+4 (chosen) or 7+1=8 : 8*4 (rejected). Their log-probs:")

@@ -15,7 +15,7 @@ Four choices hold the file together:
    not there. A run can be killed at any moment, and the same command goes on where it stopped.
 3. Random numbers come from the seed and, for questions and samples, from stage and place; never
    from what ran before. So a resumed run has the samples and weights of one that was left alone.
-4. Trees are held to the budget of sampled tokens by one class, mcts.Budget.
+4. Trees are held to the budget of sampled tokens by one function, mcts.tokens_left.
 
 Chapters: 1 The loop   2 Settings   3 Recipes   4 Growing   5 Learning   6 The lab   7 Tasks
           8 Evaluating, comparing, decoding   9 Pictures   10 Command line
@@ -63,9 +63,9 @@ from critic import canonical, find_answer, grade
 from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, evenness, outcome_pairs, pit_pairs,
                  pits_of, preference_loss, rate_pairs, scaled_lr, sft_loss, sibling_pairs,
                  store_reference, text_row, train, tree_row)
-from mcts import (NOTHING, RULES, UNCUT, Budget, StepSampler, Tree, commit_every, draw, fixed_width,
-                  from_json, grow, importance_width, page, printable, record_grade, search, to_json,
-                  until)
+from mcts import (NOTHING, RULES, StepSampler, Tree, commit_every, draw, fixed_width, from_json,
+                  grow, importance_width, page, printable, record_grade, search, to_json,
+                  tokens_left, until)
 from model import (GPT, BadInput, Flags, GPTConfig, Request, Sampler, Tokenizer, about, field, mix,
                    need, pick_device, read_json, read_safetensors, start_console, with_newlines,
                    write_safetensors, write_text)
@@ -269,7 +269,7 @@ def check(s: Settings) -> None:
 #
 #    grow(lab, r, questions) -> (trees, notes for the log)     learn(lab, r, trees) -> notes
 #
-#    mcts.Budget shows what each recipe spends its tokens on
+#    mcts.tokens_left shows what each recipe spends its tokens on
 # --------------------------------------------------------------------------------------------------
 # no_letters: refused for multiple choice, since it cannot make up questions with options
 Recipe = namedtuple("Recipe", "grow learn no_letters", defaults=[False])
@@ -564,7 +564,7 @@ def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
 
     The first wave is one sample of each question. It tells what a sample costs, and later waves are
     made to fit: 1, 7, 8, 8, ... samples while the budget pays for them."""
-    s, budget = lab.settings, Budget(trees, tokens)
+    s, left = lab.settings, tokens_left(trees, tokens)
 
     def grow_graded(wants):
         """Sample below nodes, wants = [(node, how many)], and grade the new ends."""
@@ -575,9 +575,9 @@ def sample(lab, trees: list, tokens: float, label: bool = False) -> None:
         taken += wave
         if label and taken > 1:
             ends = [end for tree in trees for end in tree.ends()]
-            critic.label_pits(ends, grow_graded, s.completions, budget)
+            critic.label_pits(ends, grow_graded, s.completions, left)
         cost = sum(tree.tokens for tree in trees) / taken       # of a wave of 1, with its labels
-        wave = min(s.samples - taken % s.samples, int(budget.left() / cost))
+        wave = min(s.samples - taken % s.samples, int(left() / cost))
 
 
 def search_with_answers(lab, trees: list, tokens: float) -> None:
@@ -1777,10 +1777,10 @@ def first_trees(folder: Path) -> list:
     return sorted(trees, key=lambda one: (plain(one[0]), abs(len(one[0].nodes) - 10)))
 
 
-def picture(tree: Tree, record: dict, width: int = 56) -> str:
+def picture(tree: Tree, record: dict, width: float = 56) -> str:
     """A saved tree as text, its steps cut at `width` columns."""
     text = lambda node: record["step_texts"][node.index]
-    return draw(tree, text, tree.chosen, pits_of(tree), width=width)
+    return draw(tree, text, pits_of(tree), width=width)
 
 
 def compare(s: Settings, names: list, seeds: int) -> None:
@@ -1951,7 +1951,8 @@ def unfolding_trees(folder: Path, task) -> list:
     pieces = ["<h2>Three trees of round 1</h2>"]
     for title, one in shown.items():
         summary = f"<summary>{escape(printable(title))}</summary>"
-        pieces.append(f"<details>{summary}<pre>{escape(picture(*one, UNCUT))}</pre></details>")
+        drawn = escape(picture(*one, math.inf))
+        pieces.append(f"<details>{summary}<pre>{drawn}</pre></details>")
     return pieces
 
 

@@ -43,7 +43,6 @@ from model import BadInput, Request, about, mix, need, read_json, write_text
 # 1. The tree
 # --------------------------------------------------------------------------------------------------
 NOTHING = np.zeros(0, np.int64)
-LENGTH_POWER = 1.25                     # of `Node.prior`, as in the released code of MCTS-DPO
 
 
 @dataclass(eq=False)                    # eq=False: a node equals only itself and may be a dict key
@@ -80,9 +79,9 @@ class Node:
 
     @property
     def prior(self) -> float:
-        """P = exp(sum of log-probs / tokens ** 1.25); siblings need not add up to 1. 20 tokens of
-        log-prob -0.5 have P = exp(-10 / 42.3) = 0.79; the paper's p / length^lambda is 0.000001."""
-        return math.exp(float(self.logps.sum()) / len(self.ids) ** LENGTH_POWER)
+        """P = exp(sum of log-probs / tokens ** 1.25), as in MCTS-DPO's code; siblings need not add
+        up to 1. 20 tokens of log-prob -.5: exp(-10/42.3) = .79; paper, p / length^lambda: 1e-6."""
+        return math.exp(float(self.logps.sum()) / len(self.ids) ** 1.25)
 
     def path(self) -> list:
         """Nodes from the root down to this one."""
@@ -110,11 +109,9 @@ class Tree:
         self.known = {}                 # (parent, ended, ids or key of the step) -> node
         self.root = self.add(None, prompt_ids, NOTHING, prompt_slots)
         self.search_from = self.root    # where simulations begin (`commit_every` moves it down)
-        self.last_growth = 0            # root.visits when a simulation last sampled (`patience`)
-        self.last_commit = 0            # root.visits when `commit_every` last moved search_from
         self.chosen = []                # AlphaLLM: path of the solution to imitate, if there is one
 
-    def add(self, parent, ids, logps, slots, ended: str = "", key=None) -> Node:
+    def add(self, parent, ids, logps=NOTHING, slots=NOTHING, ended: str = "", key=None) -> Node:
         """The child with these ids. It is made if it is missing, and its count grows by one.
         Steps of equal `key` are one node, too (AlphaLLM's state merge): "so 2+3=5" and "2+3=5"."""
         same_ids = (parent, ended, tuple(ids))
@@ -180,7 +177,6 @@ def from_json(saved: dict, question) -> Tree:
                         setattr(node, name, model.field(row, name, kind))
         chosen = _numbers(saved, "chosen", int, 0, len(rows) - 1, [])
     tree.chosen = [tree.nodes[i] for i in chosen]
-    tree.last_growth = tree.last_commit = tree.root.visits      # patience and commits start anew
     return tree
 
 
@@ -193,7 +189,7 @@ def _add_row(tree: Tree, row) -> Node:
     need(0 <= parent < len(tree.nodes), f"key 'parent': no node {parent} stands before it")
     end = model.field(row, "end", str, "")
     need(end in ("", "eos", "answer", "length"), f"key 'end' is {end!r:.60}")
-    return tree.add(tree.nodes[parent], ids, logps, NOTHING, end)
+    return tree.add(tree.nodes[parent], ids, logps, ended=end)
 
 
 def _numbers(row, key: str, kind, low=0, high=2 ** 31, default=None) -> list:
@@ -204,8 +200,9 @@ def _numbers(row, key: str, kind, low=0, high=2 ** 31, default=None) -> list:
     return numbers
 
 
-class Budget:
-    """How many tokens a set of trees may still sample. What each recipe spends them on:
+def tokens_left(trees: list, tokens: float):
+    """The token budget of some trees: a function without arguments that says how many they may
+    still sample. What each recipe spends them on:
 
         rft                  | samples                                                 |
         outcome_dpo          | samples for RFT (round 1) | samples                     |
@@ -216,21 +213,11 @@ class Budget:
         sft                  | nothing                                                 |
 
     Checked before sampling by loop.sample, critic.label_pits, `until` and `commit_every`. (A search
-    has one Budget a tree, so that no tree depends on the others.) The first simulation of a tree
+    has one budget a tree, so that no tree depends on the others.) The first simulation of a tree
     needs one token left. Not checked: the first sample of a question, questions that the policy
     writes (subtracted afterwards, imagined_questions), rollouts (counted in rollout_tokens)."""
-
-    def __init__(self, trees: list, tokens: float):
-        self.trees = trees
-        self.limit = tokens + sum(tree.tokens for tree in trees)
-
-    def left(self) -> float:
-        """Tokens that may still be sampled."""
-        return self.limit - sum(tree.tokens for tree in self.trees)
-
-    def affords(self, cost: float) -> bool:
-        """Is there room for work of this expected cost? At least one token must be left."""
-        return max(1, cost) <= self.left()
+    limit = tokens + sum(tree.tokens for tree in trees)
+    return lambda: limit - sum(tree.tokens for tree in trees)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,8 +396,6 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
         standing = [node.tree.search_from for node in arrived if go_on(node.tree)]
         if not standing:
             standing = proposer.answers()               # no tree can go on: sample
-            for node in standing:
-                node.tree.last_growth = node.tree.root.visits + 1
 
 
 def until(simulations: float, tokens: float = math.inf, patience: float = math.inf):
@@ -419,29 +404,31 @@ def until(simulations: float, tokens: float = math.inf, patience: float = math.i
     mean cost so far, may exceed `tokens`, counted from the first call. Example: tokens = 30. Two
     simulations took 16, 8 each. The next may cost 16, and only 14 are left: stop. (First ones
     cost most: so mcts_dpo spends 81% in round 1. With once the mean it would spend 103%.)"""
-    started = {}                        # tree -> (budget, tokens, visits) at the first call
+    started = {}                        # tree -> (left, tokens, visits) at the first call
+    grown = {}                          # (tree, tokens) -> visits when it first had these tokens
 
     def go_on(tree):
         """Shall this tree have another simulation?"""
         visits = tree.root.visits
-        if tree not in started:
-            started[tree] = Budget([tree], tokens), tree.tokens, visits
-        budget, tokens_before, visits_before = started[tree]
-        next_cost = 2 * (tree.tokens - tokens_before) / max(1, visits - visits_before)
-        patient = visits - tree.last_growth < patience
-        return visits < simulations and patient and budget.affords(next_cost)
+        start = tokens_left([tree], tokens), tree.tokens, visits
+        left, tokens_before, visits_before = started.setdefault(tree, start)
+        mean_cost = (tree.tokens - tokens_before) / max(1, visits - visits_before)
+        patient = visits - grown.setdefault((tree, tree.tokens), visits) < patience
+        return visits < simulations and patient and max(1, 2 * mean_cost) <= left()
     return go_on
 
 
 def commit_every(simulations: int, tokens: float = math.inf):
     """MCTS-DPO: after every K simulations the search moves to the best child, down to an end."""
     affordable = until(math.inf, tokens)
+    moved = {}                          # tree -> visits when search_from last moved
 
     def go_on(tree):
         """Shall this tree have another simulation? Moves search_from down when it is time."""
-        if tree.root.visits - tree.last_commit >= simulations:
+        visits = tree.root.visits
+        if visits - moved.setdefault(tree, visits) >= simulations:
             tree.search_from = best_child(tree.search_from)
-            tree.last_commit = tree.root.visits
+            moved[tree] = visits
         return not tree.search_from.ended and affordable(tree)
     return go_on
 
@@ -509,7 +496,6 @@ def pack(nodes) -> Packed:
 # --------------------------------------------------------------------------------------------------
 # 6. Drawing, and the program
 # --------------------------------------------------------------------------------------------------
-UNCUT = 10_000                          # columns of a step on a page, where nothing is cut
 SHEET = """<!doctype html><html lang="en"><meta charset="utf-8"><title>TITLE</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --light: 36% }  p { margin: .2em 0 }  .grid { stroke: #8884 }
@@ -530,21 +516,21 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _notes(node: Node, chosen, pits, prior: bool) -> str:
+def _notes(node: Node, pits, prior: bool) -> str:
     """What stands beside a step: "x3  N 12 Q +0.50  RIGHT  <- chosen"."""
     said = f"x{node.count}" if node.parent else ""      # a root is not sampled
     said += f"  N {node.visits} Q {node.q:+.2f}" * (node.visits > 0)
     said += f"  P {node.prior:.2f}" if prior and node.parent else ""
     said += {True: "  RIGHT", False: "  wrong", None: ""}[node.right]
     said += "  (cut at the length limit)" * (node.ended == "length")
-    return said + "  <- chosen" * (node in chosen) + "  <== FIRST PIT" * (node in pits)
+    return said + "  <- chosen" * (node in node.tree.chosen) + "  <== FIRST PIT" * (node in pits)
 
 
-def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) -> str:
+def draw(tree: Tree, text, pits=(), limit=40, width=56, prior=False) -> str:
     """The tree for a terminal, with legend; text(node) -> str. Paths are added until `limit` nodes
     are shown: first chosen, pits, often visited, often sampled. Steps, but not the question, are
-    cut at `width` columns. prior: show P, which only PUCT uses."""
-    weight = lambda node: (node in chosen, node in pits, node.visits, node.count, -node.index)
+    cut at `width` columns. Both may be math.inf. prior: show P, which only PUCT uses."""
+    weight = lambda node: (node in tree.chosen, node in pits, node.visits, node.count, -node.index)
     shown, lines = set(), []
     for node in sorted(tree.nodes, key=weight, reverse=True):
         if len(shown) < limit:
@@ -555,7 +541,7 @@ def draw(tree: Tree, text, chosen=(), pits=(), limit=40, width=56, prior=False) 
         step = stem + joint + printable(text(node))
         if node.parent and len(step) > width:
             step = step[:width - 3] + "..."
-        lines.append((step, _notes(node, chosen, pits, prior)))
+        lines.append((step, _notes(node, pits, prior)))
         stem += {"": "", "+- ": "|  ", "`- ": "   "}[joint]
         # the most important child is last on the stack, and is drawn first
         below = sorted(shown.intersection(node.children), key=weight)
@@ -587,7 +573,7 @@ def toy(rule) -> None:
         x = int(node.ids[-1])
         end = "answer" if len(node.path()) == 4 else ""
         for move, result in enumerate((x + 1, x + 3, x * 2)):
-            tree.add(node, [move, result], [-1.3, -1.3], NOTHING, end)
+            tree.add(node, [move, result], [-1.3, -1.3], ended=end)
         node.asked += k
         waiting.append(node)
     answers = lambda: [waiting.pop() for _ in waiting[:]]           # all nodes that asked
@@ -595,9 +581,9 @@ def toy(rule) -> None:
     returns = lambda ends: [1.0 if end.ids[-1] == 10 else -1.0 for end in ends]
     for simulations in (4, 12, 48):
         search([tree], game, returns, until(simulations), rule, lambda node: 3)
-        best = best_path(tree)
+        tree.chosen = best = best_path(tree)
         print(f"{simulations:2} simulations: Q {tree.root.q:+.2f}  {' '.join(map(text, best))}")
-    print("\n" + draw(tree, text, chosen=best, limit=12, prior=rule is puct))
+    print("\n" + draw(tree, text, limit=12, prior=rule is puct))
     visits = " + ".join(str(child.visits) for child in tree.root.children)
     print(f"The visits of the children add up: {visits} = N {tree.root.visits}")
 
@@ -615,9 +601,9 @@ def show(flags) -> None:
         pits = [tree.nodes[i] for i in _numbers(saved, "pits", int, 0, len(texts) - 1, [])]
     text = lambda node: str(texts[node.index])
     prior = flags.rule == "puct"
-    print(draw(tree, text, tree.chosen, pits, prior=prior))
+    print(draw(tree, text, pits, prior=prior))
     if flags.html:
-        whole = draw(tree, text, tree.chosen, pits, len(texts), UNCUT, prior)
+        whole = draw(tree, text, pits, math.inf, math.inf, prior)
         write_text(flags.html, page(text(tree.root), [f"<pre>{escape(whole)}</pre>"]))
 
 

@@ -293,7 +293,8 @@ def test_draw_and_page():
     """The exact text of a small tree; long trees say what they hide. Nothing that a model wrote
     acts on terminal or browser, and a page loads nothing."""
     tree, text, pit = small_tree()
-    lines = draw(tree, text, chosen=tree.nodes[:3], pits=[pit]).split("\n")
+    tree.chosen = tree.nodes[:3]
+    lines = draw(tree, text, [pit]).split("\n")
     assert lines[:-1] == [
         "2*3+1?          N 1 Q +1.00  <- chosen", "+- 2*3=6      x1  N 1 Q +1.00  <- chosen",
         "|  `- #### 7  x1  N 1 Q +1.00  RIGHT  <- chosen", "`- 3+1=4      x1  <== FIRST PIT",
@@ -302,7 +303,7 @@ def test_draw_and_page():
     assert " P 0." in draw(tree, text, prior=True)
     narrow = draw(tree, text, width=6).split("\n")      # the question is not cut
     assert narrow[0].startswith("2*3+1?  ") and narrow[1].startswith("+- ...  x1")
-    assert "... and 2 more steps" in draw(tree, text, chosen=tree.nodes[:3], limit=3)
+    assert "... and 2 more steps" in draw(tree, text, limit=3)
     evil = draw(tree, lambda node: "\x1b[2J\r3 \u202e\u6c34\n")
     assert all(c.isprintable() or c == "\n" for c in evil) and "\u6c34" in evil
     html = page("<script>\x1b", ["<p>part"])
@@ -318,12 +319,12 @@ def test_show(tmp_path, capsys):
         assert out == "" and error.startswith("error: ") and error.count("\n") == 1
         return error
     tree, text, pit = small_tree()
-    row = to_json(tree) | dict(text="q", pits=[pit.index], chosen=[0, 1],
-                               step_texts=[text(node) for node in tree.nodes])
+    tree.chosen = tree.nodes[:2]
+    row = to_json(tree) | dict(text="q", pits=[pit.index], step_texts=[*map(text, tree.nodes)])
     file, html = tmp_path / "trees.jsonl", tmp_path / "tree.html"
     file.write_text("".join(json.dumps(row) + "\n" for _ in range(3)), encoding="utf-8")
     assert mcts.main(["--show", str(file), "--question", "2", "--html", str(html)]) == 0
-    assert capsys.readouterr().out == draw(tree, text, tree.nodes[:2], [pit]) + "\n"
+    assert capsys.readouterr().out == draw(tree, text, [pit]) + "\n"
     assert "&lt;== FIRST PIT" in html.read_text(encoding="utf-8")
     assert "0 to 2" in refused("--show", str(file), "--question", "3")
     for flags in (["--question", "x"], ["--rule", "x"], ["--wrong"], ["--show"], ["--html", "x"]):

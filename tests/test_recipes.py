@@ -61,10 +61,11 @@ def test_alphallm_searches_with_critics(monkeypatch):
     tree, nodes, asked = searched(monkeypatch, loop.search_with_critic)
     assert asked.values(nodes) == [0.25] * 3 and nodes[0].right is None
     assert asked.rule is mcts.uct and not asked.to_end and asked.key([1]) == "2+3=5"
-    tree.root.visits = 15
     for child in nodes:
         child.visits = 1
     assert asked.width(tree.root) == 1 and asked.go_on(tree)
+    tree.root.visits = 15
+    assert asked.go_on(tree)
     tree.root.visits += 1
     assert not asked.go_on(tree)
 
@@ -91,7 +92,7 @@ def test_waves_of_samples(monkeypatch):
         tree.tokens += 10 * waves[-1]
         return []
     monkeypatch.setattr(loop, "grow", grow)
-    monkeypatch.setattr(critic, "label_pits", lambda ends, grow, k, budget: waves.append("label"))
+    monkeypatch.setattr(critic, "label_pits", lambda ends, grow, k, left: waves.append("label"))
     settings = Settings(temperature=0.7, max_tokens=50)
     lab = SimpleNamespace(settings=settings, sampler=None, progress=None)
     loop.sample(lab, [tree], 255, label=True)

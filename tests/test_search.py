@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 
-from mcts import (NOTHING, RULES, Budget, Tree, best_path, commit_every, fixed_width, from_json,
-                  importance_width, search, to_json, until)
+from mcts import (NOTHING, RULES, Tree, best_path, commit_every, fixed_width, from_json,
+                  importance_width, search, to_json, tokens_left, until)
 from test_mcts import assert_sound
 
 class Game:
@@ -166,10 +166,10 @@ def test_budget_and_patience():
         assert go_on(tree) == (tokens > 0)
         tree.tokens, tree.root.visits = 7 + spent, visits
         assert go_on(tree) == more
-    budget = Budget([tree], 10)
-    assert budget.left() == 10 and budget.affords(10) and not budget.affords(11)
+    left = tokens_left([tree], 10)
+    assert left() == 10
     tree.tokens += 10
-    assert budget.left() == 0 and not budget.affords(0)
+    assert left() == 0
     patient, = play([Game(1, depth=1)], until(20, patience=4), width=fixed_width(5, 3, 10 ** 9))
     assert patient.root.visits == 5
 
