@@ -1676,18 +1676,29 @@ def read_solutions(path: Path, count: int) -> list:
     return rows
 
 
-def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) -> dict:
-    """One row of log.jsonl (README: every key). clock: when the three stages began, and the end."""
-    s, count = lab.settings, len(solutions)
-    right = sum(row["right"] for row in solutions)
+def score(task, solutions: list) -> dict:
+    """How good solutions of held-out questions are (README: every key)."""
+    count, right = len(solutions), sum(row["right"] for row in solutions)
     low, high = critic.wilson(right, count)
     sound = by_luck = None
     if solutions[0]["sound"] is not None:
         both = sum(row["right"] and row["sound"] for row in solutions)
         sound = both / count
         by_luck = 1 - both / right if right else None
-    marks = [find_answer(row["solution"], lab.task.reader)[1] for row in solutions]
+    marks = [find_answer(row["solution"], task.reader)[1] for row in solutions]
     strict = sum(row["right"] and mark in ("####", "boxed") for row, mark in zip(solutions, marks))
+    tokens = sum(row["tokens"] for row in solutions)
+    return dict(
+        accuracy=right / count, accuracy_low=low, accuracy_high=high, questions=count,
+        strict=strict / count, sound=sound, by_luck=by_luck,
+        no_answer=sum(task.answer(row["solution"]) is None for row in solutions) / count,
+        never_ends=sum(row["why"] == "length" for row in solutions) / count,
+        mean_tokens=tokens / count, eval_tokens=tokens)
+
+
+def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) -> dict:
+    """One row of log.jsonl (README: every key). clock: when the three stages began, and the end."""
+    s = lab.settings
     budget = s.budget * s.questions if lab.sampled_tokens else 0
     if lab.sampled_tokens > 1.1 * budget:
         print(f"round {r} sampled {lab.sampled_tokens:,} tokens, more than its --budget of "
@@ -1700,13 +1711,7 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
     graded = rights + sum(tree.root.wrongs for tree in trees)
     stages = dict(zip(("grow_seconds", "learn_seconds", "eval_seconds"), np.diff(clock).tolist()))
     return dict(
-        recipe=s.recipe, round=r, seed=s.seed,
-        accuracy=right / count, accuracy_low=low, accuracy_high=high, questions=count,
-        strict=strict / count, sound=sound, by_luck=by_luck,
-        no_answer=sum(lab.task.answer(row["solution"]) is None for row in solutions) / count,
-        never_ends=sum(row["why"] == "length" for row in solutions) / count,
-        mean_tokens=sum(row["tokens"] for row in solutions) / count,
-        eval_tokens=sum(row["tokens"] for row in solutions),
+        recipe=s.recipe, round=r, seed=s.seed, **score(lab.task, solutions),
         sampled_tokens=lab.sampled_tokens, budget_tokens=budget, rollout_tokens=lab.rollout_tokens,
         solved=len(solved) / len(asked) if asked else None,
         sampled_accuracy=rights / graded if graded and not steered else None,
@@ -1840,11 +1845,8 @@ def evaluate(s: Settings) -> None:
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         lab, start = Lab(replace(s, out=folder)), time.time()
         solutions = solve_greedily(lab, lab.task.eval_questions(), 0)
-    row = report(lab, 0, solutions, [], {}, [start, start, start, time.time()])
-    of_runs = ("recipe", "round", "seed", "sampled_tokens", "budget_tokens", "rollout_tokens",
-               "solved", "sampled_accuracy", "pits", "grow_seconds", "learn_seconds", "seconds")
-    row = {key: value for key, value in row.items() if key not in of_runs}
-    print(json.dumps(dict(model=s.model, questions_of=s.eval_data or s.task) | row, indent=1))
+    row = dict(model=s.model, questions_of=s.eval_data or s.task) | score(lab.task, solutions)
+    print(json.dumps(row | dict(eval_seconds=time.time() - start), indent=1))
 
 
 def decode(s: Settings, r: int, n: int = 16) -> None:
