@@ -345,8 +345,8 @@ def preference_loss(model: GPT, rows: list, beta=0.1, nll=1.0, kind="sigmoid") -
     loss, chosen_reward, rejected_reward = dpo_loss(*sides, beta, smoothing, kind)
     total = (loss - nll * chosen / chosen_tokens).sum()
     of_pairs = dict(
-        pairs=torch.ones_like(loss), dpo=loss,
-        margin=chosen_reward - rejected_reward, agree=chosen_reward > rejected_reward,
+        dpo=loss, margin=chosen_reward - rejected_reward,
+        agree=chosen_reward > rejected_reward,
         chosen_shift=(chosen - ref_chosen) / chosen_tokens,             # nats a token
         rejected_shift=(rejected - ref_rejected) / rejected_tokens,
         chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
@@ -511,12 +511,11 @@ def add_gradients(model: GPT, masters: dict, rows: list, loss_fn, tokens, shares
 
 
 def summary(counts: dict, sums: dict) -> dict:
-    """What `train` returns. Statistics are sums over pairs; without pairs, over the weight."""
+    """What `train` returns. Sums are divided by the weight: for DPO, the number of pairs."""
     stats = dict(counts)
-    divisor = dict(loss=sums["weight"], norm=sums["finite"])
     for name in sums:
-        if name not in ("weight", "finite", "pairs"):
-            stats[name] = sums[name] / divisor.get(name, sums["pairs"] or sums["weight"])
+        if name not in ("weight", "finite"):
+            stats[name] = sums[name] / sums["finite" if name == "norm" else "weight"]
     if stats.get("chosen_shift", 0.0) < -0.05:
         stats["alarm"] = (f"the chosen side fell by {-stats['chosen_shift']:.3f} nats a token: "
                           "lower --dpo-lr or raise --nll")

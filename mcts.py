@@ -233,7 +233,8 @@ def requests(node: Node, k: int, max_tokens: int, sampler) -> list:
     slots = node.slots_from_root()
     need(len(slots) == len(node.tree.root.ids) + len(written),
          "a tree from a file needs slots: Sampler.follow")
-    line = sampler.unfinished_line(written)             # an answer is looked for in whole lines
+    # an answer is looked for in whole lines: this one is not finished yet
+    line = sampler.tokenizer.decode_more(written).rpartition("\n")[2]
     numbers = range(node.asked, node.asked + k)
     node.asked += k
     return [Request(slots, mix(node.tree.seed, node.index, i), left, line=line) for i in numbers]
@@ -269,20 +270,20 @@ class StepSampler:
     def __init__(self, sampler, max_tokens: int, temperature: float = 1.0, key=None, progress=None):
         self.sampler, self.max_tokens, self.temperature = sampler, max_tokens, temperature
         self.key, self.progress = key, progress         # key: merges steps, see Tree.add
-        self.pending = {}               # node that waits -> the Continuations it asked for
+        self.pending = {}               # node that waits -> the Requests it asked for
 
     def ask(self, node: Node, k: int) -> None:
         """Ask for k more steps below this node. Raises ValueError if k < 1 or the node waits."""
         need(k > 0, f"{k} steps asked for below node {node.index}: the search would wait for ever")
         need(node not in self.pending, f"node {node.index} still waits for the steps it asked for")
-        queue = requests(node, k, self.max_tokens, self.sampler)
-        self.pending[node] = self.sampler.submit(queue, self.temperature, whole=False)
+        self.pending[node] = requests(node, k, self.max_tokens, self.sampler)
+        self.sampler.submit(self.pending[node])
 
     def answers(self) -> list:
         """Nodes that have all they asked for; children in order of sample number, in any batch."""
         ready = []
         while self.pending and not ready:
-            self.sampler.advance(self.progress)
+            self.sampler.advance(self.temperature, whole=False, progress=self.progress)
             ready = [node for node, samples in self.pending.items()
                      if all(sample.why for sample in samples)]
         for node in ready:

@@ -31,7 +31,6 @@ import os
 import re
 import sys
 import unicodedata
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -71,8 +70,8 @@ class BadInput(ValueError):
 
 @contextmanager
 def about(path):
-    """Errors inside become BadInput with the path: absent files, a full disk, a failed `need`, and
-    what damaged data raise where they are used, such as KeyError for a key that is missing."""
+    """Errors inside become BadInput that names the path: an absent file, a full disk, a failed
+    `need`, and what damaged data raise when they are used, such as KeyError."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -122,9 +121,9 @@ def read_json(path, raw=None, kind=dict):
     with about(path):
         raw = Path(path).read_bytes() if raw is None else raw
         need(not raw.startswith(LFS), IS_LFS)
-        found = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
-        need(isinstance(found, kind), f"holds a JSON {type(found).__name__}, not an object {{...}}")
-    return found
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+        need(isinstance(value, kind), f"holds a JSON {type(value).__name__}, not an object {{...}}")
+    return value
 
 
 def safetensors_header(path) -> tuple:
@@ -170,9 +169,7 @@ def read_safetensors(path) -> tuple:
             raw = torch.empty(math.prod(shape) * DTYPES[dtype].itemsize, dtype=torch.uint8)
             file.seek(begin)
             need(file.readinto(raw.numpy()) == len(raw), f"ended while {name!r:.120} was read")
-            # a bool of any byte but 0 and 1 is undefined behaviour, hence the comparison
-            tensor = raw != 0 if dtype == "BOOL" else raw.view(DTYPES[dtype])
-            tensors[name] = tensor.reshape(shape)
+            tensors[name] = raw.view(DTYPES[dtype]).reshape(shape)
     return tensors, metadata
 
 
@@ -204,11 +201,10 @@ def write_safetensors(path, tensors: dict, metadata=None):
     order = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
-    with about(path):
-        for name, tensor in order:
-            span = [at, at + tensor.nbytes]
-            header[name] = dict(dtype=kinds[tensor.dtype], shape=tensor.shape, data_offsets=span)
-            at += tensor.nbytes
+    for name, tensor in order:
+        span = [at, at + tensor.nbytes]
+        header[name] = dict(dtype=kinds[tensor.dtype], shape=tensor.shape, data_offsets=span)
+        at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                     # the data begins at a multiple of 8
     data = (tensor.contiguous().view(-1).view(torch.uint8).numpy(force=True) for _, tensor in order)
@@ -235,7 +231,6 @@ def weight_files(folder) -> dict:
             path = Path(folder, file)
             for name, (dtype, shape, _) in safetensors_header(path)[0].items():
                 held[name, file] = (path, dtype, shape)
-        need(held, "the weights hold no tensor")
         wrong = sorted(held.keys() ^ places.items())
         need(not wrong, f"{wrong[:1]} is in {index} or in the file, but not in both")
     return {name: entry for (name, _), entry in held.items()}
@@ -309,7 +304,7 @@ def flatten(part, supported: str) -> list:
 class Tokenizer:
     """Text <-> token ids. What a file asks for beyond this class is rejected by its name.
     n_ids, base_ids  largest id + 1, with and without added tokens; a model may have more rows
-    holes            ids below n_ids that stand for nothing: never sample them
+    bytes            {id: its bytes}; other ids stand for nothing: never sample them
     newline_ids      ids whose bytes hold a newline: they end a step
     eos_ids          ids that end a text, if the folder says so
     begin            ids that a prompt begins with"""
@@ -328,7 +323,7 @@ class Tokenizer:
             # DeepSeek asks for its begin token only here (for this class transformers 4 reads it)
             if config.get("add_bos_token") and "Llama" in str(config.get("tokenizer_class")):
                 self.begin = self.begin or self._named("bos_token", config, older)
-            # does a "▁" come before a text? (damage that only shows in use is found here, too)
+            # does a "▁" come before a text? (To encode "a" also finds damage that shows in use)
             self.strips = self.decode_more(self.encode("a")).startswith(" ")
         self.eos_ids = {*self._named("eos_token", config, older)}
 
@@ -341,9 +336,7 @@ class Tokenizer:
         alone = "ByteLevel" not in kinds[:-1] and "Metaspace" not in kinds[1:] + kinds[:-1]
         need(alone, "pre_tokenizer: ByteLevel must be the last step, Metaspace the only one")
         self.byte_level = "ByteLevel" in kinds          # or else SentencePiece
-        for part in parts:
-            if part["type"] == "Metaspace":     # a space becomes "▁"; one more is put before a text
-                self.changes += [dict(type="Replace", pattern={"String": " "}, content="▁"), part]
+        self.changes += [part for part in parts if part["type"] == "Metaspace"]
         patterns = filter(None, map(self._read_cut, parts))
         # as in Hugging Face's engine: V1 allows [a[b-d]]; MULTILINE: ^ and $ match at every line
         self.cuts = [regex.compile(p, regex.V1 | regex.MULTILINE) for p in patterns]
@@ -405,7 +398,6 @@ class Tokenizer:
         self.byte_ids = {id for id, name in names.items() if BYTE_TOKEN.fullmatch(name)}
         self.n_ids = max(names) + 1
         self.base_ids = max(self.vocab.values()) + 1
-        self.holes = [id for id in range(self.n_ids) if id not in names]
         self.newline_ids = [id for id in sorted(names) if b"\n" in self.bytes[id]]
 
     def _read_begin(self, processor):
@@ -442,7 +434,8 @@ class Tokenizer:
                 text = text.replace(step["pattern"]["String"], step["content"])
             elif kind == "Prepend":
                 text = step["prepend"] + text if place and text else text
-            elif kind == "Metaspace":
+            elif kind == "Metaspace":           # a space becomes "▁"; one more is put before a text
+                text = text.replace(" ", "▁")
                 begins = place in SCHEMES[step["prepend_scheme"]]
                 text = "▁" + text if begins and text and text[0] != "▁" else text
             else:
@@ -705,11 +698,6 @@ def attend(q, k, v, bias):
     return (weights @ v).view(B, H, T, D)
 
 
-def embedding(rows: int, width: int) -> nn.Embedding:
-    """Zeros. (nn.Embedding draws random numbers; on "meta" this imports a compiler, 2 seconds.)"""
-    return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
-
-
 class Block(nn.Module):
     """One layer: attention, then MLP, each added to the residual stream. Names as in HF's llama."""
 
@@ -744,10 +732,7 @@ class Block(nn.Module):
         v = at.v_proj(y).unflatten(-1, heads)                           # (B, T, G, D)
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)
-        if cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)                 # (B, G, T, D)
-        else:
-            k, v = cache(layer, k, v)                                   # (B, G, S, D)
+        k, v = cache(layer, k, v)                                       # (B, G, S, D)
         mixed = attend(q.transpose(1, 2), k, v, bias)                   # (B, H, T, D)
         x = x + at.o_proj(mixed.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
@@ -773,9 +758,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.model = config, nn.Module()
-        self.model.embed_tokens = embedding(config.vocab_size, config.hidden_size)
+        # not nn.Embedding(...): it draws random numbers, which on "meta" takes a second
+        embedding = partial(nn.Embedding.from_pretrained, freeze=False)
+        self.model.embed_tokens = embedding(torch.zeros(config.vocab_size, config.hidden_size))
         if config.gpt2:
-            self.model.embed_positions = embedding(config.max_positions, config.hidden_size)
+            zeros = torch.zeros(config.max_positions, config.hidden_size)
+            self.model.embed_positions = embedding(zeros)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.model.norm = config.norm()
         if not config.tied:
@@ -817,6 +805,7 @@ class GPT(nn.Module):
         keys = positions                                # (B, S)
         if cache is not None:
             keys = torch.arange(mask.shape[-1], device=ids.device)[None]
+        cache = cache or (lambda layer, k, v: (k.transpose(1, 2), v.transpose(1, 2)))
         x = self.model.embed_tokens(ids)                # (B, T, C)
         if self.config.gpt2:
             x, turn = x + self.model.embed_positions(positions), None
@@ -854,7 +843,7 @@ class GPT(nn.Module):
         generation_config or tokenizer call end-of-text (each is incomplete in some release).
         BadInput: the model lacks a row for an id of the vocabulary or of `begin`."""
         rows = self.config.vocab_size
-        known = {*range(min(rows, tokenizer.n_ids))}.difference(tokenizer.holes)
+        known = {id for id in tokenizer.bytes if id < rows}
         if tokenizer.base_ids > rows or not known >= {*tokenizer.begin}:
             raise BadInput(f"The tokenizer has {tokenizer.n_ids} ids and the model {rows} rows: "
                            "they do not belong together; copy the model's own tokenizer.json.")
@@ -893,10 +882,9 @@ class GPT(nn.Module):
 
     def _fitting(self, folder) -> dict:
         """weight_files(folder), if they fit this model in names and shapes. Every tensor is used or
-        is a known buffer; what is missing or left over is listed. Nothing is allocated."""
+        is a known buffer; what is missing or left over is listed."""
         files = weight_files(folder)
-        meta = {name: p.to("meta") for name, p in self.named_parameters()}
-        plan = self._in_file(meta, files)
+        plan = self._in_file(dict(self.named_parameters()), files)
         missing = sorted(plan.keys() - files.keys())
         extra = sorted(n for n in files.keys() - plan.keys() if not BUFFERS.search(n))
         with about(folder):
@@ -950,7 +938,8 @@ class GPT(nn.Module):
 
     def masters(self) -> dict:
         """{parameter name: fp32 weights}: what an optimiser updates. They are the parameters
-        themselves or, in half precision, copies: bf16 loses small updates (1.0078 follows 1)."""
+        themselves or, in half precision, copies: bf16 has no number between 1 and 1.0078, so it
+        would lose small updates."""
         if self.dtype == torch.float32:
             return dict(self.named_parameters())
         if self._masters is None:
@@ -999,43 +988,29 @@ GRAPH_ROWS = 16                   # fewer rows are rounded up (64 take only 1.3 
 
 @dataclass
 class Request:
-    """One continuation to sample: where from, with which random numbers, how far."""
+    """One continuation to sample, and what becomes of it. It is submitted once; it has ended when
+    `why` is set. To go on from there, append `slots` to `path`."""
     path: np.ndarray              # (length,) addresses of the prefix's tokens in the store
     seed: int                     # 64 bits; the draw of token t depends on (seed, t) alone
-    max_tokens: int
+    max_tokens: int               # `submit` lowers it to what the context has room for
     greedy: bool = False          # argmax, whatever the temperature of the others
-    line: str = ""                # text of the line that the path leaves unfinished
+    line: str = ""                # last line of the text up to ids[:read]; first, that of the path
+    read: int = 0                 # ids that are in `line` or before it
+    slots: list = None            # (n,) addresses of the sampled tokens; an array once it has ended
+    ids: np.ndarray = None        # (n,) sampled ids, the end-of-text id included
+    logps: np.ndarray = None      # (n,) log-probs at temperature 1 over the tokenizer's ids
+    why: str = ""                 # "eos", "answer" (the final line is written), "length" or "step"
 
 
-class Continuation:
-    """What becomes of a request. Once `why` is set it has ended: append `slots` to the request's
-    path to go on from there.
-    ids    (n,) sampled ids, the end-of-text id included
-    logps  (n,) log-probs at temperature 1 over the tokenizer's ids
-    slots  (n,) addresses of the sampled tokens
-    why    "eos", "answer" (the final line is written), "length" or "step"; "" until it ends"""
-
-    def __init__(self, request: Request, temperature: float, whole: bool, context: int):
-        self.request, self.whole = request, whole
-        self.temperature = 0.0 if request.greedy else temperature
-        # with so many new tokens it ends by "length"
-        self.max_new = min(request.max_tokens, context - len(request.path))
-        self.line, self.read = request.line, 0          # last line of the text up to ids[:read]
-        self.slots = []                                 # a list until it ends
-        self.ids = self.logps = None                    # None until it ends
-        self.why = ""
-
-
-# What `advance` needs of each live row, as arrays: a Python loop over rows is slow. align=True:
-# torch reads a column of an array of records only if their size is a multiple of 8
+# What `advance` needs of each live row, as arrays: a Python loop over rows is slow
 LIVE = np.dtype([
-    ("job", object),                    # its Continuation
+    ("request", object),
     ("seed", np.uint64),                # of its draws
-    ("temperature", np.float32),        # 0: argmax
+    ("greedy", int),                    # 1: argmax
     ("last", int),                      # slot of its last token; `_decode` encodes it
     ("start", int),                     # length of its prefix
     ("columns", int),                   # tokens of its text so far: columns that it fills in `work`
-    ("stop_at", int)], align=True)      # columns at which it stops at the latest
+    ("stop_at", int)])                  # columns at which it stops at the latest
 
 
 MASK64 = (1 << 64) - 1
@@ -1064,10 +1039,10 @@ def uniforms(seeds, t):
 
 
 def step_rule(kind: str, tokenizer):
-    """When is a step, the unit of all trees, over? Returns a function: ids so far -> bool. A line
-    ends with the first token that holds a newline, a paragraph with an empty line that follows a
-    formula (a digit and a "="), kind "16" after 16 tokens. The function is called for nearly every
-    token, so it must be cheap. BadInput: another kind."""
+    """When is a step, the unit of all trees, over? Returns a function (ids so far -> bool) and the
+    most tokens of a step. A line ends with the first token that holds a newline, a paragraph with
+    an empty line that follows a formula (a digit and a "="), kind "16" after 16 tokens. The
+    function is called for nearly every token, so it must be cheap. BadInput: another kind."""
     newline = set(tokenizer.newline_ids)
 
     def paragraph(ids):
@@ -1076,15 +1051,15 @@ def step_rule(kind: str, tokenizer):
         return text.endswith("\n\n") and "=" in text and bool(re.search(r"\d", text))
     rules = dict(line=lambda ids: ids[-1] in newline, paragraph=paragraph)
     if kind.isdecimal() and int(kind) > 0:
-        return lambda ids: len(ids) >= int(kind)
+        return (lambda ids: len(ids) >= int(kind)), int(kind)
     if kind not in rules:
         raise BadInput(f"--unit {kind}: a step is a line, a paragraph or a number of tokens.")
-    return rules[kind]
+    return rules[kind], math.inf
 
 
 def record(compute, beside):
-    """Run `compute`, then record its CUDA kernels as a graph. graph.replay() runs them again on the
-    same addresses, with the data then there. beside: a graph to share scratch memory with."""
+    """Run `compute`, then record its CUDA kernels as a graph. graph.replay() runs them again: the
+    same addresses, the data of that moment. beside: a graph to share scratch memory with."""
     compute()                           # cuBLAS takes its workspace, which a recording may not
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=beside and beside.pool()):
@@ -1113,9 +1088,7 @@ class Sampler:
         self.model, self.tokenizer, self.rows = model.bind(tokenizer), tokenizer, rows
         self.finished = finished or (lambda line: False)
         self.newline = set(tokenizer.newline_ids)
-        self.step_over = step_rule(step, tokenizer)
-        # a step has at most so many tokens; a line or a paragraph may fill the context
-        self.step_tokens = int(step) if step.isdecimal() else model.config.max_positions
+        self.step_over, self.step_tokens = step_rule(step, tokenizer)
         self.counts = dict(prompt=0, sampled=0, encoded=0)              # tokens
         self.use_graphs = model.device.type == "cuda"   # see `_replay`
         self.reset(slots)
@@ -1132,7 +1105,7 @@ class Sampler:
             self.logps = np.zeros(slots, np.float32)    # (P,) of the sampled ones
         self.encoded = np.zeros(len(self.ids), bool)    # (P,)
         self.used, self.trie = 0, {}                    # trie: {(slot above, id): slot}
-        self.waiting = deque()                          # of Continuations
+        self.waiting = []                               # requests
         self.live = np.zeros(0, LIVE)                   # (R,), in the order of the rows of `work`
         # ids at which a row may stop before its last column
         self.may_stop = np.isin(np.arange(c.vocab_size), [*self.newline | self.model.stop_ids])
@@ -1169,41 +1142,39 @@ class Sampler:
             path.append(self.trie[place])
         return np.array(path)
 
-    def unfinished_line(self, ids) -> str:
-        """The text after the last newline: "####" if the last token is "\\n####"."""
-        return self.tokenizer.decode_more(ids).rpartition("\n")[2]
-
     def extend(self, requests: list, temperature=1.0, whole=True, progress=None) -> list:
-        """One continuation for each request, in their order: `submit`, and `advance` until all have
-        stopped. whole False: stop where a step is over. temperature 0: argmax. progress(n): n
-        tokens were sampled. ValueError while others wait for what they submitted."""
+        """Complete the requests, and return them: `submit`, and `advance` until all have stopped.
+        For the other arguments see `advance`. ValueError while others wait for what they
+        submitted."""
         need(not (len(self.live) or self.waiting), "a search waits for answers of this sampler")
         self.encode([request.path for request in requests])             # fewer, larger forwards
-        jobs = self.submit(requests, temperature, whole)
-        while not all(job.why for job in jobs):
-            self.advance(progress)
-        return jobs
+        self.submit(requests)
+        while not all(request.why for request in requests):
+            self.advance(temperature, whole, progress)
+        return requests
 
-    def submit(self, requests: list, temperature=1.0, whole=True) -> list:
-        """Queue requests -> their Continuations, which `advance` completes."""
-        context = self.model.config.max_positions
-        jobs = [Continuation(request, temperature, whole, context) for request in requests]
-        need(all(job.max_new > 0 for job in jobs), "a request leaves no room for a token")
-        self.waiting += jobs
-        return jobs
+    def submit(self, requests: list):
+        """Queue requests, which `advance` completes."""
+        for request in requests:
+            room = self.model.config.max_positions - len(request.path)
+            request.max_tokens = min(request.max_tokens, room)
+            need(request.max_tokens > 0, "a request leaves no room for a token")
+            request.slots = []
+        self.waiting += requests
 
     @torch.no_grad()
-    def advance(self, progress=None) -> None:
+    def advance(self, temperature=1.0, whole=True, progress=None) -> None:
         """Sample a token for every live row, encode it, and take out the rows that stop. Waiting
         rows take their places: nobody waits for the longest row of a batch. ValueError: there is
-        nothing to do.
+        nothing to do. temperature 0: argmax. whole False: stop where a step is over, too.
+        progress(n): n tokens were sampled.
         Nothing is read from the device before the tokens' encoding has been started there. So a
         GPU encodes while this function sees which rows stop. (Their last tokens are encoded, too: a
         search goes on from them, and critics read them.)"""
-        self._admit()
+        self._admit(whole)
         live = self.live
         need(len(live), "no request waits; was the sampler reset in between?")
-        drawn = self._draw()                            # ids and log-probs, on the device
+        drawn = self._draw(temperature)                 # ids and log-probs, on the device
         copies = [numbers.to("cpu", non_blocking=True) for numbers in drawn]
         copied = torch.cuda.current_stream().record_event() if drawn[0].is_cuda else None
         slots = self._take(len(live))
@@ -1214,16 +1185,16 @@ class Sampler:
             copied.synchronize()                        # waits for the draw, not for the encoding
         tokens, logps = (numbers.numpy() for numbers in copies)
         self.ids[slots], self.logps[slots] = tokens, logps
-        for job, slot in zip(live["job"], slots.tolist()):
-            job.slots.append(slot)
+        for request, slot in zip(live["request"], slots.tolist()):
+            request.slots.append(slot)
         gone = []                                       # places of the rows that stop
         # only these can stop: stop_at covers max_tokens, the context and steps of so many tokens
         for i in np.flatnonzero(self.may_stop[tokens] | (live["columns"] >= live["stop_at"])):
-            job = live["job"][i]
-            job.why = self._why(job, self.ids[job.slots].tolist())
-            if job.why:
-                job.slots = np.array(job.slots)
-                job.ids, job.logps = self.ids[job.slots], self.logps[job.slots]
+            request = live["request"][i]
+            request.why = self._why(request, self.ids[request.slots].tolist(), whole)
+            if request.why:
+                request.slots = np.array(request.slots)
+                request.ids, request.logps = self.ids[request.slots], self.logps[request.slots]
                 gone.append(i)
         self.counts["sampled"] += len(slots)
         if progress is not None:
@@ -1231,41 +1202,40 @@ class Sampler:
         if gone:
             self._close(gone)
 
-    def _admit(self):
+    def _admit(self, whole: bool):
         """Let waiting rows in if there is room for an eighth of all rows, or for all that wait: so
         one gather and one forward serve many rows."""
         count = min(self.rows - len(self.live), len(self.waiting))
         if count < max(1, min(self.rows // 8, len(self.waiting))):      # too few: wait for more
             return
-        new = [self.waiting.popleft() for _ in range(count)]
-        paths = [job.request.path for job in new]
+        new, self.waiting = self.waiting[:count], self.waiting[count:]
+        paths = [request.path for request in new]
         self.encode(paths)
         records = []
-        for job, path in zip(new, paths):
-            start, seed = len(path), job.request.seed
-            stop_at = start + min(job.max_new, math.inf if job.whole else self.step_tokens)
-            records.append((job, seed, job.temperature, path[-1], start, start, stop_at))
+        for request, path in zip(new, paths):
+            start = len(path)
+            stop_at = start + min(request.max_tokens, math.inf if whole else self.step_tokens)
+            seed, greedy = request.seed, request.greedy
+            records.append((request, seed, greedy, path[-1], start, start, stop_at))
         first = len(self.live)
         self.live = np.concatenate((self.live, np.array(records, LIVE)))
         self._make_room()
         given = self._gather(paths)                     # (2, L, count, G, S, D)
         self.work[:, :, first:first + count, :, :given.shape[4]] = given
 
-    def _draw(self) -> tuple:
+    def _draw(self, temperature: float) -> tuple:
         """Next ids of the live rows, their log-probs at temperature 1: (R,) on the device."""
         hidden = self.hidden[self._to_device(self.live["last"])]        # (R, C)
         logps = self.model.all_logps(hidden)            # (R, V)
-        temperature = self.live["temperature"]
-        if not temperature.any():
+        if temperature == 0:
             tokens = logps.argmax(-1)
-        elif (temperature == 1).all():                  # the usual case: no second softmax
+        elif temperature == 1:                          # the usual case: no second softmax
             tokens = self._pick(logps.exp())
-        else:
-            t = self._to_device(temperature)[:, None]   # (R, 1)
-            chances = torch.softmax(logps / t.clamp(min=1e-3), -1)      # below .001 counts as .001
-            # rows at 1 exactly as above (a softmax rounds otherwise), whatever the others have
-            tokens = self._pick(torch.where(t == 1, logps.exp(), chances))
-            tokens = torch.where(t[:, 0] > 0, tokens, logps.argmax(-1))
+        else:                                           # below .001 counts as .001
+            tokens = self._pick(torch.softmax(logps / max(temperature, 1e-3), -1))
+        if self.live["greedy"].any():
+            greedy = self._to_device(self.live["greedy"]) > 0
+            tokens = torch.where(greedy, logps.argmax(-1), tokens)
         return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
     def _pick(self, chances):
@@ -1281,21 +1251,21 @@ class Sampler:
         # right=True: ids of chance 0 are passed over
         return torch.searchsorted(sums, target, right=True)[:, 0]
 
-    def _why(self, job: Continuation, ids: list) -> str:
+    def _why(self, request: Request, ids: list, whole: bool) -> str:
         """Why it stops after these ids; "" if it goes on. Length comes before step: a step that
         uses up max_tokens or the context is an end, for nothing can follow it. To be called once
-        for each newline, for job.line is then read on."""
+        for each newline, for request.line is then read on."""
         if ids[-1] in self.model.stop_ids:
             return "eos"
         if ids[-1] in self.newline:
-            text = job.line + self.tokenizer.decode_more(ids[job.read:])
-            *complete, job.line = text.split("\n")      # as in `unfinished_line`
-            job.read = len(ids)
+            text = request.line + self.tokenizer.decode_more(ids[request.read:])
+            *complete, request.line = text.split("\n")
+            request.read = len(ids)
             if any(self.finished(line + "\n") for line in complete):
                 return "answer"
-        if len(ids) >= job.max_new:
+        if len(ids) >= request.max_tokens:
             return "length"
-        return "step" if not job.whole and self.step_over(ids) else ""
+        return "step" if not whole and self.step_over(ids) else ""
 
     def _close(self, gone: list):
         """Take out the rows that stopped. Rows from the end fill the holes, so that the live rows
@@ -1357,10 +1327,8 @@ class Sampler:
 
     def _gather(self, paths: list):
         """Keys and values of encoded paths, (2, L, R, G, S, D). Shorter ones are masked behind."""
-        slots = np.zeros((len(paths), max(map(len, paths))), np.int64)          # (R, S)
-        for row, path in zip(slots, paths):
-            row[:len(path)] = path
-        return self.store[:, :, self._to_device(slots)].transpose(3, 4)
+        slots = nn.utils.rnn.pad_sequence([torch.from_numpy(path) for path in paths], True)
+        return self.store[:, :, slots.to(self.model.device, non_blocking=True)].transpose(3, 4)
 
     def _decode(self, tokens):
         """Encode the tokens (R,) that were drawn for the live rows. Rows beyond the live ones are
@@ -1395,8 +1363,8 @@ class Sampler:
         graph.replay()
 
     def _compute(self, work, numbers, width):
-        """Run the model on tokens in the first R rows of `work`; keep what it makes of them in the
-        store. numbers (3, R, T), on the device: ids, slots and columns, which are below `width`."""
+        """Run the model on tokens in the first R rows of `work`, and copy their keys, values and
+        hidden states to the store. numbers (3, R, T) on the device: ids, slots, columns < width."""
         ids, slots, cols = numbers
         rows = torch.arange(len(ids), device=ids.device)[:, None]
 

@@ -219,11 +219,11 @@ def test_preference_loss_is_that_of_plain_rows(kind):
         loss = (h - 1 / (2 * beta)) ** 2 if kind == "ipo" else (
             torch.log1p(torch.exp(-beta * h)) + pair.smoothing * beta * h)
         want = want + loss - 0.7 * chosen / n
-        seen.append([1, *torch.stack([loss, beta * h, h > 0, good / n, bad / m]).tolist(), n, m])
+        seen.append([*torch.stack([loss, beta * h, h > 0, good / n, bad / m]).tolist(), n, m])
     assert weight == 12
     assert total.item() == pytest.approx(want.item(), rel=1e-5)
     assert_near(packed, gradients(model, want), 1e-5)
-    assert [*stats] == ["pairs", "dpo", "margin", "agree", "chosen_shift", "rejected_shift",
+    assert [*stats] == ["dpo", "margin", "agree", "chosen_shift", "rejected_shift",
                         "chosen_tokens", "rejected_tokens"]
     assert [*stats.values()] == pytest.approx(np.sum(seen, 0).tolist(), rel=1e-4, abs=1e-4)
 
@@ -416,7 +416,7 @@ def test_report_is_of_the_last_quarter():
     """Without learning (lr 0) the means are those of the last quarter's pairs."""
     data, model = some_batches(8), tiny()
     report, (total, weight, stats) = train(model, data, LOSS, 0.0), LOSS(model, data[6] + data[7])
-    want = total.item() / weight, stats["margin"] / stats["pairs"]
+    want = total.item() / weight, stats["margin"] / weight
     assert (report["loss"], report["margin"]) == pytest.approx(want, rel=1e-4)
     assert train(model, [], LOSS, 1e-3) == dict(steps=0, skipped=0, trained_tokens=0)
 

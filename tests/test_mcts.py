@@ -10,42 +10,15 @@ import mcts
 from dpo import log_probs, tree_row
 from mcts import (NOTHING, StepSampler, Tree, draw, from_json, grow, pack, page, record_grade,
                   to_json)
-from model import GPT, BadInput, GPTConfig, Request, Sampler, mix
+from model import BadInput, Request, Sampler, mix
+from test_model import Letters, V, language_model, plain_log_probs
 
-V = 40                                  # ids of the models made here
-LLAMA = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-             rms_norm_eps=1e-5, rope_theta=1e4, model_type="llama")
-MODELS = dict(llama=LLAMA, window=LLAMA | dict(model_type="mistral", sliding_window=5), gpt2=dict(
-    model_type="gpt2", vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+KINDS = ("llama", "window", "gpt2")
 PROMPTS = ([3, 5, 7], [3, 5, 7, 9, 11], [3, 6], [30] * 8)
 
-class Letters:
-    """The part of a tokenizer that a model and a sampler look at: one letter an id."""
-    n_ids = base_ids = V
-    holes, begin, eos_ids, newline_ids = [], [], {1, 2}, list(range(0, V, 4))
-
-    def decode_more(self, ids):
-        """Text of ids."""
-        return "".join("\n" if i in self.newline_ids else chr(65 + i) for i in map(int, ids))
-    decode = decode_more
-
-def language_model(kind="llama", seed=1):
-    """A random model of a family, with logits spread so that a wrong hidden state shows."""
-    model = GPT(GPTConfig.from_json(MODELS[kind], "test")).initialise(seed)
-    rng = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.dim() == 1:
-            p.data += 0.2 * torch.randn(p.shape, generator=rng)
-        elif "embed" in name and kind == "gpt2":
-            p.data *= 6
-    return model.requires_grad_(False).bind(Letters())
-
-def plain_log_probs(model, ids, last):
-    """(last,) log-probs of the last tokens: one forward of the whole text."""
-    with torch.no_grad():
-        logps = model.all_logps(model(torch.tensor([ids])))[0, -last - 1:-1]
-    return logps[torch.arange(last), torch.tensor(ids[-last:])].numpy()
+def letters():
+    """One letter an id; every fourth is a newline."""
+    return Letters(eos=(1, 2), texts=dict.fromkeys(range(0, V, 4), "\n"))
 
 def random_tree(seed, adds=60):
     """A tree of short random steps, many of them equal; some ends are graded."""
@@ -149,7 +122,7 @@ def test_damaged_json():
 def grown(kind, chosen, rows=16, searched=False):
     """Trees of PROMPTS, sampled at the root and at two children, or searched (an end is worth the
     parity of its length): (trees, sampler, the first ends)."""
-    sampler = Sampler(language_model(kind), Letters(), 16, rows)
+    sampler = Sampler(language_model(kind), letters(), 16, rows)
     trees = [Tree(i, mix(5, i), PROMPTS[i], sampler.prompt(PROMPTS[i])) for i in chosen]
     if searched:
         parity = lambda ends: [(-1.0) ** len(end.solution()) for end in ends]
@@ -161,7 +134,7 @@ def grown(kind, chosen, rows=16, searched=False):
     grow(sampler, [(node, 2) for nodes in inner for node in nodes], 16)
     return trees, sampler, ends
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("searched", (False, True))
 def test_grown_alone_as_in_a_batch(kind, searched):
     """A tree in a batch is the tree grown alone; each sample continues with its own seed. What
@@ -170,7 +143,7 @@ def test_grown_alone_as_in_a_batch(kind, searched):
     counts = sampler.counts.copy()
     for i in (1, 3):
         assert skeleton(grown(kind, [i], 3 + i, searched)[0][0]) == skeleton(trees[i])
-    plain = Sampler(sampler.model, Letters(), 16)
+    plain = Sampler(sampler.model, letters(), 16)
     for number, end in enumerate(ends):                  # four samples of each root, in order
         root = end.tree.root
         request = Request(plain.prompt(root.ids), mix(root.tree.seed, 0, number % 4), 16)
@@ -192,7 +165,7 @@ def test_grown_alone_as_in_a_batch(kind, searched):
 
 def test_growing_goes_on_also_from_a_file():
     """Six samples in one call, in two calls, and across a file are the same tree."""
-    sampler = Sampler(language_model(seed=2), Letters(), 16)
+    sampler = Sampler(language_model(seed=2), letters(), 16)
     six, parts = (Tree("q", 1, [3, 4], sampler.prompt([3, 4])) for _ in range(2))
     grow(sampler, [(six.root, 6)], 25)
     grow(sampler, [(parts.root, 2), (parts.root, 1)], 25)
@@ -209,7 +182,7 @@ def test_growing_goes_on_also_from_a_file():
 def test_growing_refuses_what_would_hang_or_overwrite():
     """No steps, a node that waits, a sampler in use and a full solution are a clear ValueError."""
     refused = lambda why: pytest.raises(ValueError, match=why)
-    sampler = Sampler(language_model(), Letters(), 16)
+    sampler = Sampler(language_model(), letters(), 16)
     tree = Tree("q", 1, [3, 4], sampler.prompt([3, 4]))
     steps = StepSampler(sampler, 12)
     with refused("0 steps"):
@@ -227,7 +200,7 @@ def test_growing_refuses_what_would_hang_or_overwrite():
 
 def test_a_search_obeys_max_tokens():
     """A step that uses up the tokens is an end, "length", even if it ends with a newline."""
-    sampler = Sampler(language_model(), Letters(), 16)
+    sampler = Sampler(language_model(), letters(), 16)
     trees = [Tree("q", seed, [3, 4], sampler.prompt([3, 4])) for seed in range(20)]
     mcts.search(trees, StepSampler(sampler, 5), lambda nodes: [0.0] * len(nodes), mcts.until(6))
     nodes = [node for tree in trees for node in tree.nodes[1:]]
@@ -255,7 +228,7 @@ def test_pack_equals_brute_force(seed):
             sees[t, [column[token] for token in path[:depth + 1]]] = True
         assert (sees == ((s <= s[:, None]) & (s[:, None] < packed.unseen))).all()
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_equals_separate_rows(kind):
     """Log-probs of packed trees are those of every path in a row of its own, to 1e-5."""
     model, trees = language_model(kind, 3), [random_tree(seed, adds=40) for seed in range(3)]
@@ -280,7 +253,7 @@ def small_tree():
 
 def test_steps_go_on_where_they_stopped():
     """A step knows the unfinished line before it, and is sampled at the search's temperature."""
-    sampler = Sampler(language_model(), Letters(), 16)
+    sampler = Sampler(language_model(), letters(), 16)
     tree = Tree("q", 1, [3, 4], sampler.prompt([3, 4]))
     slots = sampler.follow(tree.root.slots, [5, 8, 9])[2:]
     node = tree.add(tree.root, [5, 8, 9], [-1.0] * 3, slots)            # "F\nJ"

@@ -51,7 +51,7 @@ def keys_of_preferences() -> set:
     row = dpo.tree_row([dpo.Pair([good], [bad])])
     dpo.store_reference(model, [row])
     report = dpo.train(model, [[row]], dpo.preference_loss, 1e-4, label="")
-    return {*report, *dpo.summary({}, Counter(chosen_shift=-1.0, pairs=1))}
+    return {*report, *dpo.summary({}, Counter(chosen_shift=-1.0, weight=1))}
 
 
 def test_keys_of_the_log(tmp_path, monkeypatch):
