@@ -197,6 +197,9 @@ def test_json(tmp_path):
     assert read_json(path) == {"a": "\ufffd"}
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}')                          # a byte order mark
     assert read_json(path) == {"a": 1}
+    path.write_bytes(POINTER)
+    with pytest.raises(BadInput, match="git lfs pull"):
+        read_json(path)
     for absent in (tmp_path / "none.json", tmp_path, str(tmp_path / "zero\0byte")):
         for read in (read_json, read_safetensors):
             with pytest.raises(BadInput):
@@ -237,6 +240,9 @@ def shards(folder, weight_map, **files):
 def test_index_and_shards_must_agree(tmp_path, weight_map, files):
     """Every way in which an index can be wrong about its shards, or point elsewhere, is refused.
     A single file wins over shards, whatever their index says."""
+    shards(tmp_path, {}, a="x")             # so that ../a.safetensors exists
+    tmp_path = tmp_path / "model"
+    tmp_path.mkdir()
     shards(tmp_path, weight_map, **files)
     with pytest.raises(BadInput):
         weight_files(tmp_path)

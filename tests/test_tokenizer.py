@@ -91,6 +91,8 @@ def test_merges_count_in_the_order_of_the_file():
     assert turned.encode("abc") == [97, 257] and turned.encode("ab") == [256]
     early = small([("xy", "z"), ("x", "y")])
     assert early.encode("xyz wxyz") == [early.ids["xyz"], 32, 119, early.ids["xyz"]]
+    # the first join makes a pair of lower rank, which comes before the second join
+    assert small([("aa", "a"), ("a", "a")]).encode("aaaa") == [256, 97]
     for ignore, want in ((False, ["ab", "c"]), (True, ["abc"])):
         dead = small([("a", "b")], ["abc"], model={"ignore_merges": ignore})
         assert dead.encode("abc") == [dead.ids[token] for token in want]
@@ -103,6 +105,15 @@ def test_repeat_of_a_repeat():
     parts = {"type": "Sequence", "pretokenizers": [cuts, STEP | {"use_regex": False}]}
     tokenizer = small([("1", "1"), ("11", "11")], pre_tokenizer=parts)
     assert tokenizer.encode("1111") == [tokenizer.ids["1111"]]
+
+
+@pytest.mark.parametrize("alone, want", [
+    (True, [97, 49, 49, 98, 49, 32, 49, 49]), (False, [97, 256, 98, 49, 32, 256])])
+def test_digits(alone, want):
+    """Digits are cut from letters, and with individual_digits from each other."""
+    parts = [{"type": "Digits", "individual_digits": alone}, STEP]
+    cuts = {"type": "Sequence", "pretokenizers": parts}
+    assert small([("1", "1"), ("a", "1")], pre_tokenizer=cuts).encode("a11b1 11") == want
 
 
 def test_special_tokens_count_only_where_asked_for():
@@ -223,7 +234,9 @@ REFUSED = [
     ("byte_fallback", {"pre_tokenizer": METASPACE}),
     ("Lowercase", {"normalizer": {"type": "Lowercase"}}), ("MergedWith", {"pre_tokenizer": SPLIT}),
     ("last", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [STEP, {"type": "Digits"}]}}),
+    ("last", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [METASPACE, STEP]}}),
     ("replacement", {"pre_tokenizer": METASPACE | {"replacement": "_"}}),
+    ("split = false", {"pre_tokenizer": METASPACE | {"split": True}}),
     ("add_prefix_space", {"pre_tokenizer": STEP | {"add_prefix_space": True}}),
     ("single_word", {"added_tokens": [{"id": 300, "content": "<x>", "single_word": True}]}),
     ("two ids", {"added_tokens": [{"id": 300, "content": "a"}]}),
