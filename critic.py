@@ -259,7 +259,8 @@ def measure(said, truth) -> dict:
     calibration = []
     for i in np.unique(tenth):
         here = tenth == i
-        calibration.append((float(said[here].mean()), float(truth[here].mean()), int(here.sum())))
+        means = float(said[here].mean()), float(truth[here].mean())
+        calibration.append((*means, int(here.sum())))
     return dict(auc=area, brier=float(np.mean((said - truth) ** 2)) if n else None,
                 constant=float(np.var(truth)) if n else None, calibration=calibration,
                 nodes=n, trusted=not note, note=note)
@@ -425,7 +426,8 @@ def stated(text: str):
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
     text = text.replace(". I hope it is correct", "")                   # how Minerva's prompt ends
     box = last_box(text).replace("\n", " ")
-    pieces = {"####": text.split("####")[1:], "boxed": [box], "phrase": re.split(PHRASE, text)[1:]}
+    pieces = {"####": text.split("####")[1:], "boxed": [box]}
+    pieces["phrase"] = re.split(PHRASE, text)[1:]
     for mark, of_mark in pieces.items():
         for piece in reversed(of_mark):
             line, _, below = piece.partition("\n")
@@ -451,7 +453,8 @@ def read_number(piece: str, mark: str):
     """The number that a piece states when a working before it and a reason behind it are cut off: 7
     of `7 apples`, `x = 10-3 = 7`, `7, not 8`. Else the piece as it is, which equals no number.
     Without a mark ("bare") it is the one result of the last line with a digit: 20 of 18-20."""
-    last = next((line for line in piece.split("\n")[::-1] if re.search("[0-9]", line)), "")
+    with_digits = [line for line in piece.split("\n") if re.search("[0-9]", line)]
+    last = with_digits[-1] if with_digits else ""
     formula = canonical(last) if re.search(r"[\\{^]", last) else ""
     if number(formula) is not None:                     # \frac12  2\frac{1}{2}  5 cm^2
         return formula
@@ -561,7 +564,8 @@ def spell(tex: str) -> str:
         tex = re.sub(pattern, new, tex)
     mixed = re.fullmatch(r"(-?)([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}", tex)
     if mixed and int(mixed[3]) < int(mixed[4]):         # -2\frac{1}{2} is -5/2
-        tex = mixed[1] + str(int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4])))
+        whole, part = int(mixed[2]), Fraction(int(mixed[3]), int(mixed[4]))
+        tex = mixed[1] + str(whole + part)
     if number(tex) is not None:
         return str(number(tex))
     return tex.casefold() if re.match("[A-Za-z]{3}", tex) else tex      # Even is even, X is not x

@@ -168,7 +168,8 @@ def evenness(trees: list) -> float:
     0 if there is less than one such node for every 20 trees: too few to judge by. (Homework has one
     for every 2 to 11 trees. GSM8K had one in 512 trees, because few steps were drawn twice.)"""
     forks = [by_rate(node) for tree in trees for node in tree.nodes]
-    ratios = [ranked[-1][0] / ranked[0][0] for ranked in forks if len(ranked) > 1 and ranked[0][0]]
+    forks = [ranked for ranked in forks if len(ranked) > 1 and ranked[0][0] > 0]
+    ratios = [ranked[-1][0] / ranked[0][0] for ranked in forks]         # the worst by the best
     return sum(ratios) / len(ratios) if ratios and 20 * len(ratios) >= len(trees) else 0.0
 
 
@@ -350,13 +351,16 @@ def preference_loss(model: GPT, rows: list, beta=0.1, nll=1.0, kind="sigmoid") -
         chosen_shift=(chosen - ref_chosen) / chosen_tokens,             # nats a token
         rejected_shift=(rejected - ref_rejected) / rejected_tokens,
         chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
-    return total, len(loss), {name: value.sum().item() for name, value in of_pairs.items()}
+    sums = {name: value.sum().item() for name, value in of_pairs.items()}
+    return total, len(loss), sums
 
 
 def sft_loss(model: GPT, rows: list) -> tuple:
     """Imitation: the NLL of the solutions' tokens; the weight is their number."""
-    total = sum((row.imitate @ logps).sum() for row, logps in zip(rows, log_probs(model, rows)))
-    return -total, sum(row.imitate.sum().item() for row in rows), {}
+    each = zip(rows, log_probs(model, rows))
+    total = sum((row.imitate @ logps).sum() for row, logps in each)
+    tokens = sum(row.imitate.sum().item() for row in rows)
+    return -total, tokens, {}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1268,7 +1268,10 @@ class Homework(Task):
         fewer traps than --traps asks for, and values that leave 0..99."""
         x = parse(text)
         i = rng.randrange(len(x))
-        x[i] = rng.choice("+-" if i == 1 else "+-*") if i % 2 else rng.randint(1, 9)
+        if i % 2:
+            x[i] = rng.choice("+-" if i == 1 else "+-*")
+        else:
+            x[i] = rng.randint(1, 9)
         for j in range(1, len(x), 2):
             x[j + 1] = max(x[j + 1], 2 if x[j] == "*" else 1)
         return "".join(map(str, x))
@@ -1779,7 +1782,8 @@ def first_trees(folder: Path) -> list:
     files = [file for file in files if file.parent.name not in ("first_1", "eval_1")]
     trees = [one for file in files for one in restored(file, read_trees)]
     plain = lambda tree: not pits_of(tree) and not tree.chosen
-    return sorted(trees, key=lambda one: (plain(one[0]), abs(len(one[0].nodes) - 10)))
+    distance = lambda tree: abs(len(tree.nodes) - 10)   # from a size that is easy to read
+    return sorted(trees, key=lambda one: (plain(one[0]), distance(one[0])))
 
 
 def picture(tree: Tree, record: dict, width: float = 56) -> str:
@@ -2033,7 +2037,8 @@ def chart(curves: dict, form: str) -> str:
     xs = sorted({x for x, *_ in points})
     ys = [y for _, *rest in points for y in rest]
     unit = 10 ** math.floor(math.log10(max(ys) - min(ys) or 1))     # .1 if ys go from .48 to .95
-    low, high = math.floor(min(ys) / unit) * unit, math.ceil(max(ys) / unit) * unit
+    low = math.floor(min(ys) / unit) * unit
+    high = math.ceil(max(ys) / unit) * unit
     x_of = lambda x: round(60 + 190 * (x - xs[0]) / (xs[-1] - xs[0] or 1), 1)
     y_of = lambda y: round(175 - 165 * (y - low) / (high - low or 1), 1)
     out = ['<svg viewBox="0 0 375 200">']

@@ -145,7 +145,8 @@ def safetensors_header(path) -> tuple:
         raw.pop("__metadata__", None)
         header = {}
         at = data                                       # the byte where the next tensor must begin
-        for name, entry in sorted(raw.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
+        place = lambda item: (item[1]["data_offsets"], item[0])
+        for name, entry in sorted(raw.items(), key=place):
             with about(f"tensor {name!r:.120}"):
                 shape = field(entry, "shape", list)
                 # (0, 2**40, 2**40) is empty, but its strides overflow in torch: a 0 counts as a 1
@@ -207,7 +208,8 @@ def write_safetensors(path, tensors: dict, metadata=None):
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)                     # the data begins at a multiple of 8
-    data = (tensor.contiguous().view(-1).view(torch.uint8).numpy(force=True) for _, tensor in order)
+    flat = (tensor.contiguous().view(-1) for _, tensor in order)
+    data = (numbers.view(torch.uint8).numpy(force=True) for numbers in flat)
     write_atomically(path, chain([len(text).to_bytes(8, "little"), text], data))
 
 
