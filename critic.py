@@ -5,7 +5,7 @@ out right is the first pit. It becomes the rejected side of a preference pair (d
 What is different from the published codes:
 1. Completions are branches of the tree: a right end serves all solutions that share its prefix.
 2. AlphaLLM's critics are small heads on the policy's hidden states, not language models.
-3. One rule a task, `Task.reward`, decides in search, labels and evaluation: two that disagree would
+3. Each task has one rule, `Task.reward`, for search, labels and evaluation: two that disagree would
    make false pits. It rests on `grade` (Countdown has a rule of its own).
 Chapters: 1 Pits  2 Policy as judge  3 Critics  4 Rollouts  5 Grading  6 Formulas  7 Statistics
 Try:  python critic.py      labels the first pit of one wrong solution; two seconds
@@ -124,8 +124,8 @@ def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> li
     sampler.encode(paths)
     hidden = sampler.hidden[[path[-1] for path in paths]]               # (paths, C)
     logps = model.all_logps(hidden)[:, letters]                         # (paths, A or B)
-    for (i, order), share in zip(places, torch.softmax(logps, -1).tolist()):
-        p[i, order] = share[1 - order]                  # "correct" is (B), then (A)
+    for (i, order), chance in zip(places, torch.softmax(logps, -1).tolist()):
+        p[i, order] = chance[1 - order]                 # "correct" is (B), then (A)
     return p.mean(1).tolist()
 
 
@@ -133,7 +133,7 @@ def self_evaluation(nodes: list, sampler, template: str = JUDGE, shown="") -> li
 # 3. Learned critics                      M nodes, C hidden size of the policy
 # --------------------------------------------------------------------------------------------------
 HEADS = ("value", "process", "outcome")
-LEAST_AUC = 0.55                        # below it, on held-out questions, a head is not trusted
+LEAST_AUC = 0.55        # a head below it, on a fifth of the training questions, is not trusted
 
 
 class Critic(torch.nn.Module):
@@ -361,8 +361,8 @@ class Rollouts:
 # --------------------------------------------------------------------------------------------------
 # 5. Grading numbers and letters
 # --------------------------------------------------------------------------------------------------
-# The way of "So x = 10-3 = 7 apples": `grade` (chapter 6) calls `find_answer`, which asks `stated`
-# for the pieces of the text and `read_number` for what they say, 7; `same_answer` compares.
+# How "So x = 10-3 = 7 apples" is graded: `grade` (chapter 6) calls `find_answer`, which asks
+# `stated` for pieces of the text and `read_number` for their number, 7; `same_answer` compares.
 # A false right is worse than a false wrong: a self-improving loop finds it and imitates it. So a
 # number is read only if all tokens beside it are in KNOWN, or are longer words not in CHANGES:
 #     #### **18** apples, as 3 > 2   18: `*` `apples` `,` are known; the reason is cut off

@@ -270,13 +270,13 @@ def log_probs(model: GPT, rows: list) -> list:
     sees |= s == t                      # padding sees itself: no softmax is NaN
     hidden = model(ids, position, sees)                                 # (B, T, C)
     learn = learn > 0
-    row, column = learn.nonzero(as_tuple=True)                          # (M,)
-    # index_select, not hidden[row, before]: branches share a parent, and on a CPU the gradient of
+    b, column = learn.nonzero(as_tuple=True)                            # (M,) row and column
+    # index_select, not hidden[b, before]: branches share a parent, and on a CPU the gradient of
     # indexing adds shared entries in an undefined order, so that two runs would differ
-    parents = hidden.flatten(0, 1).index_select(0, row * T + before[row, column])   # (M, C)
-    logps = target_logps(model, parents, ids[row, column])              # (M,)
+    parents = hidden.flatten(0, 1).index_select(0, b * T + before[b, column])       # (M, C)
+    logps = target_logps(model, parents, ids[b, column])                # (M,)
     whole = torch.zeros_like(learn, dtype=logps.dtype).masked_scatter(learn, logps).cpu()   # (B, T)
-    return [whole[b, :len(row.learn)] for b, row in enumerate(rows)]
+    return [whole[i, :len(row.learn)] for i, row in enumerate(rows)]
 
 
 def target_logps(model: GPT, hidden, targets, at_once: int = 1 << 27):
@@ -447,10 +447,10 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     over the last quarter of the updates, loss, norm (of the gradient) and the loss's statistics."""
     masters = model.masters()           # fp32: bf16 would round most of an update away
     optimizers = make_optimizers(masters, lr, muon, shares)
-    # a state with another plan, that is of other rows or rates, belongs to another stage
+    # a state with another key, that is of other rows or rates, belongs to another stage
     ids = b"".join(row.packed.ids.tobytes() for rows in batches for row in rows)
-    plan = json.dumps([zlib.crc32(ids), len(batches), lr, muon, warmup, tokens, shares])
-    counts, sums = load_state(state, plan, masters, optimizers)
+    key = json.dumps([zlib.crc32(ids), len(batches), lr, muon, warmup, tokens, shares])
+    counts, sums = load_state(state, key, masters, optimizers)
     model.from_masters()
     save_at = time.monotonic() + SAVE_EVERY
     bar = tqdm(range(counts["steps"] + counts["skipped"], len(batches)), desc=label, unit="update",
@@ -479,7 +479,7 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
         mean = batch_sums["loss"] / (batch_sums["weight"] or 1)         # no weight: it was skipped
         bar.set_postfix_str(f"loss {mean:.4f}", refresh=False)
         if state and (began := time.monotonic()) >= save_at:
-            save_state(state, plan, masters, optimizers, counts, sums)
+            save_state(state, key, masters, optimizers, counts, sums)
             done = time.monotonic()
             save_at = done + SAVE_EVERY * max(1.0, done - began)
     if state:
@@ -527,21 +527,21 @@ def summary(counts: dict, sums: dict) -> dict:
     return stats
 
 
-def save_state(path, plan: str, masters: dict, optimizers: list, counts: dict, sums: dict) -> None:
+def save_state(path, key: str, masters: dict, optimizers: list, counts: dict, sums: dict) -> None:
     """Write weights, moments and sums of an unfinished training, in one atomic write."""
     tensors = {f"weight/{name}/0": p for name, p in masters.items()}
     for number, optimizer in enumerate(optimizers):
         for name, p in masters.items():
             for kind, moment in optimizer.state.get(p, {}).items():
                 tensors[f"{kind}/{name}/{number}"] = moment
-    write_safetensors(path, tensors, dict(plan=plan, sums=json.dumps([counts, sums])))
+    write_safetensors(path, tensors, dict(key=key, sums=json.dumps([counts, sums])))
 
 
 @torch.no_grad()
-def load_state(path, plan: str, masters: dict, optimizers: list) -> list:
-    """Read it back; returns [counts, sums], those of a start if there is no file of this plan."""
+def load_state(path, key: str, masters: dict, optimizers: list) -> list:
+    """Read it back; returns [counts, sums], those of a start if there is no file of this key."""
     tensors, about = read_safetensors(path) if path and Path(path).exists() else ({}, {})
-    if about.get("plan") != plan:
+    if about.get("key") != key:
         return [Counter(steps=0, skipped=0, trained_tokens=0), Counter()]
     for place, tensor in tensors.items():
         kind, name, number = place.split("/")

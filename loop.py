@@ -186,7 +186,7 @@ class Settings:
     unit: str = "line"          # what a step of a solution is: line, paragraph, or so many tokens
     chunk: int = 160            # questions whose trees grow together; a finished chunk is a file
     rows: int = 0               # solutions decoded at once; 0: tiny GPT 1024, CUDA 512, else 256
-    share: float = 0.4          # part of the budget sampled first, for RFT or critics; 0: neither
+    share: float = 0.4          # part of budget for RFT or critics; at 0 alphallm learns nothing
     # pits and searches
     completions: int = 4        # k: a step is bad if k samples below it all fail (pits, critics)
     rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
@@ -201,12 +201,12 @@ class Settings:
     batch: int = 32             # trees in one update
     epochs: int = 3             # most passes over the data; the tiny GPT imitates without a limit
     beta: float = 0.1           # DPO: how close the policy stays to the reference
-    nll: float = 1.0            # weight of the NLL term on chosen sides
+    nll: float = 1.0            # weight of the negative log-likelihood (NLL) of chosen sides
     dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
     base_steps: int = 850       # most updates of round 0 (corpus or --sft-data); 0: none
-    traps: int = 0              # homework: least number of lines that need a later * first; 0 to 2
+    traps: int = 0              # homework: at least so many lines where leftmost is wrong; 0 to 2
     classes: int = 2            # homework's answer: 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
     eval_questions: int = 2000  # held-out questions
@@ -268,7 +268,7 @@ def check(s: Settings) -> None:
 # 3. Recipes: how trees grow, and what is learnt from them
 #
 #    grow(lab, r, questions) -> (trees, notes for the log)     learn(lab, r, trees) -> notes
-#
+#    lab: model, sampler, task, folder and token counts of the run (chapter 6); r: the round
 #    mcts.tokens_left shows what each recipe spends its tokens on
 # --------------------------------------------------------------------------------------------------
 # no_letters: refused for multiple choice, since it cannot make up questions with options
@@ -289,7 +289,7 @@ def learn_examples(lab, r, trees):
     return fit(lab, rows, sft_loss, lab.sft_lr, s.steps, epochs=1)
 
 
-# rft: rejection sampling (Yuan et al. 2023, 2308.01825)
+# rft: rejection-sampling fine-tuning, RFT (Yuan et al. 2023, 2308.01825)
 def grow_samples(lab, r, questions):
     """Sample every question until the budget is used up."""
     return grow_forest(lab, f"trees_{r}", questions, lab.settings.budget, sample), {}
@@ -371,7 +371,7 @@ def learn_trusted(lab, r, trees):
 
 # combined: ours. It chooses between search and samples, and between preferences and imitation
 SEARCH_ABOVE = 2 / 3    # share of questions that the first samples left unsolved
-PREFER_ABOVE = 1 / 2    # dpo.evenness of the trees of round 1: how often wrong steps end right
+PREFER_ABOVE = 1 / 2    # dpo.evenness of round 1: right rate of the worst sibling / of the best
 
 
 def grow_unsolved(lab, r, questions):
@@ -391,15 +391,15 @@ def grow_unsolved(lab, r, questions):
 
 
 def learn_what_helps(lab, r, trees):
-    """3) Siblings are uneven: imitate right solutions, as rft does.
-    4) Siblings end right about equally often: imitation would copy wrong steps. Round 1 imitates
-    with three quarters of the updates, then does DPO on siblings alone, since its trees are the
-    base's. Later rounds do DPO on siblings and on whole solutions.
+    """3) If siblings are uneven, imitate right solutions, as rft does. If they end right about as
+    often, imitation would copy wrong steps. Then round 1 imitates with three quarters of the
+    updates and does DPO on siblings alone, since its trees are the base's. Later rounds do DPO on
+    siblings and on whole solutions.
     Round 1 decides for all. Later trees look even on any task: imitation has removed bad steps."""
     notes = dict(evenness=evenness(forests_so_far(lab, 1, "trees", "more", "searched")))
     if notes["evenness"] <= PREFER_ABOVE:
         return learn_right_solutions(lab, r, trees) | notes
-    if rft_updates(lab, r):
+    if rft_updates(lab, r):                     # in round 1 alone
         notes |= imitate_right_ones(lab, r, trees)
         return prefer(lab, r, trees, rate_pairs) | notes
     return prefer(lab, r, trees, lambda tree: rate_pairs(tree) + outcome_pairs(tree)) | notes
@@ -646,7 +646,7 @@ def by_answer(lab, ends: list) -> list:
 
 def search_for_solution(lab, trees: list, tokens: float) -> None:
     """The search of `combined`: an end is worth its grade, 1 or 0, any other leaf the mean of the
-    critics' heads. A node gets one child, and one more after every 8 visits: deep before wide."""
+    critics' heads. A node has one step sampled, and one more after every 8 visits: mostly deep."""
     def values(nodes):
         """One number in [0, 1] for each node."""
         grade_ends(lab, [node for node in nodes if node.ended])
@@ -690,7 +690,7 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dic
     """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how)."""
     s = lab.settings
     if not rows:
-        what = "right solution to imitate" if loss_fn is sft_loss else "pair to learn from"
+        what = "solution to imitate" if loss_fn is sft_loss else "pair to learn from"
         print(f"no {what} was found, so this training is left out (see solved, pits, kept and "
               "critic in log.jsonl): raise --budget; with solved near 0 give easier questions, "
               "near 1 harder ones")
@@ -827,11 +827,11 @@ def train_critics(lab, name: str, trees: list) -> dict:
     small.train_or_load("round_0", lambda: train_base(small))
     questions = [tree.question for tree in trees]
     own = grow_forest(small, f"trees_{name}", questions, s.share * s.budget, sample)
-    small.critic, small_found = train_critic(small, name, own)
+    small.critic, small_heads = train_critic(small, name, own)
     text = lambda node: lab.decode(node.ids) if node.parent else lab.task.prompt(node.tree.question)
     lab.rollouts = critic.Rollouts(small.sampler, small.critic, s.rollouts, s.max_tokens, text)
     lab.rollout_tokens += small.sampled_tokens
-    return dict(critic=heads, rollout_critic=small_found)
+    return dict(critic=heads, rollout_critic=small_heads)
 
 
 def train_critic(lab, name: str, trees: list) -> tuple:
@@ -861,11 +861,11 @@ def train_critic(lab, name: str, trees: list) -> tuple:
     def load(path):
         """(Critic, report) from the file that save wrote; ValueError if the weights do not fit."""
         tensors, header = read_safetensors(path)
-        heads = critic.Critic(size).to(device)
-        shapes = {name: weight.shape for name, weight in heads.state_dict().items()}
+        loaded = critic.Critic(size).to(device)
+        shapes = {name: weight.shape for name, weight in loaded.state_dict().items()}
         need({name: x.shape for name, x in tensors.items()} == shapes, "its weights do not fit")
-        heads.load_state_dict(tensors)
-        return heads, json.loads(header["report"])
+        loaded.load_state_dict(tensors)
+        return loaded, json.loads(header["report"])
     return cached(lab.folder / f"{name}.safetensors", make, save, load)
 
 
@@ -1162,7 +1162,7 @@ class Task:
         return grade(text, question.answer, cut, question.text)
 
     def first_false(self, question, text: str) -> int | None:
-        """How many lines are true before the first false one? None: nobody can say."""
+        """How many lines are true before the first false one; all, if none is. None: unknown."""
         return None
 
     def sound(self, question, text: str) -> bool | None:

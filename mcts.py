@@ -12,8 +12,8 @@ The numbers of a search, and where they are computed:
     P   node.prior    length-normalised likelihood of the step    from the log-probs of its tokens
     x   node.count    samples that took the step                  counted in `Tree.add`
 What is different from the published codes:
-1. A node holds ids and slots, their places in the sampler's store: going on from a node encodes
-   nothing again. Equal steps are one node, though the sampler has encoded every sample of it.
+1. A node holds ids and slots, their places in the sampler's store: to go on from a node does not
+   run the model on its tokens again. Equal steps are one node, with the slots of the first sample.
 2. All trees are searched at once, in one large batch; no tree waits for another.
 3. One plain mean is backed up for all methods: see `backup`. Left out: virtual loss, discount.
 Chapters:  1 The tree   2 Files, budget   3 Growing   4 The search   5 Packing   6 Drawing, program
@@ -368,13 +368,13 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
 
     Four simulations of a tree with two children a (P .6) and b (P .4), c = 1, to_end=False:
         1  both Q are 0, so P decides: a; it returns 1     N(root) 1   a: N 1 Q 1
-        2  a 1 + .6/2 = 1.3, b 1 + .4 = 1.4: b returns 0   N(root) 2   b: N 1 Q 0
+        2  a 1 + .6/2 = 1.3, b 1 (root's Q) + .4 = 1.4: b returns 0   N(root) 2   b: N 1 Q 0
         3  a 1.42, b .28: a has no children yet: one child, d, is sampled; it returns 0
         4  a .85, b .35: a again, then d, its only child: children of d are sampled, ..."""
     new = lambda node: node.parent is not None and not node.visits
     # does a simulation end at this node?
     over = lambda node: node.ended or (not to_end and new(node))
-    # At any time a tree has one simulation: its node is in `standing` or in `proposer.pending`
+    # A tree that is not done has one simulation: its node is in `standing` or proposer.pending
     standing = [tree.search_from for tree in trees if go_on(tree)]
     while standing or proposer.pending:
         arrived = []
@@ -396,15 +396,15 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
             backup(node, node.score)
         standing = [node.tree.search_from for node in arrived if go_on(node.tree)]
         if not standing:
-            standing = proposer.answers()               # no tree can go on: sample
+            standing = proposer.answers()               # all trees wait or are done: sample
 
 
 def until(simulations: float, tokens: float = math.inf, patience: float = math.inf):
     """A stop rule: go_on(tree) is False when a tree has so many simulations (those in its file
-    included), after `patience` in a row that sampled nothing, or when the next one, at twice the
-    mean cost so far, may exceed `tokens`, counted from the first call. Example: tokens = 30. Two
-    simulations took 16, 8 each. The next may cost 16, and only 14 are left: stop. (First ones
-    cost most: so mcts_dpo spends 81% in round 1. With once the mean it would spend 103%.)"""
+    included), after `patience` in a row that sampled nothing, or when twice the mean cost of a
+    simulation exceeds what is left of `tokens`, counted from the first call. Example: tokens = 30,
+    two simulations took 16, a mean of 8; twice that is 16, and 14 are left: stop. (The first ones
+    cost most: so mcts_dpo spends 81% in round 1. With the mean itself it would spend 103%.)"""
     started = {}                        # tree -> (left, tokens, visits) at the first call
     grown = {}                          # (tree, tokens) -> visits when it first had these tokens
 
@@ -553,7 +553,7 @@ def draw(tree: Tree, text, pits=(), limit=40, width=56, prior=False) -> str:
         lines.append(f"... and {hidden} more steps")
     legend = "x = samples that took the step" + ", FIRST PIT = no right end below" * bool(pits)
     legend += ", N = visits of the search, Q = their mean return" * (tree.root.visits > 0)
-    legend += ", P = how likely the policy is to take it" * prior
+    legend += ", P = length-normalised likelihood of the step" * prior
     return "\n".join([*lines, legend])
 
 

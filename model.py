@@ -982,7 +982,7 @@ class GPT(nn.Module):
 # 5. Sampler: continue many prefixes at once, run the model on each token once
 # --------------------------------------------------------------------------------------------------
 # Shapes: P slots of the store, R rows, T new tokens, S columns of the widest row, L layers; others
-#         as in chapter 4. To encode a token is to run the model on it
+#         as in chapter 4. To encode a token: run the model on it (Tokenizer.encode: text to ids)
 PREFILL_TOKENS = 8192             # tokens that are encoded at once; bounds the attention scores
 GRAPH_COLUMNS = 64                # widths are rounded up to a multiple of this: fewer graphs
 GRAPH_ROWS = 16                   # fewer rows are rounded up (64 take only 1.3 times as long as 1)
@@ -996,8 +996,8 @@ class Request:
     seed: int                     # 64 bits; the draw of token t depends on (seed, t) alone
     max_tokens: int               # `submit` lowers it to what the context has room for
     greedy: bool = False          # argmax, whatever the temperature of the others
-    line: str = ""                # last line of the text up to ids[:read]; first, that of the path
-    read: int = 0                 # ids that are in `line` or before it
+    line: str = ""                # the unfinished last line of path + ids[:read]
+    read: int = 0                 # so many ids are read already
     slots: list = None            # (n,) addresses of the sampled tokens; an array once it has ended
     ids: np.ndarray = None        # (n,) sampled ids, the end-of-text id included
     logps: np.ndarray = None      # (n,) log-probs at temperature 1 over the tokenizer's ids
@@ -1009,7 +1009,7 @@ LIVE = np.dtype([
     ("request", object),
     ("seed", np.uint64),                # of its draws
     ("greedy", int),                    # 1: argmax
-    ("last", int),                      # slot of its last token; `_decode` encodes it
+    ("last", int),                      # slot of its last token; `_encode_drawn` encodes it
     ("start", int),                     # length of its prefix
     ("columns", int),                   # tokens of its text so far: columns that it fills in `work`
     ("stop_at", int)])                  # columns at which it stops at the latest
@@ -1182,7 +1182,7 @@ class Sampler:
         slots = self._take(len(live))
         live["last"] = slots
         live["columns"] += 1
-        self._decode(drawn[0])
+        self._encode_drawn(drawn[0])
         if copied:
             copied.synchronize()                        # waits for the draw, not for the encoding
         tokens, logps = (numbers.numpy() for numbers in copies)
@@ -1332,7 +1332,7 @@ class Sampler:
         slots = nn.utils.rnn.pad_sequence([torch.from_numpy(path) for path in paths], True)
         return self.store[:, :, slots.to(self.model.device, non_blocking=True)].transpose(3, 4)
 
-    def _decode(self, tokens):
+    def _encode_drawn(self, tokens):
         """Encode the tokens (R,) that were drawn for the live rows. Rows beyond the live ones are
         padding: each sees itself alone, and what it computes goes to the next free slot, where the
         next token overwrites it."""
@@ -1384,7 +1384,7 @@ class Sampler:
         """The next free slots, (count,); the store grows if it must."""
         slots = np.arange(self.used, self.used + count)
         self.used += count
-        if self.used >= len(self.ids):                  # one slot stays free, see `_decode`
+        if self.used >= len(self.ids):                  # one slot stays free, see `_encode_drawn`
             self.graphs = {}                            # they hold the old addresses
             more = count + len(self.ids) // 2
             self.store = F.pad(self.store, (0, 0, 0, 0, 0, more))
