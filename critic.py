@@ -34,7 +34,8 @@ from model import BadInput
 # --------------------------------------------------------------------------------------------------
 # HACK HERE: what a pit is. `known_successes` says what is known of each step, `first_pit` which one
 # is the pit. For "the success rate drops by half", the former gives tried_right / tried (None if
-# not tried, 0 at the end), and the latter compares neighbours. Tests of pits will fail then.
+# not tried, 0 at the end), and the latter compares neighbours (the first step with 1). Tests of
+# pits will fail then, and a budget gives fewer pits, for every step must be tried.
 def known_successes(path: list) -> list:
     """For each step of a wrong solution: how many right samples pass through it; None: unknown. A
     count of 0 is known if the step ends the solution, or if fresh completions of it all failed.

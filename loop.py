@@ -205,7 +205,7 @@ class Settings:
     dpo_lr: float = 0.0         # learning rate of DPO; 0: 5e-5, with --model by the model's size
     sft_lr: float = 0.0         # learning rate of imitation; 0: by the model's size
     # the base and the evaluation
-    base_steps: int = 850       # most updates of round 0 (corpus or --sft-data); 0: none
+    base_steps: int = 850       # most updates of round 0 (corpus, --sft-data); 0: --model as it is
     traps: int = 0              # homework: at least so many lines where leftmost is wrong; 0 to 2
     classes: int = 2            # homework's answer: 0 the value, 2 odd or even, m value modulo m
     split: str = "test"         # held-out questions of built-in tasks; dev: to choose settings on
@@ -226,7 +226,7 @@ TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
 TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens in a forward; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
-FREE = {"rounds", "out", "device", "threads", "workers", "rows"}    # may differ in the next call
+FREE = {"rounds", "out", "device", "threads", "workers", "rows", "code"}    # may differ later
 # --decode wants these as the run had them: other questions or prompts would not suit its model
 OF_TASK = {"task", "traps", "classes", "split", "model", "template", "data", "eval_data"}
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
@@ -267,7 +267,8 @@ def check(s: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 # 3. Recipes: how trees grow, and what is learnt from them
 #
-#    grow(lab, r, questions) -> (trees, notes for the log)     learn(lab, r, trees) -> notes
+#    grow(lab, r, questions) -> (trees, notes for the log)
+#    learn(lab, r, trees) -> notes, with the key "steps" (`fit` gives it)
 #    lab: model, sampler, task, folder and token counts of the run (chapter 6); r: the round
 #    mcts.tokens_left shows what each recipe spends its tokens on
 # --------------------------------------------------------------------------------------------------
@@ -784,9 +785,11 @@ def train_base(lab) -> dict:
         """Train the model in place; returns what dpo.train does."""
         rows = lab.example_rows(s.base_steps * BASE_BATCH, random.Random(s.seed))
         plan = by_like_length(rows, BASE_BATCH, s.seed)
-        print(f"training the base, {len(plan)} updates", flush=True)
+        state = folder.with_suffix(".state")
+        going_on = ", going on from a saved state" if state.exists() else ""
+        print(f"training the base, {len(plan)} updates{going_on}", flush=True)
         return lab.train(plan, sft_loss, lr, label="base", muon=not s.model, warmup=50,
-                         state=folder.with_suffix(".state"))
+                         state=state)
     return lab.train_or_load(folder, make)
 
 
@@ -981,12 +984,17 @@ class Lab:
         self.task.train_questions(1)            # are there enough?
         for name in ("data", "eval_data", "sft_data"):
             mine[name + "_hash"] = file_hash(mine[name])
+        names = ("model.py", "mcts.py", "critic.py", "dpo.py", "loop.py")
+        mine["code"] = [file_hash(Path(__file__).with_name(name)) for name in names]
         with about(f"give another --out, for no folder can be made at {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
         cached(self.folder / "settings.json", lambda: [mine])
-        same_settings(self.folder, mine, mine.keys() - FREE,
-                      "give the old ones, move this folder away or, for a new run, give another "
-                      "--out.")
+        begun = same_settings(self.folder, mine, mine.keys() - FREE,
+                              "give the old ones, move this folder away or, for a new run, give "
+                              "another --out.")
+        if begun.get("code") != mine["code"]:
+            print("the code has changed since this run began, and finished files are used again: "
+                  "to see what an edit does, give a new --out")
         sweep(self.folder, "**/*.[0-9]*.tmp")
         sweep(self.bases, "base_*.[0-9]*.tmp")
 
@@ -1030,6 +1038,7 @@ class Lab:
         update of 1e-6 away. name: a folder of this run, or an absolute path (the base)."""
         def save(folder, stats):
             """Write what `load` and other tools read."""
+            need("steps" in stats, "what a recipe's `learn` returns needs the key 'steps'")
             self.model.save_pretrained(folder, torch.float32)
             self.tokenizer.save(folder)
             write_lines(folder / "training.json", [stats])
@@ -1070,8 +1079,8 @@ class Lab:
         return self.tokenizer.decode_more(int(i) for i in ids if i not in self.model.stop_ids)
 
 
-def same_settings(folder: Path, mine: dict, names, mend: str) -> None:
-    """BadInput unless these settings are those that the run in a folder was begun with."""
+def same_settings(folder: Path, mine: dict, names, mend: str) -> dict:
+    """The settings that the run in a folder was begun with. BadInput unless `mine` are the same."""
     saved = restored(folder / "settings.json", lambda path: dict(read_lines(path)[0]))
     said = {}                                           # flag -> what is wrong with it
     for name in [name for name in mine if name in names and saved.get(name) != mine[name]]:
@@ -1082,6 +1091,7 @@ def same_settings(folder: Path, mine: dict, names, mend: str) -> None:
     if said:
         raise BadInput(f"{folder} was begun with other settings or files "
                        f"({'; '.join(said.values())}): {mend}")
+    return saved
 
 
 def default_folder(s: Settings) -> str:
@@ -1128,6 +1138,8 @@ class Question:
 
 
 # HACK HERE: a built-in task of your own is a class with draw, vary and solve, and a line in TASKS.
+# (draw gives Question(text, answer), both str. Give the corpus errors with a pattern: if all are
+# random, greedy solutions have little to gain.)
 # Also change: `reward` if a right number is not enough, `key` if two texts can be one question,
 # `first_false` if lines can be checked: it gives `sound`.
 class Task:
@@ -1735,7 +1747,7 @@ def show_example(lab, log: list) -> None:
     """A question of round 1 before, during and after: the base's solution, the tree, the last
     model's solution. If possible, the base errs on it and the last model does not."""
     if lab.settings.preset == "smoke":
-        print("A smoke run only shows that everything works: its model is too small to learn much.")
+        print("A smoke run only shows that everything works; it learns little.")
     trees, r = first_trees(lab.folder)[:100], log[-1]["round"]
     if not trees:                               # sft grows none
         return
@@ -1800,23 +1812,23 @@ def compare(s: Settings, names: list, seeds: int) -> None:
         raise BadInput(f"--seeds {seeds}: give a number from 1 on.")
     if len(set(names)) < len(names):
         raise BadInput(f"--compare {','.join(names)}: name each recipe once.")
-    for name in names:
-        one = replace(s, recipe=name)
+    runs = [replace(s, recipe=name, seed=s.seed + i) for i in range(seeds) for name in names]
+    for one in runs:                            # BadInput now, not after the first recipe's rounds
+        one.out = str(Path(s.out, f"{one.recipe}_seed{one.seed}")) if s.out else default_folder(one)
         check(one)
-        if RECIPES[name].no_letters and s.data:
-            Lab(one)                            # BadInput now, not after the first recipe's rounds
+        if RECIPES[one.recipe].no_letters and s.data:
+            Lab(one)
+        if Path(one.out, "settings.json").exists():
+            same_settings(Path(one.out), asdict(one), asdict(one).keys() - FREE, "give an --out.")
     rows = []
     hits = defaultdict(list)    # (recipe, measure): for each seed whether each question counts
-    for seed in range(s.seed, s.seed + seeds):
-        for name in names:
-            one = replace(s, recipe=name, seed=seed)
-            one.out = str(Path(s.out, f"{name}_seed{seed}")) if s.out else default_folder(one)
-            print(f"\n{name}, seed {seed}", flush=True)
-            rows += run(one)
-            load = partial(read_solutions, count=rows[-1]["questions"])
-            solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), load)
-            hits[name, "accuracy"].append([row["right"] for row in solutions])
-            hits[name, "sound"].append([row["right"] and row["sound"] for row in solutions])
+    for one in runs:
+        print(f"\n{one.recipe}, seed {one.seed}", flush=True)
+        rows += run(one)
+        load = partial(read_solutions, count=rows[-1]["questions"])
+        solutions = restored(Path(one.out, f"eval_{s.rounds}.jsonl"), load)
+        hits[one.recipe, "accuracy"].append([row["right"] for row in solutions])
+        hits[one.recipe, "sound"].append([row["right"] and row["sound"] for row in solutions])
     pictures = Path(s.out or "runs", "compare.html")
     write_text(pictures, compare_page(rows))
     first = names[0]

@@ -389,7 +389,8 @@ def search(trees, proposer, evaluate, go_on, choose=puct, width=fixed_width(), t
                 proposer.ask(node, width(node) - node.asked)
         # 3) Evaluate the nodes at which a simulation ended: one call for all trees.
         unscored = [node for node in arrived if node.score is None]
-        for node, score in zip(unscored, evaluate(unscored) if unscored else []):
+        scores = evaluate(unscored) if unscored else []
+        for node, score in zip(unscored, scores, strict=True):
             node.score = float(score)
         # 4) Back up, and begin the next simulation.
         for node in arrived:
@@ -528,9 +529,10 @@ def _notes(node: Node, pits, prior: bool) -> str:
 
 
 def draw(tree: Tree, text, pits=(), limit=40, width=56, prior=False) -> str:
-    """The tree for a terminal, with legend; text(node) -> str. Paths are added until `limit` nodes
-    are shown: first chosen, pits, often visited, often sampled. Steps, but not the question, are
-    cut at `width` columns. Both may be math.inf. prior: show P, which only PUCT uses."""
+    """The tree for a terminal, with legend; text(node) -> str, of the root the question. Paths are
+    added until `limit` nodes are shown: first chosen, pits, often visited, often sampled. Steps,
+    but not the question, are cut at `width` columns. Both may be math.inf. prior: show P, which
+    only PUCT uses."""
     weight = lambda node: (node in tree.chosen, node in pits, node.visits, node.count, -node.index)
     shown, lines = set(), []
     for node in sorted(tree.nodes, key=weight, reverse=True):

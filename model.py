@@ -962,7 +962,8 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write config, generation_config and weights (the masters') in HF's format, with the names
-        of the folder that the model came from. dtype None: with the dtypes of that folder, too."""
+        of the folder that the model came from. dtype None: with the dtypes of that folder, too.
+        After training give torch.float32: bf16 would round most of a small update away."""
         config = dict(self.config.raw)
         if dtype is not None:
             key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -1148,7 +1149,8 @@ class Sampler:
         """Complete the requests, and return them: `submit`, and `advance` until all have stopped.
         For the other arguments see `advance`. ValueError while others wait for what they
         submitted."""
-        need(not (len(self.live) or self.waiting), "a search waits for answers of this sampler")
+        need(not (len(self.live) or self.waiting),
+             "a search waits for answers of this sampler; if it broke off, call reset()")
         self.encode([request.path for request in requests])             # fewer, larger forwards
         self.submit(requests)
         while not all(request.why for request in requests):

@@ -469,7 +469,8 @@ def test_no_worker_outlives_the_run(home, tmp_path, monkeypatch):
 
 def test_called_again(home, run_of, tmp_path):
     """A finished run goes on with more --rounds, to the end of a run of two rounds. Other settings
-    and changed files are refused and change nothing; another spelling of a path is no change."""
+    and changed files are refused and change nothing; another spelling of a path is no change. After
+    an edit of the code the same command says that finished files are used."""
     run = small(home, recipe="rft", out=tmp_path / "run")
     assert go(**run | dict(rounds=1))[0] == 0
     first = contents(tmp_path / "run")
@@ -480,7 +481,12 @@ def test_called_again(home, run_of, tmp_path):
     for other in (dict(steps=5), dict(seed=1), dict(recipe="sft"), dict(max_tokens=17)):
         code, _, err = go(**run | other)
         assert code == 2 and "--" + [*other][0].replace("_", "-") in err
-    assert go(**run | dict(model=f"{home / 'm'}/"))[0] == 0 and contents(tmp_path / "run") == both
+    code, out, _ = go(**run | dict(model=f"{home / 'm'}/"))
+    assert code == 0 and contents(tmp_path / "run") == both and "the code has changed" not in out
+    path = tmp_path / "run" / "settings.json"
+    saved = loop.read_lines(path)[0]
+    loop.write_lines(path, [saved | dict(code=["", *saved["code"][1:]])])       # as by another model.py
+    assert "the code has changed" in go(**run)[1]
     data = tmp_path / "q.jsonl"
     for number, code in ((2, 0), (3, 2)):
         loop.write_lines(data, [dict(question=f"1+{number}", answer=f"#### {number}")])
@@ -651,6 +657,9 @@ def test_compare(home, tmp_path, monkeypatch):
         assert one[cells][2:] == [f"McNemar p = {p:.2g}", f"{each['rft'][0]:.1f}"]
         last = table(go(**settings, compare="sft,rft", seed=2, seeds=1)[1])["rft"]
         assert last[cells][3] == f"{each['rft'][2]:.1f}"
+    # the run of another seed that was begun with other settings is refused before any run begins
+    code, out, err = go(**settings | dict(steps=2), compare="rft,sft", seed=2, seeds=2)
+    assert code == 2 and "--steps was 1" in err and "seed" not in out
 
 
 def test_evaluate_and_decode(home, run_of, monkeypatch):
