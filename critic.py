@@ -429,8 +429,8 @@ def stated(text: str):
     box = last_box(text).replace("\n", " ")
     pieces = {"####": text.split("####")[1:], "boxed": [box]}
     pieces["phrase"] = re.split(PHRASE, text)[1:]
-    for mark, of_mark in pieces.items():
-        for piece in reversed(of_mark):
+    for mark, candidates in pieces.items():
+        for piece in reversed(candidates):
             line, _, below = piece.partition("\n")
             lines = [one for one in below.split("\n") if re.search(r"\w", one)]
             if mark == "phrase" and not re.search(r"\w", line) and len(lines) == 1:

@@ -226,7 +226,7 @@ TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
 TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens in a forward; more is not faster
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
-FREE = {"rounds", "out", "device", "threads", "workers", "rows", "code"}    # may differ later
+FREE = {"rounds", "out", "device", "threads", "workers", "rows", "code"}  # may differ between calls
 # --decode wants these as the run had them: other questions or prompts would not suit its model
 OF_TASK = {"task", "traps", "classes", "split", "model", "template", "data", "eval_data"}
 POSITIVE = ("questions", "samples", "budget", "max_tokens", "chunk", "completions", "steps",
@@ -713,7 +713,7 @@ def prefer(lab, r: int, trees: list, pairs) -> dict:
     """DPO on pairs(tree), a list of dpo.Pair, of each tree. The reference is the model as it is
     now; its log-probs are stored before training. The pairs are written for other trainers, too."""
     s, records = lab.settings, []
-    rows = [tree_row(of_tree) for tree in trees if (of_tree := pairs(tree))]
+    rows = [tree_row(tree_pairs) for tree in trees if (tree_pairs := pairs(tree))]
     store_reference(lab.model, rows, lab.part_tokens)
     text = lambda side: lab.decode(np.concatenate([node.ids for node in side]))
     for pair in (pair for row in rows for pair in row.pairs):
@@ -1816,10 +1816,11 @@ def compare(s: Settings, names: list, seeds: int) -> None:
     for one in runs:                            # BadInput now, not after the first recipe's rounds
         one.out = str(Path(s.out, f"{one.recipe}_seed{one.seed}")) if s.out else default_folder(one)
         check(one)
-        if RECIPES[one.recipe].no_letters and s.data:
+        if RECIPES[one.recipe].no_letters and s.data and one.seed == s.seed:
             Lab(one)
         if Path(one.out, "settings.json").exists():
-            same_settings(Path(one.out), asdict(one), asdict(one).keys() - FREE, "give an --out.")
+            same_settings(Path(one.out), asdict(one), asdict(one).keys() - FREE,
+                          "give the old ones or another --out.")
     rows = []
     hits = defaultdict(list)    # (recipe, measure): for each seed whether each question counts
     for one in runs:

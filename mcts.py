@@ -80,7 +80,7 @@ class Node:
     @property
     def prior(self) -> float:
         """P = exp(sum of log-probs / tokens ** 1.25), as in MCTS-DPO's code; siblings need not add
-        up to 1. 20 tokens of log-prob -.5: exp(-10/42.3) = .79; paper, p / length^lambda: 1e-6."""
+        up to 1. 20 tokens of log-prob -.5 have .79; the paper's p / length^lambda is .000001."""
         return math.exp(float(self.logps.sum()) / len(self.ids) ** 1.25)
 
     def path(self) -> list:

@@ -1158,7 +1158,8 @@ class Sampler:
         return requests
 
     def submit(self, requests: list):
-        """Queue requests, which `advance` completes."""
+        """Queue requests, which `advance` completes. ValueError: one was submitted before."""
+        need(all(one.slots is None for one in requests), "submit a request once; make a new one")
         for request in requests:
             room = self.model.config.max_positions - len(request.path)
             request.max_tokens = min(request.max_tokens, room)

@@ -477,7 +477,10 @@ def test_nothing_asked_and_two_users():
             sampler.extend([Request(c, 3, 5)])
         sampler.advance()
     assert [len(one.ids) for one in mine] == [3, 9]
-    assert [len(f.ids) for f in sampler.extend([Request(c, 3, 5)])] == [5]
+    again = [Request(c, 3, 5)]
+    assert [len(f.ids) for f in sampler.extend(again)] == [5]
+    with pytest.raises(ValueError, match="once"):           # it would return the old answer
+        sampler.extend(again)
     with pytest.raises(ValueError, match="no room"):
         sampler.extend([Request(c, 3, 0)])
 
