@@ -62,7 +62,7 @@ import critic
 from critic import canonical, find_answer, grade
 from dpo import (DPO_LR, SFT_LR, batches, complete_right_paths, evenness, outcome_pairs, pit_pairs,
                  pits_of, preference_loss, rate_pairs, scaled_lr, sft_loss, sibling_pairs,
-                 store_reference, text_row, train, tree_row)
+                 store_reference, target_logps, text_row, train, tree_row)
 from mcts import (NOTHING, RULES, StepSampler, Tree, commit_every, draw, fixed_width, from_json,
                   grow, importance_width, page, printable, record_grade, search, to_json,
                   tokens_left, until)
@@ -225,6 +225,7 @@ BASE_BATCH = 32                         # solutions in one update of the base
 TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
 TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens in a forward; more is not faster
+FOREIGN = 0.75  # of ln(ids): SmolLM2 has .2 to .4 (norms lost: .8; ids of another file: 1.2)
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
 FREE = {"rounds", "out", "device", "threads", "workers", "rows", "code"}  # may differ between calls
 # --decode wants these as the run had them: other questions or prompts would not suit its model
@@ -242,7 +243,8 @@ def check(s: Settings) -> None:
                    critic=("weakest", "mean", "judge"))
     for name, value in asdict(s).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        least = int(name in POSITIVE)
+        # samples at temperature 0 are all the same; with beta 0 DPO has no gradient
+        least = dict(temperature=0.01, beta=0.001).get(name, int(name in POSITIVE))
         if value not in choices.get(name, [value]):
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
         most = dict(seed=10 ** 12, threads=1024, traps=2, share=0.99).get(name, 10 ** 6)
@@ -948,8 +950,8 @@ class Lab:
         self.shares = 2 if device.type == "cpu" and not s.model else 1
         torch.set_num_threads(1 if self.shares > 1 else self.threads)
         self.workers = s.workers or cores
-        # a forked process cannot go on with a GPU
-        self.forks = device.type == "cpu" and hasattr(os, "fork")
+        # a forked process cannot go on with a GPU, nor safely with the libraries of macOS
+        self.forks = device.type == "cpu" and sys.platform == "linux"
         self.settings, self.folder = s, Path(s.out or default_folder(s))
         self.bases = self.folder.absolute().parent
         rows = s.rows or (1024 if not s.model else 512 if device.type == "cuda" else 256)
@@ -999,7 +1001,8 @@ class Lab:
         sweep(self.bases, "base_*.[0-9]*.tmp")
 
     def description(self) -> str:
-        """Two lines: what the model, its training and a sampled token take; the first prompt."""
+        """What the model, its training and a sampled token take; the first prompt; if the weights
+        come from a file, whether they know such texts."""
         c, width = self.model.config, self.model.dtype.itemsize
         count = sum(p.numel() for p in self.model.parameters())
         # a gradient and its fp32 sum for each share; AdamW's two moments; fp32 masters below fp32
@@ -1008,7 +1011,23 @@ class Lab:
         size = (f"{count:,} parameters on {self.model.device}: weights {count * width >> 20:,} MiB,"
                 f" training {training >> 20:,} MiB more, {token / 1024:.1f} KiB a sampled token")
         prompt = repr(self.task.prompt(self.task.eval_questions()[0]))
-        return f"{size}\nprompt: {prompt[:300]}{'...' * (len(prompt) > 300)}"
+        text = f"{size}\nprompt: {prompt[:300]}{'...' * (len(prompt) > 300)}"
+        return text + f"\n{self.likelihood_of_prompts()}" * bool(self.settings.model)
+
+    @torch.no_grad()
+    def likelihood_of_prompts(self) -> str:
+        """How probable the model finds the first four held-out prompts, in words."""
+        logps = []
+        for question in self.task.eval_questions()[:4]:
+            ids = torch.tensor(self.task.prompt_ids(question), device=self.model.device)
+            hidden = self.model(ids[None])[0]                           # (T, C)
+            logps.append(target_logps(self.model, hidden[:-1], ids[1:]))
+        nats, most = -torch.cat(logps).mean().item(), math.log(self.tokenizer.n_ids)
+        text = f"prompts: {nats:.1f} nats a token (random weights: {most:.1f})"
+        if nats > FOREIGN * most:
+            text += ("\nwarning: this is like random weights: weights, config.json and "
+                     "tokenizer.json may not belong together")
+        return text
 
     def finished_rounds(self) -> list:
         """The log of the rounds that are done; the weights of the last one are loaded."""
@@ -1861,6 +1880,7 @@ def evaluate(s: Settings) -> None:
     # what is said of files is no JSON: it goes to stderr
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         lab, start = Lab(replace(s, out=folder)), time.time()
+        print(lab.likelihood_of_prompts())
         solutions = solve_greedily(lab, lab.task.eval_questions(), 0)
     row = dict(model=s.model, questions_of=s.eval_data or s.task) | score(lab.task, solutions)
     print(json.dumps(row | dict(eval_seconds=time.time() - start), indent=1))
