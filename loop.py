@@ -336,6 +336,7 @@ def grow_searched(lab, r, questions):
     """1) Round 1: imitate first, as above. It stands for the SFT that the paper begins with.
     2) Search every question with the known answers, by the weights that the model has now."""
     budget, notes = imitate_first(lab, r, questions)
+    notes |= dict(self_evaluation=lab.settings.self_evaluation)     # gold shows it the answers
     return grow_forest(lab, f"trees_{r}", questions, budget, search_with_answers), notes
 
 
@@ -690,7 +691,8 @@ def calculations(text: str) -> str:
 # 5. Learning: rows of trees, two ways to train on them, the base, the critics
 # --------------------------------------------------------------------------------------------------
 def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dict:
-    """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how)."""
+    """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how). Notes
+    for the log are those of dpo.train and the passes."""
     s = lab.settings
     if not rows:
         what = "solution to imitate" if loss_fn is sft_loss else "pair to learn from"
@@ -699,7 +701,8 @@ def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dic
               "near 1 harder ones")
         return dict(steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
-    return lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
+    stats = lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
+    return dict(passes=sum(map(len, plan)) / len(rows)) | stats
 
 
 def imitate(lab, trees: list, solutions, updates: int) -> dict:
@@ -1854,10 +1857,12 @@ def compare(s: Settings, names: list, seeds: int) -> None:
     first = names[0]
     measures = [key for key in ("accuracy", "sound") if rows[0][key] is not None]
     titles = [f"{measure} | less {first} | 95% interval | seeds" for measure in measures]
+    titles += ["sampled tokens", "trained tokens", "minutes", "sampled for a point"]
     print(f"\n| {' | '.join(['recipe', *titles])} |")
-    print("| --- " * (1 + 4 * len(measures)) + "|")
+    print("| --- " * (5 + 4 * len(measures)) + "|")
     for name in names:
         cells = [compared(hits[name, measure], hits[first, measure]) for measure in measures]
+        cells.append(costs([row for row in rows if row["recipe"] == name], seeds))
         print(f"| {' | '.join([name, *cells])} |")
     print(f"\nAll rounds as curves: {pictures}")
 
@@ -1873,6 +1878,17 @@ def compared(ours: list, theirs: list) -> str:
         interval = f"McNemar p = {critic.mcnemar(ours[0], theirs[0]):.2g}"
     seeds = " ".join(f"{rate:.1f}" for rate in each)
     return f"{each.mean():.1f} | {gain.mean():+.1f} | {interval} | {seeds}"
+
+
+def costs(rows: list, seeds: int) -> str:
+    """Four cells of a table: what all rounds of a recipe took, as means over seeds, and how many
+    sampled tokens bought one point of accuracy over the base ("-" if there is no gain)."""
+    of_round = lambda r: np.mean([row["accuracy"] for row in rows if row["round"] == r])
+    total = lambda key: sum(row.get(key) or 0 for row in rows if row["round"]) / seeds
+    sampled, trained = total("sampled_tokens"), total("rft_tokens") + total("trained_tokens")
+    gain = 100 * (of_round(rows[-1]["round"]) - of_round(0))
+    point = f"{sampled / gain:,.0f}" if gain > 0 else "-"
+    return f"{sampled:,.0f} | {trained:,.0f} | {total('seconds') / 60:.1f} | {point}"
 
 
 def evaluate(s: Settings) -> None:

@@ -326,13 +326,13 @@ def importance_width(node: Node) -> int:
     """AlphaLLM's adaptive width (eq. 3, 4): a simulation draws until one child is new or n(s) are
     drawn, repeats included. n(s) = floor(10 I(s)) + 1, I(s) = max |v(child) - v(s)|: a parent of .5
     with children .9 and .4 has I .4, n 5. (With the paper's 1 in place of 10, n hardly changes.) n
-    is held in 1..10, at the root in 5..40, times 1 + visits // 8: busy nodes go on widening."""
+    is held in 1..10, at the root in 5..11, times 1 + visits // 8: busy nodes go on widening."""
     if any(child.visits == 0 for child in node.children):
         return node.asked                       # the last new one has not been tried yet
     here = node.q if node.score is None else node.score
     gaps = [abs(child.score - here) for child in node.children if child.score is not None]
     n = int(10 * max(gaps, default=0.0)) + 1
-    low, high = (1, 10) if node.parent else (5, 40)
+    low, high = (1, 10) if node.parent else (5, 11)
     cap = min(max(n, low), high) * (1 + node.visits // 8)
     return min(node.asked + 1, cap)
 

@@ -535,10 +535,11 @@ def test_mcts_dpo_imitates_no_solution(home, tmp_path, monkeypatch):
 def test_real_weights_imitate_at_most_so_often(model, passes, monkeypatch):
     """3 rows, 2 epochs, 6 updates of 2 rows: real weights see a row twice, the tiny GPT 4 times."""
     lab = SimpleNamespace(settings=loop.Settings(model=model, epochs=2, batch=2), sft_lr=1.0,
-                          train=lambda plan, *_, **__: plan, folder=Path())
+                          train=lambda plan, *_, **__: dict(plan=plan), folder=Path())
     monkeypatch.setattr(loop, "tree_row", lambda solutions: solutions)
-    plan = loop.imitate(lab, "abc", lambda tree: tree, 6)
-    assert len(plan) == 6 and Counter(chain(*plan)) == dict.fromkeys("abc", passes)
+    notes = loop.imitate(lab, "abc", lambda tree: tree, 6)
+    plan = notes["plan"]
+    assert notes["passes"] == passes and len(plan) == 6 and Counter(chain(*plan)) == dict.fromkeys("abc", passes)
 
 
 @pytest.mark.parametrize("even, called", [(0.5, "imitates"), (0.6, "prefers")])
@@ -657,6 +658,14 @@ def test_compare(home, tmp_path, monkeypatch):
         assert one[cells][2:] == [f"McNemar p = {p:.2g}", f"{each['rft'][0]:.1f}"]
         last = table(go(**settings, compare="sft,rft", seed=2, seeds=1)[1])["rft"]
         assert last[cells][3] == f"{each['rft'][2]:.1f}"
+    for name in names:                                      # what the rounds cost
+        logs = [loop.read_lines(file) for file in sorted(tmp_path.glob(f"{name}_seed*/log.jsonl"))]
+        sampled, trained = (statistics.mean(log[1].get(key, 0) for log in logs)
+                            for key in ("sampled_tokens", "trained_tokens"))
+        gain = 100 * statistics.mean(log[1]["accuracy"] - log[0]["accuracy"] for log in logs)
+        *tokens, _, point = found[name][8:]
+        assert tokens == [f"{sampled:,.0f}", f"{trained:,.0f}"]
+        assert point == (f"{sampled / gain:,.0f}" if gain > 0 else "-")
     # the run of another seed that was begun with other settings is refused before any run begins
     code, out, err = go(**settings | dict(steps=2), compare="rft,sft", seed=2, seeds=2)
     assert code == 2 and "--steps was 1" in err and "seed" not in out

@@ -234,7 +234,7 @@ def test_half_solutions_of_a_grown_tree(width):
     assert depths == [1, 1, 2, 2]
 
 def test_importance_width():
-    """The docstring's example. n lies in 1..10, at the root in 5..40; times 1 + visits // 8."""
+    """The docstring's example. n lies in 1..10, at the root in 5..11; times 1 + visits // 8."""
     tree, width = Tree(None, 0, [0]), importance_width
     node = tree.add(tree.root, [1], [-1.0], NOTHING)
     node.score, node.visits = 0.5, 1
@@ -245,8 +245,8 @@ def test_importance_width():
     for node.asked, n in ((2, 3), (99, 5)):             # one more; at most n = 5, as I = .4
         assert width(node) == n
     tree.root.asked = 999
-    for mine, theirs, visits, n in ((0.3, 0.5, 7, 5), (0.3, 0.5, 15, 10), (-9, 0.5, 7, 40),
-                                    (-9, 0.5, 16, 120)):
+    for mine, theirs, visits, n in ((0.3, 0.5, 7, 5), (0.3, 0.5, 15, 10), (0, 1, 7, 11),
+                                    (-9, 0.5, 16, 33)):
         tree.root.score, node.score, tree.root.visits = mine, theirs, visits
         assert width(tree.root) == n
     for mine, visits, n in ((0.4, 7, 6), (9.0, 7, 10), (9.0, 8, 20)):
