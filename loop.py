@@ -691,15 +691,14 @@ def calculations(text: str) -> str:
 # 5. Learning: rows of trees, two ways to train on them, the base, the critics
 # --------------------------------------------------------------------------------------------------
 def fit(lab, rows: list, loss_fn, lr: float, updates: int, epochs: float) -> dict:
-    """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches says how). Notes
-    for the log are those of dpo.train and the passes."""
+    """Train the policy on rows, in place, in at most `epochs` passes (dpo.batches); notes."""
     s = lab.settings
     if not rows:
         what = "solution to imitate" if loss_fn is sft_loss else "pair to learn from"
         print(f"no {what} was found, so this training is left out (see solved, pits, kept and "
               "critic in log.jsonl): raise --budget; with solved near 0 give easier questions, "
               "near 1 harder ones")
-        return dict(steps=0)
+        return dict(passes=0, steps=0)
     plan = batches(rows, s.batch, updates, s.seed, epochs)
     stats = lab.train(plan, loss_fn, lr, state=lab.folder / "training_state.safetensors")
     return dict(passes=sum(map(len, plan)) / len(rows)) | stats
@@ -1752,6 +1751,7 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
         sampled_tokens=lab.sampled_tokens, budget_tokens=budget, rollout_tokens=lab.rollout_tokens,
         solved=len(solved) / len(asked) if asked else None,
         sampled_accuracy=rights / graded if graded and not steered else None,
+        answers=float(np.mean([len(by_answer(lab, tree.ends())) for tree in trees] or [0])),
         pits=sum(len(pits_of(tree)) for tree in trees),
         **notes, **stages, seconds=clock[-1] - clock[0])
 

@@ -625,6 +625,19 @@ def test_report_by_hand():
     assert [row[f"{stage}_seconds"] for stage in ("grow", "learn", "eval")] == [1, 2, 3]
 
 
+def test_report_of_trees(run_of):
+    """Solved questions, right samples and different answers, by hand from the files of the trees."""
+    row, forest = loop.read_lines(run_of("rft") / "log.jsonl")[1], trees(run_of("rft"), "trees_1")
+    roots = [tree["nodes"][0] for tree in forest]
+    rights = sum(root["rights"] for root in roots)
+    samples = rights + sum(root["wrongs"] for root in roots)
+    assert row["solved"] == statistics.mean(root["rights"] > 0 for root in roots)
+    assert row["sampled_accuracy"] == rights / samples and 0 < rights < samples
+    answers = [{text.rpartition("=")[2] for node, text in zip(tree["nodes"], tree["step_texts"])
+                if node["end"] not in ("", "length")} for tree in forest]
+    assert row["answers"] == statistics.mean(map(len, answers)) > 1
+
+
 def test_compare(home, tmp_path, monkeypatch):
     """Means, differences, t interval over seeds and each seed, worked out by hand from the files of
     the runs. One seed: an exact McNemar test on its questions."""

@@ -57,7 +57,7 @@ def keys_of_preferences() -> set:
 def test_keys_of_the_log(tmp_path, monkeypatch):
     """The table of keys and the rows of three recipes, which have all keys: the same names."""
     monkeypatch.chdir(tmp_path)
-    for recipe in ("self_explore", "combined", "alphallm --rollouts 1"):
+    for recipe in ("mcts_dpo", "combined", "alphallm --rollouts 1"):
         assert loop.main(TINY + ["--recipe", *recipe.split()]) == 0
     logs = [loop.read_lines(path) for path in tmp_path.rglob("log.jsonl")]
     table = README.partition("| key |")[2].partition("\n\n")[0].split("\n")[2:]
