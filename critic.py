@@ -371,8 +371,8 @@ class Rollouts:
 #     18k   18 - x   18²   18!       unread: k, x, ^ and ! are not known
 #     not 18   18 thousand           unread: these words change the value
 # Left out: algebra, 5k, 1e3, number words, 2 1/2; behind a mark sums in words (3 boxes * 6 = 18).
-DENIED = "".join(rf"(?<!{word} )" for word in ("wrong", "false", "incorrect", "one", "other"))
-OPTION = r"(?<!in)correct (?:option|choice)|(?:option|choice)(?=\W*is\W*(?-i:[A-Z])\b)"  # is B
+DENIED = "".join(f"(?<!{w} )" for w in "wrong false incorrect one other first second third".split())
+OPTION = r"(?<!in)correct (?:option|choice)|(?:option|choice)(?=\W*is\W*(?-i:[A-Z])\W*(?:\n|$))"
 PHRASE = (rf"(?i:{DENIED}(?:answer|{OPTION}))[*_]*\s*(?:(?i:is)\b|:)[*_:]*"
           r"(?: +(?:therefore|thus|then|about|approximately|exactly)\b)?|<answer>\s*")
 DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{3}){1,9}(?![0-9])|[0-9]{1,99})"   # 1,000
