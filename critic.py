@@ -373,7 +373,7 @@ class Rollouts:
 # Left out: algebra, 5k, 1e3, number words, 2 1/2; behind a mark sums in words (3 boxes * 6 = 18).
 DENIED = "".join(f"(?<!{w} )" for w in "wrong false incorrect one other first second third".split())
 OPTION = r"(?<!in)correct (?:option|choice)|(?:option|choice)(?=\W*is\W*(?-i:[A-Z])\W*(?:\n|$))"
-PHRASE = (rf"(?i:{DENIED}(?:answer|{OPTION}))[*_]*\s*(?:(?i:is)\b|:)[*_:]*"
+PHRASE = (rf"(?i:{DENIED}(?:answer|{OPTION}))[*_]*(?:\s*(?:(?i:is)\b|:)[*_:]*|(?=\n))"
           r"(?: +(?:therefore|thus|then|about|approximately|exactly)\b)?|<answer>\s*")
 DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{3}){1,9}(?![0-9])|[0-9]{1,99})"   # 1,000
 RATIO = r"[0-9]{1,99} ?/ ?[1-9][0-9]{0,98}(?!\.?[0-9])"                 # 1 / 2
@@ -400,8 +400,6 @@ SYMBOLS |= str.maketrans({"²": "^2 ", "½": r"\frac12 ", "√": r"\sqrt ", "π"
 BOX = "[^{}]*"
 for _ in range(7):                      # braces within braces, seven deep
     BOX = rf"(?:[^{{}}]|\{{{BOX}\}})*"
-
-
 HEADING = re.compile(r"[^\w\\]*(?:[A-Za-z]{2,}[\s:]|[AaI] ).*[0-9]")     # Step 1: count
 NUMBERED = re.compile(r"\W*[0-9]+[.)] +\W*[A-Za-z]")                     # 1. Count
 
@@ -415,16 +413,18 @@ def tidy(text: str) -> str:
 
 def last_box(text: str) -> str:
     r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or "".
-    `\boxed 2` holds 2 (some references of MATH have it)."""
-    boxes = re.findall(rf"\\boxed(?:\s*\{{({BOX})\}}| +(-?\w+))", text)
-    return "".join([("", ""), *boxes][-1])
+    `\boxed 2` holds 2 (some references of MATH have it). `\boxed{3} and \boxed{7}` are 3, 7."""
+    box = rf"\\(?:boxed|fbox)(?:\s*\{{{BOX}\}}| +-?\w+)"
+    lists = re.findall(rf"{box}(?:[\s$]*(?:,|;|,? *(?:and|or)\b)[\s$]*{box})*", text)
+    boxes = re.findall(box, "".join(lists[-1:]))
+    return ", ".join(dict.fromkeys(re.sub(r"^\\f?box(?:ed)?\s*\{?|\}?$", "", one) for one in boxes))
 
 
 def stated(text: str):
     """(mark, piece) where a text may state its answer: the surest mark first, its last piece first.
     Then the whole text, as "bare", unless it holds a box or its last line holds a mark."""
-    text = text.rpartition("</think>")[2]                               # thoughts are no answer
-    text = text.split("\nQuestion:")[0]                                 # a base model invents more
+    text = re.split("</think(?:ing)?>", text)[-1].partition("<think")[0]        # no thoughts
+    text = re.split("\n(?:Question|Q):", text)[0]                       # a base model invents more
     text = tidy(re.sub("<<[^<>]*>>", "", text))                         # 9*2=<<9*2=18>>18
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
     text = text.replace(". I hope it is correct", "")                   # how Minerva's prompt ends
@@ -447,7 +447,7 @@ def stated(text: str):
 def strange(text: str) -> list:
     """The tokens that are not known: 18 and k of "only 18 k, or so"."""
     text = re.sub(r"\band (?=[A-Z][a-z]|every\b)", "", text)             # 18 in April and May
-    text = re.sub(r"\bis (?:wrong|incorrect|false)\b", "!", text)        # 18 is wrong; ! is strange
+    text = re.sub(r"\bis (?:the )?(?:wrong|incorrect|false)\b", "!", text)      # ! is strange
     tokens = TOKEN.findall(text)
     return [token for token in tokens if token not in KNOWN and not WORD.fullmatch(token)]
 
@@ -517,10 +517,11 @@ def read_words(piece: str, mark: str):
 BARE = r"([0-9A-Za-z]|\\(?!frac|sqrt|binom)[a-z]+)"     # an argument without braces: 2  \pi
 WHOLE = {                                               # for a whole answer, in this order
     r"(?<=[0-9])(?:\{,\}|, *\\!|\\[,!]|,(?=...,\\!)) *(?=[0-9]{3}(?![0-9]))": "",    # 1,\!000
-    r"\\(?:left|right|[Bb]igg?[lr]?|displaystyle|q?quad|boxed)(?![a-z])": "",
+    r"\\(?:left|right|[Bb]igg?[lr]?|displaystyle|q?quad|f?box|boxed)(?![a-z])": "",
     r"\\[dtc](frac|binom)": r"\\\1",
-    r"\\\\": ",|,", r"[(\[]? *\\begin\{\w+\}(?:\{[clr|]*\})?": "(",     # a matrix: (1, 2, |, 3, 4)
-    r"\\end\{\w+\} *[)\]]?": ")", r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
+    r"\\\\ *(?=\\end)": "", r"\\\\": ",|,", r"\\end\{(?:[bp]?matrix|array)\} *[)\]]?": ")",
+    r"[(\[]? *\\begin\{(?:[bp]?matrix|array)\}(?:\{[clr|]*\})?": "(",     # (1, 2, |, 3, 4)
+    r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
     r"\^ *\{? *\\circ *\}?|\\?%|\\!": "", r"\\[,:; ]|~|\s+": " ",       # 90^\circ
     r"\\(?:times|cdot|ast)(?![a-z])": "*", r"\\l?dots|\.\.\.": "…",
     r"\\in(?![a-z])": "=", r",? +(?:and|or) +": ", ", r"[ .]+$": ""}    # x \in [0, 1]
@@ -535,7 +536,7 @@ PART = {                                                # for a part that is no 
     r"^(-?)\\frac\{(-?[0-9.]+)\}\{([0-9.]+)\}$": r"\1\2/\3"}            # -1/2
 UNIT = re.compile(r"(?:(?<=[0-9})])|(?<=\\pi)) +([A-Za-z]+(?:[ .]+[A-Za-z]+)*)"
                   r"(?: *\^ *\{?[0-9]\}?)?[. ]*$")                      # 5 cm^2
-NAME = re.compile(r"(?:^|(?<=,)) *(\\?[A-Za-z]+(?:_\w|\([a-z]\))?|\([a-z, ]+\)) *=")    # f(x) =
+NAME = re.compile(r"(?:^|(?<=,)) *((?!\\not)\\?[A-Za-z]+(?:_\w|\([a-z]\))?|\([a-z, ]+\)) *=")
 
 
 def canonical(tex: str) -> str:

@@ -243,7 +243,7 @@ def check(s: Settings) -> None:
                    critic=("weakest", "mean", "judge"))
     for name, value in asdict(s).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        # samples at temperature 0 are all the same; with beta 0 DPO has no gradient
+        # at temperature 0 all samples are one; with beta 0 DPO has no gradient
         least = dict(temperature=0.01, beta=0.001).get(name, int(name in POSITIVE))
         if value not in choices.get(name, [value]):
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
@@ -1003,8 +1003,7 @@ class Lab:
         sweep(self.bases, "base_*.[0-9]*.tmp")
 
     def description(self) -> str:
-        """What the model, its training and a sampled token take; the first prompt; if the weights
-        come from a file, whether they know such texts."""
+        """What the model, training and a sampled token take; the first prompt; its likelihood."""
         c, width = self.model.config, self.model.dtype.itemsize
         count = sum(p.numel() for p in self.model.parameters())
         # a gradient and its fp32 sum for each share; AdamW's two moments; fp32 masters below fp32
@@ -1469,14 +1468,16 @@ def read_gsm8k(item: dict) -> tuple:
     hidden = {"choices", "options", "body", "passage", "context"} & {k for k in item if item[k]}
     need(not hidden, f"the field {min(hidden, default='')} would be shown to nobody: write it into "
          "question, or give question, choices (a list of label and text) and answerKey")
-    return field(item, "question", str), re.sub(r"<<[^<>]*>>", "", field(item, "answer", str))
+    number = type(item["answer"]) in (int, float)
+    answer = f"#### {item['answer']}" if number else field(item, "answer", str)
+    return field(item, "question", str), re.sub(r"<<[^<>]*>>", "", answer)
 
 
 def read_math(item: dict) -> tuple:
     r"""MATH: the solution ends in \boxed{...}."""
     solution = field(item, "solution", str)
     if not critic.last_box(solution) and item.get("answer"):
-        solution += rf" \boxed{{{field(item, 'answer', str)}}}"
+        solution += rf" \boxed{{{item['answer']}}}"
     need(critic.last_box(solution), r"the solution has no answer in a \boxed{...}")
     return field(item, "problem", str), solution
 
@@ -1520,14 +1521,15 @@ def lettered(question: str, options: list, right: int, rationale: str = "") -> t
     letters = "".join((match[1] or match[2]).upper() if match else "-" for match in own)
     if letters == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]:
         options = [option[match.end():] for option, match in zip(options, own)]
-    different = 2 <= len(set(options)) == len(options) <= 26
-    need(different and all(options), "2 to 26 different options are needed, none of them empty")
-    digest = lambda i: hashlib.sha256((question + options[i]).encode("utf-8", "replace")).digest()
-    order = [*range(len(options))]
-    if not any(map(OF_OPTIONS.search, options)):
+    shown = [*dict.fromkeys(options)]           # CommonsenseQA has some twice
+    right = shown.index(options[right])
+    need(2 <= len(shown) <= 26 and all(shown), "2 to 26 options are needed, none of them empty")
+    digest = lambda i: hashlib.sha256((question + shown[i]).encode("utf-8", "replace")).digest()
+    order = [*range(len(shown))]
+    if not any(map(OF_OPTIONS.search, shown)):
         order.sort(key=digest)
-    shown = [f"\n({chr(65 + place)}) {options[i]}" for place, i in enumerate(order)]
-    return question + "".join(shown), f"{rationale}\n#### {chr(65 + order.index(right))}".strip()
+    lines = [f"\n({chr(65 + place)}) {shown[i]}" for place, i in enumerate(order)]
+    return question + "".join(lines), f"{rationale}\n#### {chr(65 + order.index(right))}".strip()
 
 
 # the fields by which an item is recognised, its reader, the reader of answers
@@ -1537,7 +1539,6 @@ KINDS = [
     (("problem", "solution"), read_math, critic.read_formula),
     (("question", "answer"), read_gsm8k, critic.read_number),
 ]
-
 
 # a text up to its question mark, a whole one such as "Find $3x$.", or nothing
 ASKED = re.compile(r"[^?]*\?|(?=.*\b(?:Calculate|Compute|Determine|Evaluate|Express|Find|How|"
@@ -1624,7 +1625,7 @@ class FileTask(Task):
         marks = ("####",) if self.reader is critic.read_number else ("####", "boxed", "phrase")
         # with a line below it, "#### Step 1: count" is a heading and no answer
         mark = find_answer(line + "\n.", self.reader)[1]
-        return line.startswith("Question:") or mark in marks
+        return line.startswith(("Question:", "Q:")) or mark in marks
 
     def train_questions(self, r: int) -> list:
         """The next ones of the shuffled file; every question once before any comes again."""
@@ -2127,7 +2128,7 @@ def flags() -> Flags:
                                help=f"{text} (default: {default[name]!r})", metavar="X")
     group = parser.add_argument_group("instead of a run")
     one = group.add_mutually_exclusive_group()
-    one.add_argument("--evaluate", metavar="FOLDER", help="accuracy of a model folder")
+    one.add_argument("--evaluate", type=Path, metavar="FOLDER", help="accuracy of a model folder")
     one.add_argument("--decode", type=int, metavar="R", help="search at test time, after round R")
     one.add_argument("--compare", metavar="RECIPES", help="recipes to run, joined by commas")
     group.add_argument("--seeds", type=int, help="number of seeds of --compare (default: 3)")
@@ -2148,8 +2149,6 @@ def main(arguments: list) -> int:
         s = Settings(**preset | given)          # a flag that is given counts more than the preset
         if parsed.seeds is not None and parsed.compare is None:
             raise BadInput("--seeds needs --compare; the seed of one run is --seed.")
-        if parsed.evaluate == "":
-            raise BadInput("--evaluate is empty: give a folder with a model.")
         if parsed.evaluate is not None:
             evaluate(replace(s, model=parsed.evaluate, rollouts=0, rollout_model=""))
         elif s.eval_data and not s.data:

@@ -624,6 +624,7 @@ def _frequencies(raw: dict, width: int):
     all by `factor`; `llama3` divides those of long waves and keeps those of short ones."""
     rope = field(raw, "rope_scaling", dict, {}) or field(raw, "rope_parameters", dict, {})
     kind = rope.get("rope_type", rope.get("type", "default"))
+    need("factor" not in rope or {"type", "rope_type"} & {*rope}, "rope_scaling lacks its type")
     one_of("rope type", kind, ["default", "linear", "llama3"])
     rope = dict(rope_theta=1e4) | raw | rope
     need(rope.get("partial_rotary_factor") in (None, 1.0), "partial_rotary_factor must be 1")
@@ -1014,7 +1015,6 @@ LIVE = np.dtype([
     ("start", int),                     # length of its prefix
     ("columns", int),                   # tokens of its text so far: columns that it fills in `work`
     ("stop_at", int)])                  # columns at which it stops at the latest
-
 
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15                             # 2**64 / the golden ratio

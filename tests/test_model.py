@@ -235,7 +235,8 @@ BANDS = dict(rope_type="llama3", factor=8.0, low_freq_factor=4.0, high_freq_fact
 REFUSED = [                                     # changes of a good config.json
     *(dict(model_type=x) for x in ("gpt_neox", "gemma2", None, ["llama"])),
     *(dict(rope_scaling=x) for x in (dict(rope_type="yarn"), dict(type="linear"), "linear")),
-    dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), dict(attention_bias="yes"),
+    *(dict(rope_scaling=x) for x in (dict(rope_type="llama3", factor=8.0), dict(factor=2.0))),
+    dict(attention_bias="yes"),
     dict(rope_parameters=dict(partial_rotary_factor=0.5)), dict(rope_theta=-1.0),
     dict(quantization_config=dict(bits=4)), dict(auto_map=dict(a="b")), dict(num_experts=8),
     dict(final_logit_softcapping=30.0), dict(hidden_act="swish9"), dict(num_hidden_layers=10 ** 6),

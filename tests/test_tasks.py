@@ -186,9 +186,10 @@ def read(tmp_path):
 def test_forms(read):
     """Each data set by its own fields. SciQ, ARC and CommonsenseQA, in the forms they are published
     in, are the same lettered question; the support of SciQ is not shown."""
-    assert read(GSM8K).test == [Question("How much is 4 + 5?", "4 + 5 = 9\n#### 9")]
+    plain, whole = read(GSM8K, GSM8K | dict(answer=9)).test
+    assert plain == Question("How much is 4 + 5?", "4 + 5 = 9\n#### 9") and whole.answer == "#### 9"
     unboxed = MATH | dict(solution="So it is seven.", answer="7")
-    half, bare, more = read(MATH, MATH | dict(solution="", answer="7"), unboxed).test
+    half, bare, more = read(MATH, MATH | dict(solution="", answer=7), unboxed).test
     assert more.answer == r"So it is seven. \boxed{7}"
     assert half.answer == MATH["solution"] and grade("\\boxed{x/2}", half.answer)
     assert grade("\\boxed{7}", bare.answer)
@@ -226,6 +227,15 @@ def test_options_that_speak_of_options(read, texts, kept):
     assert (orders == {(True,) * (len(texts) + 1)}) == bool(kept)
 
 
+def test_repeated_options(read):
+    """An option that stands twice is shown once; the answer is the letter of its text."""
+    for texts in ("salt", "water", "iron ", "water"), ("water", "iron", "water", "salt"):
+        question, = read(ARC | dict(choices=CHOICES | dict(text=texts))).test
+        options = dict(re.findall(r"\n\((.)\) (.+)", question.text))
+        assert sorted(options.values()) == ["iron", "salt", "water"] and [*options] == [*"ABC"]
+        assert options[question.answer[-1]] == texts[2].strip()
+
+
 def test_letters_of_the_options_own(read):
     """`A. iron` as the first option is shown as iron; letters that are no series stay."""
     for marks, stays in ((["A. ", "B. ", "C. "], 0), (["(a) ", "(b) ", "(c) "], 0),
@@ -261,7 +271,7 @@ def test_odd_files(read, tmp_path, capsys):
     ("line 3", [SCIQ, "", "{"]), ("q.jsonl", ["[1, 2"]), ("no question", ["[]"]),
     ("item 2: expected", ["[" + json.dumps(GSM8K) + ", 5]"]),
     ("no question that fits", [GSM8K | dict(question="x" * 2048)]),
-    ("'answer' must be", [GSM8K | dict(answer=9)]), ("empty", [GSM8K | dict(question=" ")]),
+    ("'answer' must be", [GSM8K | dict(answer=[9])]), ("empty", [GSM8K | dict(question=" ")]),
     ("no answer to grade", [GSM8K | dict(answer="")]), ("no answer", [MATH | dict(solution="")]),
     ("shown to nobody", [GSM8K | dict(choices=["a"])]), ("'E'", [ARC | dict(answerKey="E")]),
     ("field body would be shown to nobody", [GSM8K | dict(context="", body="Seven apples.")]),
@@ -270,7 +280,7 @@ def test_odd_files(read, tmp_path, capsys):
     ("stands twice", [ARC | dict(choices=CHOICES | dict(label=[*"AABC"]))]),
     ("3 labels for 4 texts", [ARC | dict(choices=CHOICES | dict(label=[*"ABC"]))]),
     ("none of them empty", [SCIQ | dict(distractor2=" ")]),
-    ("different options", [SCIQ | dict(distractor2="iron ")]),
+    ("2 to 26 options", [ARC | dict(choices=CHOICES | dict(text=["water"] * 4))]),
     ("choices", [ARC | dict(choices="A B C")]), ("twice", ['{"question": "1", "question": "2"}'])])
 def test_wrong_shapes_are_refused(words, items, read):
     """One sentence with the file, the item and what is wrong."""
