@@ -447,7 +447,7 @@ def stated(text: str):
 def strange(text: str) -> list:
     """The tokens that are not known: 18 and k of "only 18 k, or so"."""
     text = re.sub(r"\band (?=[A-Z][a-z]|every\b)", "", text)             # 18 in April and May
-    text = re.sub(r"\bis (?:the )?(?:wrong|incorrect|false)\b", "!", text)      # ! is strange
+    text = re.sub(r"\bis (the )?(wrong|incorrect|false)\b|\b(above|below|under) +(?=\d)", "!", text)
     tokens = TOKEN.findall(text)
     return [token for token in tokens if token not in KNOWN and not WORD.fullmatch(token)]
 
