@@ -371,10 +371,11 @@ class Rollouts:
 #     18k   18 - x   18²   18!       unread: k, x, ^ and ! are not known
 #     not 18   18 thousand           unread: these words change the value
 # Left out: algebra, 5k, 1e3, number words, 2 1/2; behind a mark sums in words (3 boxes * 6 = 18).
-DENIED = "".join(f"(?<!{w} )" for w in "wrong false incorrect one other first second third".split())
-OPTION = r"(?<!in)correct (?:option|choice)|(?:option|choice)(?=\W*is\W*(?-i:[A-Z])\W*(?:\n|$))"
-PHRASE = (rf"(?i:{DENIED}(?:answer|{OPTION}))[*_]*(?:\s*(?:(?i:is)\b|:)[*_:]*|(?=\n))"
-          r"(?: +(?:therefore|thus|then|about|approximately|exactly)\b)?|<answer>\s*")
+DENIED = r"(?<!wrong )(?<!false )(?<!incorrect )(?<!\bone )(?<!other )(?<!in)"
+OPTION = r"(?:\bthe |best |(?<![^\n]))(?:option|choice)(?= is[ *_(]*(?-i:[A-Z])[*_).!]*(?:\n|$))"
+PHRASE = (rf"(?i:{DENIED}(?:answer|correct (?:option|choice)|{OPTION}))[*_]*\s*(?:(?i:is)\b|:)"
+          r"[*_:]*(?: +(?:therefore|thus|then|about|approximately|exactly)\b)?|<answer>\s*|"
+          r"(?<![^\n])[#*_ ]*(?i:(?:final |correct )?answer)[*_ ]*(?=\n)")     # a heading
 DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{3}){1,9}(?![0-9])|[0-9]{1,99})"   # 1,000
 RATIO = r"[0-9]{1,99} ?/ ?[1-9][0-9]{0,98}(?!\.?[0-9])"                 # 1 / 2
 SIGN = r"(?:(?<![\w)\]%.+-])(?<![0-9] )[-+] *)?"                # -3, by -3; none in 10-3, 10 - 3
@@ -412,10 +413,10 @@ def tidy(text: str) -> str:
 
 
 def last_box(text: str) -> str:
-    r"""What the last balanced \boxed{...} holds: `\frac12` of `\boxed{\frac12} \boxed{3`; or "".
-    `\boxed 2` holds 2 (some references of MATH have it). `\boxed{3} and \boxed{7}` are 3, 7."""
-    box = rf"\\(?:boxed|fbox)(?:\s*\{{{BOX}\}}| +-?\w+)"
-    lists = re.findall(rf"{box}(?:[\s$]*(?:,|;|,? *(?:and|or)\b)[\s$]*{box})*", text)
+    r"""What the last balanced \boxed{...} (or \fbox) holds: `\frac12` of `\boxed{\frac12} \boxed{`,
+    2 of `\boxed 2` (it stands in MATH), the list `3, 7` of `\boxed{3} and \boxed{7}`, or ""."""
+    box = rf"\\{'boxed' if 'boxed' in text else 'fbox'}(?:\s*\{{{BOX}\}}| +-?\w+)"
+    lists = re.findall(rf"{box}(?:[\s$*]*(?:,|;|,? *(?:and|or)\b)[\s$*]*{box})*", text)
     boxes = re.findall(box, "".join(lists[-1:]))
     return ", ".join(dict.fromkeys(re.sub(r"^\\f?box(?:ed)?\s*\{?|\}?$", "", one) for one in boxes))
 
@@ -424,7 +425,7 @@ def stated(text: str):
     """(mark, piece) where a text may state its answer: the surest mark first, its last piece first.
     Then the whole text, as "bare", unless it holds a box or its last line holds a mark."""
     text = re.split("</think(?:ing)?>", text)[-1].partition("<think")[0]        # no thoughts
-    text = re.split("\n(?:Question|Q):", text)[0]                       # a base model invents more
+    text = re.split(r"\n(?:Question:|Q:.*\?)", text)[0]                 # a base model invents more
     text = tidy(re.sub("<<[^<>]*>>", "", text))                         # 9*2=<<9*2=18>>18
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
     text = text.replace(". I hope it is correct", "")                   # how Minerva's prompt ends
@@ -447,7 +448,7 @@ def stated(text: str):
 def strange(text: str) -> list:
     """The tokens that are not known: 18 and k of "only 18 k, or so"."""
     text = re.sub(r"\band (?=[A-Z][a-z]|every\b)", "", text)             # 18 in April and May
-    text = re.sub(r"\bis (the )?(wrong|incorrect|false)\b|\b(above|below|under) +(?=\d)", "!", text)
+    text = re.sub(r"(?i)(^|\bis)\W*(the )?(wrong|incorrect|false|above|below|under)\b", "!", text)
     tokens = TOKEN.findall(text)
     return [token for token in tokens if token not in KNOWN and not WORD.fullmatch(token)]
 
@@ -500,7 +501,8 @@ def read_letter(piece: str, mark: str, options=None):
         if words(text) and words(text) in (words(behind), words(sentence)):
             return letter if name == letter else None
     clear = re.match(CLOSED if options else CLOSED + APART, match[1] + sentence)
-    doubt = re.search(r"\b(OR|AND|NOR|[A-Z])\b|^\W*IS (WRONG|INCORRECT|NOT)\b", sentence.upper())
+    doubt = r"\b(OR|AND|NOR|[A-Z])\b|^\W*IS (THE )?(WRONG|INCORRECT|FALSE|NOT)\b"
+    doubt = re.search(doubt, sentence.upper())
     return letter if clear and not doubt else None                      # B or C   (B) is wrong
 
 
@@ -517,10 +519,10 @@ def read_words(piece: str, mark: str):
 BARE = r"([0-9A-Za-z]|\\(?!frac|sqrt|binom)[a-z]+)"     # an argument without braces: 2  \pi
 WHOLE = {                                               # for a whole answer, in this order
     r"(?<=[0-9])(?:\{,\}|, *\\!|\\[,!]|,(?=...,\\!)) *(?=[0-9]{3}(?![0-9]))": "",    # 1,\!000
-    r"\\(?:left|right|[Bb]igg?[lr]?|displaystyle|q?quad|f?box|boxed)(?![a-z])": "",
+    r"\\(?:left|right|[Bb]igg?[lr]?|displaystyle|q?quad|fbox|boxed)(?![a-z])": "",
     r"\\[dtc](frac|binom)": r"\\\1",
-    r"\\\\ *(?=\\end)": "", r"\\\\": ",|,", r"\\end\{(?:[bp]?matrix|array)\} *[)\]]?": ")",
-    r"[(\[]? *\\begin\{(?:[bp]?matrix|array)\}(?:\{[clr|]*\})?": "(",     # (1, 2, |, 3, 4)
+    r"\\\\ *(?=\\end)": "", r"\\\\": ",|,", r"\\end\{(?!v)\w+\} *[)\]]?": ")",
+    r"[(\[]? *\\begin\{(?!v)\w+\}(?:\{[clr|]*\})?": "(",     # (1, 2, |, 3, 4)
     r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
     r"\^ *\{? *\\circ *\}?|\\?%|\\!": "", r"\\[,:; ]|~|\s+": " ",       # 90^\circ
     r"\\(?:times|cdot|ast)(?![a-z])": "*", r"\\l?dots|\.\.\.": "…",

@@ -225,7 +225,7 @@ BASE_BATCH = 32                         # solutions in one update of the base
 TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
 TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens in a forward; more is not faster
-FOREIGN = 0.75  # of ln(ids): SmolLM2 has .2 to .4 (norms lost: .8; ids of another file: 1.2)
+FOREIGN = 0.75  # of ln(ids). SmolLM2 has .2 to .4; without its norms .8, with foreign ids 1.2
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
 FREE = {"rounds", "out", "device", "threads", "workers", "rows", "code"}  # may differ between calls
 # --decode wants these as the run had them: other questions or prompts would not suit its model
@@ -243,7 +243,6 @@ def check(s: Settings) -> None:
                    critic=("weakest", "mean", "judge"))
     for name, value in asdict(s).items():
         flag = f"--{name.replace('_', '-')} {value}"
-        # at temperature 0 all samples are one; with beta 0 DPO has no gradient
         least = dict(temperature=0.01, beta=0.001).get(name, int(name in POSITIVE))
         if value not in choices.get(name, [value]):
             raise BadInput(f"{flag}: choose one of {', '.join(filter(None, choices[name]))}.")
@@ -1012,8 +1011,8 @@ class Lab:
         size = (f"{count:,} parameters on {self.model.device}: weights {count * width >> 20:,} MiB,"
                 f" training {training >> 20:,} MiB more, {token / 1024:.1f} KiB a sampled token")
         prompt = repr(self.task.prompt(self.task.eval_questions()[0]))
-        text = f"{size}\nprompt: {prompt[:300]}{'...' * (len(prompt) > 300)}"
-        return text + f"\n{self.likelihood_of_prompts()}" * bool(self.settings.model)
+        known = f"\n{self.likelihood_of_prompts()}" if self.settings.model else ""
+        return f"{size}\nprompt: {prompt[:300]}{'...' * (len(prompt) > 300)}{known}"
 
     @torch.no_grad()
     def likelihood_of_prompts(self) -> str:
@@ -1024,11 +1023,9 @@ class Lab:
             hidden = self.model(ids[None])[0]                           # (T, C)
             logps.append(target_logps(self.model, hidden[:-1], ids[1:]))
         nats, most = -torch.cat(logps).mean().item(), math.log(self.tokenizer.n_ids)
-        text = f"prompts: {nats:.1f} nats a token (random weights: {most:.1f})"
-        if nats > FOREIGN * most:
-            text += ("\nwarning: this is like random weights: weights, config.json and "
-                     "tokenizer.json may not belong together")
-        return text
+        warning = "" if nats < FOREIGN * most else (
+            "\nwarning: weights, config.json and tokenizer.json may not belong together")
+        return f"prompts: {nats:.1f} nats a token (random weights: {most:.1f}){warning}"
 
     def finished_rounds(self) -> list:
         """The log of the rounds that are done; the weights of the last one are loaded."""
@@ -1476,7 +1473,7 @@ def read_gsm8k(item: dict) -> tuple:
 def read_math(item: dict) -> tuple:
     r"""MATH: the solution ends in \boxed{...}."""
     solution = field(item, "solution", str)
-    if not critic.last_box(solution) and item.get("answer"):
+    if not critic.last_box(solution) and type(item.get("answer")) in (int, float, str):
         solution += rf" \boxed{{{item['answer']}}}"
     need(critic.last_box(solution), r"the solution has no answer in a \boxed{...}")
     return field(item, "problem", str), solution
@@ -1521,12 +1518,13 @@ def lettered(question: str, options: list, right: int, rationale: str = "") -> t
     letters = "".join((match[1] or match[2]).upper() if match else "-" for match in own)
     if letters == "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)]:
         options = [option[match.end():] for option, match in zip(options, own)]
-    shown = [*dict.fromkeys(options)]           # CommonsenseQA has some twice
+    cited = any(map(OF_OPTIONS.search, options))
+    shown = options if cited else [*dict.fromkeys(options)]     # each once; CommonsenseQA repeats
     right = shown.index(options[right])
     need(2 <= len(shown) <= 26 and all(shown), "2 to 26 options are needed, none of them empty")
     digest = lambda i: hashlib.sha256((question + shown[i]).encode("utf-8", "replace")).digest()
     order = [*range(len(shown))]
-    if not any(map(OF_OPTIONS.search, shown)):
+    if not cited:
         order.sort(key=digest)
     lines = [f"\n({chr(65 + place)}) {shown[i]}" for place, i in enumerate(order)]
     return question + "".join(lines), f"{rationale}\n#### {chr(65 + order.index(right))}".strip()
@@ -1625,7 +1623,7 @@ class FileTask(Task):
         marks = ("####",) if self.reader is critic.read_number else ("####", "boxed", "phrase")
         # with a line below it, "#### Step 1: count" is a heading and no answer
         mark = find_answer(line + "\n.", self.reader)[1]
-        return line.startswith(("Question:", "Q:")) or mark in marks
+        return bool(re.match(r"Question:|Q:.*\?", line)) or mark in marks
 
     def train_questions(self, r: int) -> list:
         """The next ones of the shuffled file; every question once before any comes again."""
@@ -1752,7 +1750,7 @@ def report(lab, r: int, solutions: list, trees: list, notes: dict, clock: list) 
         sampled_tokens=lab.sampled_tokens, budget_tokens=budget, rollout_tokens=lab.rollout_tokens,
         solved=len(solved) / len(asked) if asked else None,
         sampled_accuracy=rights / graded if graded and not steered else None,
-        answers=float(np.mean([len(by_answer(lab, tree.ends())) for tree in trees] or [0])),
+        answers=np.mean([len(by_answer(lab, one.ends())) for one in trees]) if trees else None,
         pits=sum(len(pits_of(tree)) for tree in trees),
         **notes, **stages, seconds=clock[-1] - clock[0])
 

@@ -485,7 +485,7 @@ def test_called_again(home, run_of, tmp_path):
     assert code == 0 and contents(tmp_path / "run") == both and "the code has changed" not in out
     path = tmp_path / "run" / "settings.json"
     saved = loop.read_lines(path)[0]
-    loop.write_lines(path, [saved | dict(code=["", *saved["code"][1:]])])       # as by another model.py
+    loop.write_lines(path, [saved | dict(code=["", *saved["code"][1:]])])   # as by another model.py
     assert "the code has changed" in go(**run)[1]
     data = tmp_path / "q.jsonl"
     for number, code in ((2, 0), (3, 2)):
@@ -539,7 +539,8 @@ def test_real_weights_imitate_at_most_so_often(model, passes, monkeypatch):
     monkeypatch.setattr(loop, "tree_row", lambda solutions: solutions)
     notes = loop.imitate(lab, "abc", lambda tree: tree, 6)
     plan = notes["plan"]
-    assert notes["passes"] == passes and len(plan) == 6 and Counter(chain(*plan)) == dict.fromkeys("abc", passes)
+    assert notes["passes"] == passes and len(plan) == 6
+    assert Counter(chain(*plan)) == dict.fromkeys("abc", passes)
 
 
 @pytest.mark.parametrize("even, called", [(0.5, "imitates"), (0.6, "prefers")])
@@ -626,7 +627,7 @@ def test_report_by_hand():
 
 
 def test_report_of_trees(run_of):
-    """Solved questions, right samples and different answers, by hand from the files of the trees."""
+    """Solved questions, right samples and different answers, by hand from the trees' files."""
     row, forest = loop.read_lines(run_of("rft") / "log.jsonl")[1], trees(run_of("rft"), "trees_1")
     roots = [tree["nodes"][0] for tree in forest]
     rights = sum(root["rights"] for root in roots)

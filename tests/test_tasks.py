@@ -189,10 +189,10 @@ def test_forms(read):
     plain, whole = read(GSM8K, GSM8K | dict(answer=9)).test
     assert plain == Question("How much is 4 + 5?", "4 + 5 = 9\n#### 9") and whole.answer == "#### 9"
     unboxed = MATH | dict(solution="So it is seven.", answer="7")
-    half, bare, more = read(MATH, MATH | dict(solution="", answer=7), unboxed).test
+    half, bare, more = read(MATH, MATH | dict(solution="", answer=0), unboxed).test
     assert more.answer == r"So it is seven. \boxed{7}"
     assert half.answer == MATH["solution"] and grade("\\boxed{x/2}", half.answer)
-    assert grade("\\boxed{7}", bare.answer)
+    assert grade("\\boxed{0}", bare.answer)
     sciq, = read(SCIQ).test
     first, *options = sciq.text.split("\n")
     letter = sciq.answer[-1]
@@ -234,6 +234,8 @@ def test_repeated_options(read):
         options = dict(re.findall(r"\n\((.)\) (.+)", question.text))
         assert sorted(options.values()) == ["iron", "salt", "water"] and [*options] == [*"ABC"]
         assert options[question.answer[-1]] == texts[2].strip()
+    cited = CHOICES | dict(text=["salt", "iron", "water", "iron", "both B and D"], label=[*"ABCDE"])
+    assert "(B) iron\n(C) water\n(D) iron\n(E) both" in read(ARC | dict(choices=cited)).test[0].text
 
 
 def test_letters_of_the_options_own(read):
@@ -318,8 +320,9 @@ def test_prompts(read):
 def test_where_a_solution_ends(read):
     """A line ends a solution where its answer stands in the form of the data."""
     for item, over, going in (
-            (GSM8K, ["#### 9\n", "Question: next"], ["\\boxed{9}", "the answer is 9", "Question",
-                                                    "#### Step 1: Eggs\n", "#### 1. Eggs\n"]),
+            (GSM8K, ["#### 9\n", "Question: next", "Q: How many?\n"],
+             ["\\boxed{9}", "the answer is 9", "Question", "Q: 8 apples",
+              "#### Step 1: Eggs\n", "#### 1. Eggs\n"]),
             (MATH, ["so $\\boxed{x}$.\n", "#### x"], ["\\boxed{\\frac{", "\\boxed", "x = 9",
                                                       "#### Step 1: Eggs\n"]),
             (SCIQ, ["#### B", "The answer is (B).\n"], ["B", "(B) iron", "The answer is blue"])):
