@@ -650,39 +650,41 @@ def test_compare(home, tmp_path, monkeypatch):
         return loop.cached(lab.folder / f"eval_{r}.jsonl", make)
     monkeypatch.setattr(loop, "solve_greedily", random_grades)
     monkeypatch.setattr(loop, "show_example", lambda *arguments: None)
-    names = ("sft", "rft")
-    settings = small(home, rounds=1, steps=1, questions=2, eval_questions=40, out=tmp_path)
-    assert go(**settings, compare="sft,rft", seeds=3)[0] == 0
-    found = table(go(**settings, compare="sft,rft", seeds=3)[1])
-    one = table(go(**settings, compare="sft,rft", seeds=1)[1])["rft"]
+    names = ("sft", "self_explore")
+    settings = small(home, rounds=1, steps=2, questions=2, eval_questions=40, out=tmp_path)
+    assert go(**settings, compare="sft,self_explore", seeds=3)[0] == 0
+    found = table(go(**settings, compare="sft,self_explore", seeds=3)[1])
+    one = table(go(**settings, compare="sft,self_explore", seeds=1)[1])["self_explore"]
     # four cells for accuracy, four for the share of sound and right solutions
     for cells, counts in (slice(0, 4), lambda row: row["right"]), \
                          (slice(4, 8), lambda row: row["right"] and row["sound"]):
         hits = {name: [[*map(counts, loop.read_lines(file))] for file in
                        sorted(tmp_path.glob(f"{name}_seed*/eval_1.jsonl"))] for name in names}
         each = {name: [100 * statistics.mean(seed) for seed in hits[name]] for name in names}
-        gains = [ours - theirs for ours, theirs in zip(each["rft"], each["sft"])]
+        gains = [ours - theirs for ours, theirs in zip(each["self_explore"], each["sft"])]
         gain, half = statistics.mean(gains), 4.30265 * statistics.stdev(gains) / math.sqrt(3)
         for name in names:
             values = " ".join(f"{value:.1f}" for value in each[name])
             assert found[name][cells][::3] == [f"{statistics.mean(each[name]):.1f}", values]
         interval = f"{gain - half:+.1f} to {gain + half:+.1f}"
-        assert found["rft"][cells][1:3] == [f"{gain:+.1f}", interval]
-        p = critic.mcnemar(hits["rft"][0], hits["sft"][0])
-        assert one[cells][2:] == [f"McNemar p = {p:.2g}", f"{each['rft'][0]:.1f}"]
-        last = table(go(**settings, compare="sft,rft", seed=2, seeds=1)[1])["rft"]
-        assert last[cells][3] == f"{each['rft'][2]:.1f}"
+        assert found["self_explore"][cells][1:3] == [f"{gain:+.1f}", interval]
+        p = critic.mcnemar(hits["self_explore"][0], hits["sft"][0])
+        assert one[cells][2:] == [f"McNemar p = {p:.2g}", f"{each['self_explore'][0]:.1f}"]
+        last = table(go(**settings, compare="sft,self_explore", seed=2, seeds=1)[1])["self_explore"]
+        assert last[cells][3] == f"{each['self_explore'][2]:.1f}"
     for name in names:                                      # what the rounds cost
         logs = [loop.read_lines(file) for file in sorted(tmp_path.glob(f"{name}_seed*/log.jsonl"))]
-        sampled, trained = (statistics.mean(log[1].get(key, 0) for log in logs)
-                            for key in ("sampled_tokens", "trained_tokens"))
+        sampled, last, rft, seconds = (
+            statistics.mean(log[1].get(key, 0) for log in logs)
+            for key in ("sampled_tokens", "trained_tokens", "rft_tokens", "seconds"))
         gain = 100 * statistics.mean(log[1]["accuracy"] - log[0]["accuracy"] for log in logs)
-        *tokens, _, point = found[name][8:]
-        assert tokens == [f"{sampled:,.0f}", f"{trained:,.0f}"]
+        *costs, point = found[name][8:]
+        assert costs == [f"{sampled:,.0f}", f"{last + rft:,.0f}", f"{seconds / 60:.1f}"]
+        assert (rft > 0) == (name == "self_explore")
         assert point == (f"{sampled / gain:,.0f}" if gain > 0 else "-")
     # the run of another seed that was begun with other settings is refused before any run begins
-    code, out, err = go(**settings | dict(steps=2), compare="rft,sft", seed=2, seeds=2)
-    assert code == 2 and "--steps was 1" in err and "seed" not in out
+    code, out, err = go(**settings | dict(steps=1), compare="self_explore,sft", seed=2, seeds=2)
+    assert code == 2 and "--steps was 2" in err and "seed" not in out
 
 
 def test_weights_that_do_not_know_such_texts(home):
