@@ -1520,7 +1520,7 @@ def lettered(question: str, options: list, right: int, rationale: str = "") -> t
         options = [option[match.end():] for option, match in zip(options, own)]
     cited = any(map(OF_OPTIONS.search, options))
     shown = options if cited else [*dict.fromkeys(options)]     # each once; CommonsenseQA repeats
-    right = shown.index(options[right])
+    right = right if cited else shown.index(options[right])
     need(2 <= len(shown) <= 26 and all(shown), "2 to 26 options are needed, none of them empty")
     digest = lambda i: hashlib.sha256((question + shown[i]).encode("utf-8", "replace")).digest()
     order = [*range(len(shown))]

@@ -235,7 +235,9 @@ def test_repeated_options(read):
         assert sorted(options.values()) == ["iron", "salt", "water"] and [*options] == [*"ABC"]
         assert options[question.answer[-1]] == texts[2].strip()
     cited = CHOICES | dict(text=["salt", "iron", "water", "iron", "both B and D"], label=[*"ABCDE"])
-    assert "(B) iron\n(C) water\n(D) iron\n(E) both" in read(ARC | dict(choices=cited)).test[0].text
+    question, = read(ARC | dict(choices=cited, answerKey="D")).test
+    assert "(B) iron\n(C) water\n(D) iron\n(E) both" in question.text
+    assert question.answer == "#### D"
 
 
 def test_letters_of_the_options_own(read):
