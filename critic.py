@@ -371,7 +371,7 @@ class Rollouts:
 #     18k   18 - x   18²   18!       unread: k, x, ^ and ! are not known
 #     not 18   18 thousand           unread: these words change the value
 # Left out: algebra, 5k, 1e3, number words, 2 1/2; behind a mark sums in words (3 boxes * 6 = 18).
-DENIED = r"(?<!wrong )(?<!false )(?<!incorrect )(?<!\bone )(?<!other )(?<!in)"
+DENIED = r"(?<!wrong )(?<!false )(?<!incorrect )(?<!\bone )(?<!other )(?<!in)"    # wrong answer
 OPTION = r"(?:\bthe |best |(?<![^\n]))(?:option|choice)(?= is[ *_(]*(?-i:[A-Z])[*_).!]*(?:\n|$))"
 PHRASE = (rf"(?i:{DENIED}(?:answer|correct (?:option|choice)|{OPTION}))[*_]*\s*(?:(?i:is)\b|:)"
           r"[*_:]*(?: +(?:therefore|thus|then|about|approximately|exactly)\b)?|<answer>\s*|"
@@ -446,7 +446,7 @@ def stated(text: str):
 
 
 def strange(text: str) -> list:
-    """The tokens that are not known: 18 and k of "only 18 k, or so"."""
+    """The tokens that are not known: 18 and k of "only 18 k, or so"; 18 and ! of "18 is wrong"."""
     text = re.sub(r"\band (?=[A-Z][a-z]|every\b)", "", text)             # 18 in April and May
     text = re.sub(r"(?i)(^|\bis)\W*(the )?(wrong|incorrect|false|above|below|under)\b", "!", text)
     tokens = TOKEN.findall(text)
@@ -521,8 +521,8 @@ WHOLE = {                                               # for a whole answer, in
     r"(?<=[0-9])(?:\{,\}|, *\\!|\\[,!]|,(?=...,\\!)) *(?=[0-9]{3}(?![0-9]))": "",    # 1,\!000
     r"\\(?:left|right|[Bb]igg?[lr]?|displaystyle|q?quad|fbox|boxed)(?![a-z])": "",
     r"\\[dtc](frac|binom)": r"\\\1",
-    r"\\\\ *(?=\\end)": "", r"\\\\": ",|,", r"\\end\{(?!v)\w+\} *[)\]]?": ")",
-    r"[(\[]? *\\begin\{(?!v)\w+\}(?:\{[clr|]*\})?": "(",     # (1, 2, |, 3, 4)
+    r"\\\\ *(?=\\end)": "", r"\\\\": ",|,", r"\\end\{(?!v)\w+\} *[)\]]?": ")",     # no vmatrix
+    r"[(\[]? *\\begin\{(?!v)\w+\}(?:\{[clr|]*\})?": "(",            # a matrix: (1, 2, |, 3, 4)
     r"\\(le|ge|ne)q(?:slant)?(?![a-z])": r"\\\1",
     r"\^ *\{? *\\circ *\}?|\\?%|\\!": "", r"\\[,:; ]|~|\s+": " ",       # 90^\circ
     r"\\(?:times|cdot|ast)(?![a-z])": "*", r"\\l?dots|\.\.\.": "…",

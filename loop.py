@@ -225,7 +225,7 @@ BASE_BATCH = 32                         # solutions in one update of the base
 TINY_DPO_LR = 5e-5                      # of the tiny GPT; chosen on dev among 2.3e-5, 5e-5, 1e-4
 FIRST_SLOTS = 4096                      # tokens that a sampler has room for at first; it grows
 TRAINED_AT_ONCE = dict(cpu=2048, cuda=8192)     # padded tokens in a forward; more is not faster
-FOREIGN = 0.75  # of ln(ids). SmolLM2 has .2 to .4; without its norms .8, with foreign ids 1.2
+FOREIGN = 0.75  # warn above this part of ln(ids): SmolLM2 has .2 to .5, without norms .8 or more
 EVALUATED_AT_ONCE = 500                 # questions of one part of an evaluation; a part is a file
 FREE = {"rounds", "out", "device", "threads", "workers", "rows", "code"}  # may differ between calls
 # --decode wants these as the run had them: other questions or prompts would not suit its model
@@ -1011,8 +1011,8 @@ class Lab:
         size = (f"{count:,} parameters on {self.model.device}: weights {count * width >> 20:,} MiB,"
                 f" training {training >> 20:,} MiB more, {token / 1024:.1f} KiB a sampled token")
         prompt = repr(self.task.prompt(self.task.eval_questions()[0]))
-        known = f"\n{self.likelihood_of_prompts()}" if self.settings.model else ""
-        return f"{size}\nprompt: {prompt[:300]}{'...' * (len(prompt) > 300)}{known}"
+        likely = f"\n{self.likelihood_of_prompts()}" if self.settings.model else ""
+        return f"{size}\nprompt: {prompt[:300]}{'...' * (len(prompt) > 300)}{likely}"
 
     @torch.no_grad()
     def likelihood_of_prompts(self) -> str:
@@ -1856,7 +1856,7 @@ def compare(s: Settings, names: list, seeds: int) -> None:
     first = names[0]
     measures = [key for key in ("accuracy", "sound") if rows[0][key] is not None]
     titles = [f"{measure} | less {first} | 95% interval | seeds" for measure in measures]
-    titles += ["sampled tokens", "trained tokens", "minutes", "sampled for a point"]
+    titles += ["sampled tokens", "trained tokens", "minutes", "sampled tokens a point"]
     print(f"\n| {' | '.join(['recipe', *titles])} |")
     print("| --- " * (5 + 4 * len(measures)) + "|")
     for name in names:
