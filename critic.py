@@ -20,7 +20,7 @@ import math
 import re
 import statistics
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -421,7 +421,8 @@ def last_box(text: str) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"^\\f?box(?:ed)?\s*\{?|\}?$", "", one) for one in boxes))
 
 
-def stated(text: str):
+@lru_cache(4096)                        # a reference is read again for every sample
+def stated(text: str) -> list:
     """(mark, piece) where a text may state its answer: the surest mark first, its last piece first.
     Then the whole text, as "bare", unless it holds a box or its last line holds a mark."""
     text = re.split("</think(?:ing)?>", text)[-1].partition("<think")[0]        # no thoughts
@@ -432,6 +433,7 @@ def stated(text: str):
     box = last_box(text).replace("\n", " ")
     pieces = {"####": text.split("####")[1:], "boxed": [box]}
     pieces["phrase"] = re.split(PHRASE, text)[1:]
+    found = []
     for mark, candidates in pieces.items():
         for piece in reversed(candidates):
             line, _, below = piece.partition("\n")
@@ -440,9 +442,10 @@ def stated(text: str):
                 line, below = lines[0], ""                              # "The answer is:\nB"
             heading = HEADING.match(line) or mark == "####" and NUMBERED.match(line)
             if not (below and heading):
-                yield mark, line
+                found.append((mark, line))
     if not box and not re.search(f"####|{PHRASE}", text.split("\n")[-1]):
-        yield "bare", text
+        found.append(("bare", text))
+    return found
 
 
 def strange(text: str) -> list:

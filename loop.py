@@ -45,7 +45,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -1553,7 +1553,7 @@ class FileTask(Task):
         self.before, _, self.after = template.partition("{question}")
         self.test = self.read(s.eval_data)
         self.train = self.read(s.data)
-        self.references = self.read(s.sft_data)
+        self.references = self.train if s.sft_data == s.data else self.read(s.sft_data)
         self.has_examples, self.letters = bool(self.references), self.reader is critic.read_letter
         held_out = {question.text for question in self.test}
         for file, questions in {s.data: self.train, s.sft_data: self.references}.items():
@@ -1671,15 +1671,18 @@ class FileTask(Task):
             three = rng.sample(old, min(3, len(old)))
             shown = "".join(f"Question: {question.text}\n\n" for question in three) + "Question:"
             prompts.append(self.tokenizer.encode_prompt(shown))
-        known = [triples(question.text) for question in self.train + self.test]
-        kept = []
+        known, kept = defaultdict(set), []              # known: triple -> questions that have it
+        for question in self.train + self.test:
+            for triple in triples(question.text):
+                known[triple].add(question.text)
         for text, _ in write([ids for ids in prompts if len(ids) < self.context // 2]):
             asked = ASKED.match(text.strip())[0]
             new = triples(asked)
-            differs = all(2 * len(new & other) < len(new) for other in known)
-            if re.search("[0-9]", asked) and differs:
-                known.append(new)
+            shared = Counter(other for triple in new for other in known[triple])
+            if re.search("[0-9]", asked) and 2 * max(shared.values(), default=0) < len(new):
                 kept.append(Question(asked, ""))
+                for triple in new:
+                    known[triple].add(asked)
         return kept
 
 

@@ -255,17 +255,17 @@ def test_letters_of_the_options_own(read):
 
 def test_odd_files(read, tmp_path, capsys):
     """A JSON array, a byte-order mark, CRLF, blank lines and U+2028 are fine. Questions that fill
-    the context are skipped and counted in one line. It is said if questions are in both files, and
-    if there are fewer than a round wants."""
+    the context are skipped and counted in one line (in one for --data and --sft-data, if both are
+    the same file). It is said if questions are in both files, and if a round wants more."""
     long = GSM8K | dict(question="x" * 200)
     (tmp_path / "a.json").write_text(json.dumps([GSM8K, GSM8K, long, long], indent=1))
     line = json.dumps(GSM8K | dict(question="1\u2028+ 8?"), ensure_ascii=False)
     one = read("\ufeff" + line + "\r", "", json.dumps(GSM8K) + "\r", "", context=150,
                data=str(tmp_path / "a.json"), sft_data=str(tmp_path / "a.json"))
     assert [question.text for question in one.test] == ["1\u2028+ 8?", GSM8K["question"]]
-    skipped, again, shared, few = capsys.readouterr().out.strip().split("\n")
+    skipped, shared, few = capsys.readouterr().out.strip().split("\n")
     assert len(one.train) == 2 and "a.json: 2 " in skipped and shared.startswith("2 ")
-    assert again == skipped                             # of --data, and of --sft-data
+    assert one.references == one.train
     assert "a.json has 2 questions" in few and "320" in few
 
 
