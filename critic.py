@@ -430,10 +430,8 @@ def stated(text: str) -> list:
     text = tidy(re.sub("<<[^<>]*>>", "", text))                         # 9*2=<<9*2=18>>18
     text = re.sub(r"</\w{1,20}>|<\|\w{1,20}\|>", "\n", text).strip()            # a tag ends a line
     text = text.replace(". I hope it is correct", "")                   # how Minerva's prompt ends
-    box = last_box(text).replace("\n", " ")
-    pieces = {"####": text.split("####")[1:], "boxed": [box]}
-    pieces["phrase"] = re.split(PHRASE, text)[1:]
-    found = []
+    box, found = last_box(text).replace("\n", " "), []
+    pieces = {"####": text.split("####")[1:], "boxed": [box], "phrase": re.split(PHRASE, text)[1:]}
     for mark, candidates in pieces.items():
         for piece in reversed(candidates):
             line, _, below = piece.partition("\n")

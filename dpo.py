@@ -346,8 +346,7 @@ def preference_loss(model: GPT, rows: list, beta=0.1, nll=1.0, kind="sigmoid") -
     loss, chosen_reward, rejected_reward = dpo_loss(*sides, beta, smoothing, kind)
     total = (loss - nll * chosen / chosen_tokens).sum()
     of_pairs = dict(
-        dpo=loss, margin=chosen_reward - rejected_reward,
-        agree=chosen_reward > rejected_reward,
+        dpo=loss, margin=chosen_reward - rejected_reward, agree=chosen_reward > rejected_reward,
         chosen_shift=(chosen - ref_chosen) / chosen_tokens,             # nats a token
         rejected_shift=(rejected - ref_rejected) / rejected_tokens,
         chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens)
@@ -429,8 +428,8 @@ def make_optimizers(masters: dict, lr: float, muon: bool, shares: int) -> list:
 # --------------------------------------------------------------------------------------------------
 # 6. Training: one loop for every loss
 # --------------------------------------------------------------------------------------------------
-SAVE_EVERY = 30                         # seconds of training between two writes of the state file;
-                                        # 30 times as long as a write takes, if that is more
+SAVE_EVERY = 30             # seconds of training between two writes of the state file; 30 times as
+                            # long as a write takes, if that is more (at first: a second a GB)
 
 def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=2048, label="train",
           state=None, shares=1, map_fn=map) -> dict:
@@ -452,7 +451,8 @@ def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=
     key = json.dumps([zlib.crc32(ids), len(batches), lr, muon, warmup, tokens, shares])
     counts, sums = load_state(state, key, masters, optimizers)
     model.from_masters()
-    save_at = time.monotonic() + SAVE_EVERY
+    gigabytes = 12e-9 * sum(p.numel() for p in masters.values())        # weights and two moments
+    save_at = time.monotonic() + SAVE_EVERY * max(1.0, gigabytes)
     bar = tqdm(range(counts["steps"] + counts["skipped"], len(batches)), desc=label, unit="update",
                leave=False, disable=None if label else True)    # None: a bar only in a terminal
     for update in bar:

@@ -361,8 +361,7 @@ def grow_imagined(lab, r, questions):
         print(f"{len(new)} new questions for {len(questions)} old ones, too few for the budget: "
               f"{left - each * len(new):,.0f} tokens are not spent")
     searched = grow_forest(lab, f"imagined_{r}", new, each, search_with_critic)
-    kept = sum(bool(tree.chosen) for tree in searched)
-    return trees, notes | dict(imagined=len(new), kept=kept)
+    return trees, notes | dict(imagined=len(new), kept=sum(bool(tree.chosen) for tree in searched))
 
 
 def learn_trusted(lab, r, trees):
@@ -1856,14 +1855,13 @@ def compare(s: Settings, names: list, seeds: int) -> None:
         hits[one.recipe, "sound"].append([row["right"] and row["sound"] for row in solutions])
     pictures = Path(s.out or "runs", "compare.html")
     write_text(pictures, compare_page(rows))
-    first = names[0]
     measures = [key for key in ("accuracy", "sound") if rows[0][key] is not None]
-    titles = [f"{measure} | less {first} | 95% interval | seeds" for measure in measures]
+    titles = [f"{measure} | less {names[0]} | 95% interval | seeds" for measure in measures]
     titles += ["sampled tokens", "trained tokens", "minutes", "sampled tokens a point"]
     print(f"\n| {' | '.join(['recipe', *titles])} |")
     print("| --- " * (5 + 4 * len(measures)) + "|")
     for name in names:
-        cells = [compared(hits[name, measure], hits[first, measure]) for measure in measures]
+        cells = [compared(hits[name, measure], hits[names[0], measure]) for measure in measures]
         cells.append(costs([row for row in rows if row["recipe"] == name], seeds))
         print(f"| {' | '.join([name, *cells])} |")
     print(f"\nAll rounds as curves: {pictures}")
@@ -2054,8 +2052,7 @@ def compare_page(rows: list) -> str:
                 table[r][name] = mean
                 if len(ours) > 1:
                     table[r] |= {f"{name}_low": max(-1, low), f"{name}_high": min(1, high)}
-            names = [name for r, name in rates if r == 0]
-            pieces += [f"<h2>{title}</h2>", plot(table, names)]
+            pieces += [f"<h2>{title}</h2>", plot(table, [name for r, name in rates if r == 0])]
     return page("Recipes compared", pieces)
 
 

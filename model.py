@@ -717,8 +717,7 @@ class Block(nn.Module):
             k_proj=nn.Linear(C, kv_width, c.qkv_bias),
             v_proj=nn.Linear(C, kv_width, c.qkv_bias),
             o_proj=nn.Linear(width, C, c.out_bias),
-            q_norm=head_norm(),
-            k_norm=head_norm()))
+            q_norm=head_norm(), k_norm=head_norm()))
         self.post_attention_layernorm = c.norm()
         gate = {} if c.gpt2 else dict(gate_proj=nn.Linear(C, inner, c.mlp_bias))
         self.mlp = nn.ModuleDict(gate | dict(
