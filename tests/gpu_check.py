@@ -62,10 +62,12 @@ def sampling(model, tokenizer, size, most, rows):
     def sample():
         """All rows, from the prompts on; the trees."""
         sampler, trees = planted(model, tokenizer, range(-(-rows // 8)), repeat=4, rows=rows)
+        model.stop_ids = frozenset()        # after the sampler has bound it: all rows are full
         grow(sampler, [(tree.root, min(8, rows)) for tree in trees], size.new)
         return trees
-    S = len(sample()[0].root.ids) + size.new / 2        # the mean over the steps
-    speed = rows * size.new / seconds(sample)
+    trees = sample()
+    tokens, S = sum(tree.tokens for tree in trees), len(trees[0].root.ids) + size.new / 2   # mean
+    speed = tokens / seconds(sample)
     return dict(per_second=speed, share=speed / roof(model, most, rows, S))
 
 def training(model, tokenizer, size, most):
@@ -88,7 +90,6 @@ def search(model, tokenizer, size, most):
 def speed(folder, size):
     """All that is measured in seconds, and the most memory so far (GiB of a GPU)."""
     model, tokenizer = load(folder, size.device, size.dtype)
-    model.stop_ids = frozenset()                        # every sample gets all its tokens
     most = limits(model, size.rows, size.copied)
     stages = {f"sampling_{rows}": partial(sampling, rows=rows) for rows in (1, 64, 512, 2048)}
     stages |= dict(search=search, training=training)

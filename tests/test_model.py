@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import gpu_check
 import model as program
+from mcts import grow
 from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, pick_device,
                    read_json, read_safetensors, uniforms, write_safetensors)
 
@@ -508,3 +510,15 @@ def test_program(tmp_path, capsys):
     assert "without sharing" in told
     assert without == sampled + asked and encoded == sampled + shared < without
     assert pick_device("").type == pick_device(None).type and pick_device("cpu").type == "cpu"
+
+
+def test_gpu_check_samples_full_rows(monkeypatch):
+    """Speed is told of rows that are all live: none stops at its end-of-text, though a Sampler
+    learns the ends of its tokenizer anew."""
+    model, ends = GPT(GPTConfig.tiny(gpu_check.TOKENIZER.n_ids, 32, 1)).initialise(0), []
+    monkeypatch.setattr(gpu_check, "seconds", lambda work: 1)
+    monkeypatch.setattr(gpu_check, "grow", lambda *wants: ends.extend(grow(*wants)))
+    most, size = SimpleNamespace(N=1, rate=1, bandwidth=1), SimpleNamespace(new=96)
+    found = gpu_check.sampling(model, gpu_check.TOKENIZER, size, most, 16)
+    assert found["per_second"] == sum(len(end.solution()) for end in ends)
+    assert {len(end.solution()) for end in ends} == {96}    # else a third would end before
