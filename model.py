@@ -1275,9 +1275,10 @@ class Sampler:
         """Take out the rows that stopped. Rows from the end fill the holes, so that the live rows
         stay the first ones: A B C D without B is A D C."""
         left = len(self.live) - len(gone)
-        holes = [i for i in gone if i < left]
-        tails = sorted({*range(left, len(self.live))}.difference(gone))
-        self.work[:, :, holes] = self.work[:, :, tails]
+        holes = np.array([i for i in gone if i < left], np.int64)
+        tails = np.setdiff1d(np.arange(left, len(self.live)), gone)     # at the end, and still live
+        # given lists as indices, torch would wait until the GPU is done
+        self.work[:, :, self._to_device(holes)] = self.work[:, :, self._to_device(tails)]
         self.live[holes] = self.live[tails]
         self.live = self.live[:left]
 
@@ -1490,8 +1491,7 @@ def continue_prompt(flags):
 def demo():
     """What sharing saves: eight samples of each of three questions that begin alike."""
     tokenizer = Tokenizer.bytes_only()
-    config = GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)
-    model = GPT(config).initialise(seed=0)
+    model = GPT(GPTConfig.tiny(tokenizer.n_ids, hidden_size=64, layers=2)).initialise(seed=0)
     sampler = Sampler(model, tokenizer, 4096)
     texts = [f"Question: what is {task}? Answer:" for task in ("7+1*4", "7+1", "9*2-3")]
     paths = [sampler.prompt(tokenizer.encode_prompt(text)) for text in texts]
