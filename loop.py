@@ -958,8 +958,7 @@ class Lab:
         self.part_tokens = min(16 * rows, TRAINED_AT_ONCE[device.type])
         self.critic = self.rollouts = None      # of these weights, by train_critics
         self.progress = None                    # called with the number of tokens just sampled
-        self.sampled_tokens = 0                 # in this round, by the policy
-        self.rollout_tokens = 0                 # ... and by the smaller policy of fast rollouts
+        self.sampled_tokens = self.rollout_tokens = 0   # of a round: by the policy, by rollouts
         if s.model:
             self.tokenizer = Tokenizer.from_pretrained(s.model)
             self.model = GPT.from_pretrained(s.model, device)
@@ -1660,7 +1659,7 @@ class FileTask(Task):
     def imagine(self, old: list, rng, write) -> list:
         """The policy sees three questions and writes one more. It is cut at its question mark, as
         many models go on with a solution. It is kept if it asks something (ASKED) with a digit, and
-        shares fewer than half of its word triples with every known question."""
+        shares fewer than half of its word triples with each known question."""
         def triples(text):
             """All runs of three words; of a shorter text the text itself."""
             words = text.split()

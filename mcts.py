@@ -567,8 +567,7 @@ def page(title: str, parts: list) -> str:
 def toy(rule) -> None:
     """From 1, four moves: who ends on 10 wins (5 games of 81: a random player has Q -0.88)."""
     tree = Tree("reach 10", 0, [1])
-    moves = ("+1=", "+3=", "*2=")
-    waiting = []
+    moves, waiting = ("+1=", "+3=", "*2="), []
     text = lambda node: moves[node.ids[0]] + str(node.ids[1]) if node.parent else "1"
 
     def ask(node, k):

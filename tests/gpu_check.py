@@ -66,8 +66,8 @@ def sampling(model, tokenizer, size, most, rows):
         grow(sampler, [(tree.root, min(8, rows)) for tree in trees], size.new)
         return trees
     trees = sample()
-    tokens, S = sum(tree.tokens for tree in trees), len(trees[0].root.ids) + size.new / 2   # mean
-    speed = tokens / seconds(sample)
+    S = len(trees[0].root.ids) + size.new / 2           # the mean over the steps
+    speed = sum(tree.tokens for tree in trees) / seconds(sample)
     return dict(per_second=speed, share=speed / roof(model, most, rows, S))
 
 def training(model, tokenizer, size, most):
