@@ -95,7 +95,8 @@ def field(obj, key: str, kind, default=None):
     value = obj.get(key) if isinstance(obj, dict) else None
     value = default if value is None else value
     # `is`, because True is an instance of int: it must not pass for an id or a size
-    need(type(value) is kind, f"key {key!r} must be of type {kind.__name__}, not {value!r:.60}")
+    if type(value) is not kind:         # not need(): to write the value out, each time, takes long
+        raise ValueError(f"key {key!r} must be of type {kind.__name__}, not {value!r:.60}")
     return value
 
 
