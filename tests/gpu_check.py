@@ -35,9 +35,9 @@ QWEN = dict(model_type="qwen2", vocab_size=151_936, hidden_size=896, num_hidden_
 # rows of a product, bytes of a copy, new tokens of a sample, updates, rows of an update
 REAL = SimpleNamespace(device="cuda", dtype=torch.bfloat16,
                        rows=8192, copied=1 << 30, new=128, updates=5, batch=64,
-                       flags="--questions 320 --budget 1600 --chunk 320 --max-tokens 256 "
-                             "--temperature 0.7 --steps 32 --epochs 1 "
-                             "--sft-lr 1e-5 --dpo-lr 1e-6")
+                       flags="--questions 3000 --budget 1200 --chunk 500 --rows 2048 "
+                             "--max-tokens 256 --temperature 0.7 --steps 96 --batch 64 --epochs 2 "
+                             "--base-steps 234 --sft-lr 1e-5 --dpo-lr 2.4e-6")
 TOY = SimpleNamespace(device="cpu", dtype=torch.float32,
                       rows=256, copied=1 << 24, new=4, updates=1, batch=2,
                       flags="--preset smoke --device cpu --threads 1 --workers 1 --questions 8 "
