@@ -422,7 +422,7 @@ def last_box(text: str) -> str:
 
 
 @lru_cache(4096)                        # a reference is read again for every sample
-def stated(text: str) -> list:
+def stated(text: str) -> tuple:
     """(mark, piece) where a text may state its answer: the surest mark first, its last piece first.
     Then the whole text, as "bare", unless it holds a box or its last line holds a mark."""
     text = re.split("</think(?:ing)?>", text)[-1].partition("<think")[0]        # no thoughts
@@ -443,7 +443,7 @@ def stated(text: str) -> list:
                 found.append((mark, line))
     if not box and not re.search(f"####|{PHRASE}", text.split("\n")[-1]):
         found.append(("bare", text))
-    return found
+    return tuple(found)                 # of a cache: not to be changed
 
 
 def strange(text: str) -> list:

@@ -429,7 +429,7 @@ def make_optimizers(masters: dict, lr: float, muon: bool, shares: int) -> list:
 # 6. Training: one loop for every loss
 # --------------------------------------------------------------------------------------------------
 SAVE_EVERY = 30             # seconds of training between two writes of the state file; 30 times as
-                            # long as a write takes, if that is more (the first: a second a GB)
+                            # long as a write takes, if that is more (guess at first: 1 s a GB)
 
 def train(model: GPT, batches, loss_fn, lr: float, muon=False, warmup=5, tokens=2048, label="train",
           state=None, shares=1, map_fn=map) -> dict:

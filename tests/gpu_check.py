@@ -82,7 +82,7 @@ def training(model, tokenizer, size, most):
 
 def search(model, tokenizer, size, most):
     """Tokens a second of 64 trees searched together, and over those of one tree. A step is 16
-    tokens, so that it does not matter what the weights write."""
+    tokens, or fewer where a random end-of-text comes."""
     of = partial(searching, model, tokenizer, rows=512, step="16", repeat=4)
     alone, together = of(range(1)), of(range(64))
     return dict(per_second=together, ratio=together / alone)
