@@ -775,8 +775,8 @@ class GPT(nn.Module):
         self.generation = {}      # generation_config.json, if there is one
         self.saved_as = {}        # {tensor name in the file: its dtype there}
         self._masters = None      # see `masters`
-        self.stop_ids, self.end_id = frozenset(), None                  # these three: see `bind`
-        self.id_bias = None
+        self.stop_ids, self.end_id, self.id_bias = frozenset(), None, None      # these: see `bind`
+        self.bound_to = None      # tokenizer of `bind`: a Sampler keeps stop_ids that you change
 
     def initialise(self, seed: int):
         """Random weights for training from scratch: normal with deviation 1/sqrt(fan-in). Layers
@@ -859,7 +859,7 @@ class GPT(nn.Module):
             named = source.get("eos_token_id")
             ends += named if isinstance(named, list) else [named]
         ends = [i for i in ends if type(i) is int and i in known]
-        self.stop_ids = frozenset(ends)
+        self.stop_ids, self.bound_to = frozenset(ends), tokenizer
         self.end_id = ends[0] if ends else None
         return self
 
@@ -1088,7 +1088,8 @@ class Sampler:
     is the solution over with this line? step: see `step_rule`."""
 
     def __init__(self, model: GPT, tokenizer, slots: int, rows=256, finished=None, step="line"):
-        self.model, self.tokenizer, self.rows = model.bind(tokenizer), tokenizer, rows
+        self.model = model if model.bound_to is tokenizer else model.bind(tokenizer)
+        self.tokenizer, self.rows = tokenizer, rows
         self.finished = finished or (lambda line: False)
         self.newline = set(tokenizer.newline_ids)
         self.step_over, self.step_tokens = step_rule(step, tokenizer)

@@ -62,7 +62,6 @@ def sampling(model, tokenizer, size, most, rows):
     def sample():
         """All rows, from the prompts on; the trees."""
         sampler, trees = planted(model, tokenizer, range(-(-rows // 8)), repeat=4, rows=rows)
-        model.stop_ids = frozenset()        # after the sampler has bound it: all rows are full
         grow(sampler, [(tree.root, min(8, rows)) for tree in trees], size.new)
         return trees
     trees = sample()
@@ -82,7 +81,7 @@ def training(model, tokenizer, size, most):
 
 def search(model, tokenizer, size, most):
     """Tokens a second of 64 trees searched together, and over those of one tree. A step is 16
-    tokens, or fewer where a random end-of-text comes."""
+    tokens, so that it does not matter what the weights write."""
     of = partial(searching, model, tokenizer, rows=512, step="16", repeat=4)
     alone, together = of(range(1)), of(range(64))
     return dict(per_second=together, ratio=together / alone)
@@ -90,6 +89,7 @@ def search(model, tokenizer, size, most):
 def speed(folder, size):
     """All that is measured in seconds, and the most memory so far (GiB of a GPU)."""
     model, tokenizer = load(folder, size.device, size.dtype)
+    model.stop_ids = frozenset()                        # every sample gets all its tokens
     most = limits(model, size.rows, size.copied)
     stages = {f"sampling_{rows}": partial(sampling, rows=rows) for rows in (1, 64, 512, 2048)}
     stages |= dict(search=search, training=training)

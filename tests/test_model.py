@@ -513,9 +513,10 @@ def test_program(tmp_path, capsys):
 
 
 def test_gpu_check_samples_full_rows(monkeypatch):
-    """Speed is told of rows that are all live: none stops at its end-of-text, though a Sampler
-    learns the ends of its tokenizer anew."""
+    """Speed is told of rows that are all live. None stops at an end-of-text if stop_ids is empty: a
+    Sampler binds no model that is bound to its tokenizer."""
     model, ends = GPT(GPTConfig.tiny(gpu_check.TOKENIZER.n_ids, 32, 1)).initialise(0), []
+    model.bind(gpu_check.TOKENIZER).stop_ids = frozenset()
     monkeypatch.setattr(gpu_check, "seconds", lambda work: 1)
     monkeypatch.setattr(gpu_check, "grow", lambda *wants: ends.extend(grow(*wants)))
     most, size = SimpleNamespace(N=1, rate=1, bandwidth=1), SimpleNamespace(new=96)
