@@ -17,7 +17,7 @@ import torch
 import gpu_check
 import model as program
 from mcts import grow
-from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, mix, pick_device,
+from model import (GPT, BadInput, GPTConfig, Request, Sampler, Tokenizer, attend, mix, pick_device,
                    read_json, read_safetensors, uniforms, write_safetensors)
 
 MODELS = Path(__file__).resolve().parent / "data" / "models"
@@ -139,6 +139,23 @@ def test_biases_and_linear_rope(tmp_path):
 
 KINDS, SLIDES = ["sliding_attention", "full_attention"] * 2, dict(sliding_window=6)
 ON = SLIDES | dict(use_sliding_window=True)
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-5), (torch.bfloat16, 0.03)), ids=str)
+@pytest.mark.parametrize("T", (1, 3))
+def test_attention(T, dtype, bound):
+    """Each way of computing it against the formula, head by head in fp64, with unseen keys."""
+    rng = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(2, heads, length, 16, generator=rng).to(dtype)
+               for heads, length in ((6, T), (2, 9), (2, 9)))
+    bias = torch.zeros(2, 1, T, 9, dtype=dtype)
+    bias[0, :, :, 4:] = bias[1, :, :, 7] = -math.inf
+    found = attend(q, k, v, bias)
+    for head in range(6):
+        of_query, of_key, of_value = (x.double() for x in (q[:, head], k[:, head // 3],
+                                                           v[:, head // 3]))
+        scores = of_query @ of_key.transpose(1, 2) / 4 + bias[:, 0].double()
+        assert (found[:, head] - scores.softmax(-1) @ of_value).abs().max() < bound
 
 
 @pytest.mark.parametrize("kind, more, want", [
