@@ -158,8 +158,10 @@ def test_batch_equals_alone():
     assert [to_json(tree) for tree in trees] == [to_json(t) for t in play(games, until(25))]
 
 def test_budget_and_patience():
-    """The next simulation may cost twice the mean; patience counts those without a new sample."""
+    """The next simulation may cost twice the mean, the second as much as the first; patience counts
+    those without a new sample."""
     for tokens, spent, visits, more in ((30, 24, 3, False), (30, 18, 3, True), (30, 19, 3, False),
+                                        (30, 15, 1, True), (30, 16, 1, False), (30, 16, 2, False),
                                         (1, 0, 0, True), (0, 0, 0, False), (30, 0, 50, False)):
         tree, go_on = Tree(None, 0, [0]), until(50, tokens)
         tree.tokens = 7                         # those sampled before do not count
