@@ -306,14 +306,14 @@ class Rollouts:
     """A small model finishes a leaf n times. The mean of what its own outcome head says of these
     ends is one more opinion about the leaf.
     sampler, critic  of the small model
-    text             node -> str: its tokenizer may be another one
+    encode           node -> its ids: the small model's tokenizer may be another one
     room             its store is emptied when it holds more tokens than this
     tokens           sampled by the small model so far
     twin[node] is the node's copy in a tree of the small model, so no prefix is encoded twice."""
     tokens = property(lambda self: self.sampler.counts["sampled"])
 
-    def __init__(self, sampler, critic, n: int, max_tokens: int, text, room: int = 65536):
-        self.sampler, self.critic, self.text = sampler, critic, text
+    def __init__(self, sampler, critic, n: int, max_tokens: int, encode, room: int = 65536):
+        self.sampler, self.critic, self.encode = sampler, critic, encode
         self.n, self.max_tokens, self.room = n, max_tokens, room
         self.forget()
 
@@ -324,12 +324,11 @@ class Rollouts:
 
     def copy(self, node):
         """The twin of a node, made with those above it if they are missing. None: no room."""
-        tokenizer, limit = self.sampler.tokenizer, self.sampler.model.config.max_positions
+        limit = self.sampler.model.config.max_positions
         twin, above = None, NOTHING
         for step in node.path():                        # no recursion: a path may be long
             if step not in self.twin:
-                encode = tokenizer.encode_more if twin else tokenizer.encode_prompt
-                ids = encode(self.text(step))
+                ids = self.encode(step)
                 if not 0 < len(above) + len(ids) < limit:
                     return None
                 slots = self.sampler.follow(above, ids)[len(above):]
@@ -373,14 +372,15 @@ class Rollouts:
 # Left out: algebra, 5k, 1e3, number words, 2 1/2; behind a mark sums in words (3 boxes * 6 = 18).
 DENIED = r"(?<!wrong )(?<!false )(?<!incorrect )(?<!\bone )(?<!other )(?<!in)"    # wrong answer
 OPTION = r"(?:\bthe |best |(?<![^\n]))(?:option|choice)(?= is[ *_(]*(?-i:[A-Z])[*_).!]*(?:\n|$))"
-PHRASE = (rf"(?i:{DENIED}(?:answer|correct (?:option|choice)|{OPTION}))[*_]*\s*(?:(?i:is)\b|:)"
+PHRASE = (rf"(?i:{DENIED}(?:answer|correct (?:option|choice)|{OPTION}))[*_]*\s*"
+          r"(?:(?i:(?:to th\w+ (?:question|problem) )?(?:is|(?:should|would) be))\b|:)"
           r"[*_:]*(?: +(?:therefore|thus|then|about|approximately|exactly)\b)?|<answer>\s*|"
           r"(?<![^\n])[#*_ ]*(?i:(?:final |correct )?answer)[*_ ]*(?=\n)")     # a heading
 DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u2009\u202f][0-9]{3}){1,9}(?![0-9])|[0-9]{1,99})"   # 1,000
 RATIO = r"[0-9]{1,99} ?/ ?[1-9][0-9]{0,98}(?!\.?[0-9])"                 # 1 / 2
 SIGN = r"(?:(?<![\w)\]%.+-])(?<![0-9] )[-+] *)?"                # -3, by -3; none in 10-3, 10 - 3
 NUMBER = rf"{SIGN}(?:{RATIO}|{DIGITS}(?:\.[0-9]{{1,99}})?|\.[0-9]{{1,99}})"     # -1,000.5  .5
-TOKEN = re.compile(rf"{NUMBER}|\\[A-Za-z]+|or so\b|[-/]?[A-Za-z]+(?:'s\b|[0-9]+)?|\S")
+TOKEN = re.compile(rf"{NUMBER}|\\[A-Za-z]+|or so\b|[-/]?[A-Za-z]+(?:'(?:s|d|ll|ve)\b|[0-9]+)?|\S")
 KNOWN = set("""a I an as at be by do he in is it my of on so to up us we A An As At By He In Is It
                Mr Ms My Of On So To Up We /hr cm fl ft hr kg km lb mg mi mL ml mm oz pt qt sq yd yr
                GB MB Rs US
@@ -463,10 +463,11 @@ def read_number(piece: str, mark: str):
     formula = canonical(last) if re.search(r"[\\{^]", last) else ""
     if number(formula) is not None:                     # \frac12  2\frac{1}{2}  5 cm^2
         return formula
-    line = REASON.split(WORKING.sub("", last, count=1))[0]
-    if mark == "bare":
-        line = RESULT.split(last)[-1]
+    answer = WORKING.sub("", last, count=1)
+    line = RESULT.split(last)[-1] if mark == "bare" else REASON.split(answer)[0]
     unknown = strange(line)
+    if mark == "bare" and line != last and re.search("[a-z]{2}", line):
+        unknown = [*{*unknown}]                         # 9 + 9 = 18, so she has 18 apples
     if len(unknown) == 1 and re.fullmatch(NUMBER, unknown[0]):
         return re.sub(r"[+,\s]", "", unknown[0])
     return piece.strip() if last and mark != "bare" else None
@@ -503,7 +504,7 @@ def read_letter(piece: str, mark: str, options=None):
             return letter if name == letter else None
     clear = re.match(CLOSED if options else CLOSED + APART, match[1] + sentence)
     doubt = r"\b(OR|AND|NOR|[A-Z])\b|^\W*IS (THE )?(WRONG|INCORRECT|FALSE|NOT)\b"
-    doubt = re.search(doubt, sentence.upper())
+    doubt = re.search(doubt, re.sub(r"\b(a|an|I)(?= [a-z]{3})", "", sentence).upper())
     return letter if clear and not doubt else None                      # B or C   (B) is wrong
 
 

@@ -189,7 +189,7 @@ class Settings:
     share: float = 0.4          # part of budget for RFT or critics; at 0 alphallm learns nothing
     # pits and searches
     completions: int = 4        # k: a step is bad if k samples below it all fail (pits, critics)
-    rule: str = ""              # which child a search visits: puct or uct; empty: as in the paper
+    rule: str = ""              # searches visit a child by puct or uct; empty: as in the paper
     commit: int = 0             # mcts_dpo: simulations before a move to the best child; 0: no move
     self_evaluation: str = "off"    # mcts_dpo: add the policy's own verdict: off, plain, gold
     # AlphaLLM
@@ -357,7 +357,7 @@ def grow_imagined(lab, r, questions):
     left = s.budget * len(questions) - lab.sampled_tokens
     # at most one budget each: 22 new questions once had 14,000 tokens each, all that was left
     each = min(s.budget, left / max(1, len(new)))
-    if each * len(new) < left:
+    if s.budget * len(new) < left:
         print(f"{len(new)} new questions for {len(questions)} old ones, too few for the budget: "
               f"{left - each * len(new):,.0f} tokens are not spent")
     searched = grow_forest(lab, f"imagined_{r}", new, each, search_with_critic)
@@ -833,8 +833,9 @@ def train_critics(lab, name: str, trees: list) -> dict:
     questions = [tree.question for tree in trees]
     own = grow_forest(small, f"trees_{name}", questions, s.share * s.budget, sample)
     small.critic, small_heads = train_critic(small, name, own)
-    text = lambda node: lab.decode(node.ids) if node.parent else lab.task.prompt(node.tree.question)
-    lab.rollouts = critic.Rollouts(small.sampler, small.critic, s.rollouts, s.max_tokens, text)
+    encode = lambda node: (small.tokenizer.encode_more(lab.decode(node.ids)) if node.parent else
+                           small.task.prompt_ids(node.tree.question))
+    lab.rollouts = critic.Rollouts(small.sampler, small.critic, s.rollouts, s.max_tokens, encode)
     lab.rollout_tokens += small.sampled_tokens
     return dict(critic=heads, rollout_critic=small_heads)
 
@@ -1609,12 +1610,8 @@ class FileTask(Task):
 
     def prompt_ids(self, question) -> list:
         """Special tokens are such where the template writes them, never where a question does."""
-        if not self.settings.template:
-            return super().prompt_ids(question)
-        start, begin = len(self.before), self.tokenizer.begin
-        data = (start, start + len(question.text))
-        ids = self.tokenizer.encode(self.prompt(question), allow_special=True, data=data)
-        return ids if ids[:len(begin)] == begin else begin + ids
+        data = (len(self.before), len(self.before) + len(question.text))
+        return self.tokenizer.encode_prompt(self.prompt(question), allow_special=True, data=data)
 
     def over(self, line: str) -> bool:
         """Does this line end a solution? A base model goes on with the next question after it."""
@@ -1822,8 +1819,7 @@ def first_trees(folder: Path) -> list:
 
 def picture(tree: Tree, record: dict, width: float = 56) -> str:
     """A saved tree as text, its steps cut at `width` columns."""
-    text = lambda node: record["step_texts"][node.index]
-    return draw(tree, text, pits_of(tree), width=width)
+    return draw(tree, lambda node: record["step_texts"][node.index], pits_of(tree), width=width)
 
 
 def compare(s: Settings, names: list, seeds: int) -> None:
@@ -1894,6 +1890,8 @@ def evaluate(s: Settings) -> None:
     """--evaluate: greedy accuracy of a model folder on held-out questions, as one JSON object."""
     # what is said of files is no JSON: it goes to stderr
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
+        if Path(s.model, "../settings.json").exists():  # of a run, which taught it a form
+            same_settings(Path(s.model).parent, asdict(s), {"classes", "template"}, "give it, too.")
         lab, start = Lab(replace(s, out=folder)), time.time()
         print(lab.likelihood_of_prompts())
         solutions = solve_greedily(lab, lab.task.eval_questions(), 0)
@@ -2170,7 +2168,7 @@ def main(arguments: list) -> int:
         message = (f"{error.filename or 'the output'}: {error.strerror or error}; mend it, and the "
                    "same command goes on where it stopped")
     except (MemoryError, RuntimeError) as error:        # on a CPU only its text tells it apart
-        if isinstance(error, RuntimeError) and not re.search("(allocate|of) memory", str(error)):
+        if not re.search("allocate|of memory|ALLOC_FAILED|^$", str(error)):
             raise
         message = ("out of memory; finished work is kept: give the same command with a lower "
                    "--rows, or start a new --out with a lower --chunk")

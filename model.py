@@ -484,9 +484,10 @@ class Tokenizer:
         """Ids of a text that goes on from another one: no "▁" comes between two steps."""
         return self.encode(text, begins=False)
 
-    def encode_prompt(self, text: str) -> list:
-        """Ids of a text that begins here: those of `begin`, then its own."""
-        return self.begin + self.encode(text)
+    def encode_prompt(self, text: str, allow_special=False, data=(0, 0)) -> list:
+        """Ids of a text that begins here: those of `begin`, unless it has them, then its own."""
+        ids = self.encode(text, allow_special, data=data)
+        return ids if ids[:len(self.begin)] == self.begin else self.begin + ids
 
     def decode_more(self, ids) -> str:
         """Ids that go on from others -> text; bytes that are no UTF-8 become U+FFFD."""
@@ -1467,8 +1468,8 @@ def main(arguments: list) -> int:
         flags = parser.parse_args(arguments)
         continue_prompt(flags) if arguments else demo()
         return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BadInput, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
 
 
@@ -1482,7 +1483,7 @@ def continue_prompt(flags):
     model = GPT.from_pretrained(flags.model, flags.device)
     sampler = Sampler(model, tokenizer, 4096)
     text = with_newlines(flags.prompt)
-    path = sampler.prompt(tokenizer.encode_prompt(text))
+    path = sampler.prompt(tokenizer.encode_prompt(text, allow_special=True))
     requests = [Request(path, mix(flags.seed, i), flags.max_tokens) for i in range(flags.samples)]
     for found in sampler.extend(requests, flags.temperature):
         written = tokenizer.decode_more(i for i in found.ids if i not in model.stop_ids)

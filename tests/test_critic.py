@@ -355,7 +355,7 @@ def test_rollouts():
     nodes = [node for tree in grown(big) for node in tree.nodes[1:] if not node.ended]
     decode = big.tokenizer.decode_more
     small = language_model(5, 16, Tokenizer.bytes_only(("<a>", "<b>")))
-    retell = lambda node: decode(node.ids.tolist())
+    retell = lambda node: small.tokenizer.encode_more(decode(node.ids.tolist()))
     unused = Rollouts(small, Length({}), 3, 1, retell)      # no prefix is short enough
     assert unused.score(nodes) == {}
     fast = Rollouts(small, Length({}), 3, 40, retell)
@@ -363,7 +363,7 @@ def test_rollouts():
     ends = [end.solution().tolist() for end in fast.critic.asked]
     assert list(found) == nodes and len(ends) == 3 * len(nodes)
     for i, node in enumerate(nodes):
-        prefix = [t for n in node.path()[1:] for t in small.tokenizer.encode_more(retell(n))]
+        prefix = [t for n in node.path()[1:] for t in retell(n)]
         mine = ends[3 * i:3 * i + 3]
         assert all(ids[:len(prefix)] == prefix for ids in mine)
         assert found[node] == pytest.approx(np.mean([len(ids) % 7 / 7 for ids in mine]))

@@ -722,6 +722,8 @@ def test_evaluate_and_decode(home, run_of, monkeypatch):
     assert 0 < spent[0] < spent[1] == spent[2] == spent[3] and 0 < spent[4] <= 1.1 * spent[1]
     code, _, err = go(**settings | dict(decode=1, traps=1))
     assert code == 2 and "--traps was 0" in err, err        # another task than the run's
+    code, _, err = go(**small(home, evaluate=folder / "round_2", classes=7))
+    assert code == 2 and "--classes was 2" in err, err      # the model answers in another form
 
 
 # -- the command line, files, source ---------------------------------------------------------------

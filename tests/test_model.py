@@ -513,6 +513,8 @@ def test_program(tmp_path, capsys):
     ask = ["--model", str(tmp_path), "--max-tokens", "3", "--device", "cpu", "--prompt"]
     assert program.main([*ask, r"$\neq$\nuser", "--samples", "2"]) == 0
     assert capsys.readouterr().out.count("$\\neq$\nuser") == 2
+    assert program.main([*ask, "<|endoftext|>" * 60]) == 0      # 60 tokens, not 780 characters
+    capsys.readouterr()
     wrong = [["--device", name] for name in ("tpu", "cuda", "cuda:99")]
     wrong += [["--temperature", "nan"], ["--samples", "0"], ["--prompt", "x" * 64]]
     wrong += [["--model", "nowhere"], ["--wrong"], ["--seed", "x"]]
