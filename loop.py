@@ -2167,7 +2167,7 @@ def main(arguments: list) -> int:
     except OSError as error:
         message = (f"{error.filename or 'the output'}: {error.strerror or error}; mend it, and the "
                    "same command goes on where it stopped")
-    except (MemoryError, RuntimeError) as error:        # on a CPU only its text tells it apart
+    except (MemoryError, RuntimeError) as error:    # known by its text; MemoryError may have none
         if not re.search("allocate|of memory|ALLOC_FAILED|^$", str(error)):
             raise
         message = ("out of memory; finished work is kept: give the same command with a lower "
