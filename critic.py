@@ -395,6 +395,7 @@ REASON = re.compile(r"(?<!well )(?<!is )\b(?:because|since|as|not|given)\b(?! we
 WORKING = re.compile(r"(?: *[A-Za-z]\w* *=)?"                           # x = 9 + 9 = 18
                      r"(?:(?:[-+*/().%\s0-9]|,[0-9]{3}|x(?= ?[0-9])|\\times|\\cdot)*=)?")
 RESULT = re.compile(r"(?<![<>!])=|\bis +(?=[-+0-9])|[0-9] ?- ?(?=[0-9])")   # 9 * 2 is 18, 3-18
+THAN = re.compile(r"\b(?:more|[a-z]+er)\b(?: [a-z]+)* than \D*$")     # = 3 hours more than James
 MINUS = "\u2212\u2013\u2014\uff0d\ufe63\u2010\u2011"
 SYMBOLS = str.maketrans(MINUS + "×·÷：≈’&", "-------**/:=',", "°")
 SYMBOLS |= str.maketrans({"²": "^2 ", "½": r"\frac12 ", "√": r"\sqrt ", "π": r"\pi "})
@@ -465,9 +466,8 @@ def read_number(piece: str, mark: str):
         return formula
     answer = WORKING.sub("", last, count=1)
     line = RESULT.split(last)[-1] if mark == "bare" else REASON.split(answer)[0]
-    unknown = strange(line)
-    if mark == "bare" and line != last and re.search("[a-z]{2}", line):
-        unknown = [*{*unknown}]                         # 9 + 9 = 18, so she has 18 apples
+    worded = mark == "bare" and line != last and re.search("[a-z]{2}", line)    # = 18, so he has 18
+    unknown = [*{*strange(THAN.sub("", line))}] if worded else strange(line)
     if len(unknown) == 1 and re.fullmatch(NUMBER, unknown[0]):
         return re.sub(r"[+,\s]", "", unknown[0])
     return piece.strip() if last and mark != "bare" else None
