@@ -1611,7 +1611,7 @@ class FileTask(Task):
     def prompt_ids(self, question) -> list:
         """Special tokens are such where the template writes them, never where a question does."""
         data = (len(self.before), len(self.before) + len(question.text))
-        return self.tokenizer.encode_prompt(self.prompt(question), allow_special=True, data=data)
+        return self.tokenizer.encode_prompt(self.prompt(question), data)
 
     def over(self, line: str) -> bool:
         """Does this line end a solution? A base model goes on with the next question after it."""
@@ -1665,7 +1665,7 @@ class FileTask(Task):
         for _ in old:
             three = rng.sample(old, min(3, len(old)))
             shown = "".join(f"Question: {question.text}\n\n" for question in three) + "Question:"
-            prompts.append(self.tokenizer.encode_prompt(shown))
+            prompts.append(self.tokenizer.encode_prompt(shown, data=(0, len(shown))))
         known, kept = defaultdict(set), []              # known: triple -> questions that have it
         for question in self.train + self.test:
             for triple in triples(question.text):

@@ -484,9 +484,9 @@ class Tokenizer:
         """Ids of a text that goes on from another one: no "▁" comes between two steps."""
         return self.encode(text, begins=False)
 
-    def encode_prompt(self, text: str, allow_special=False, data=(0, 0)) -> list:
-        """Ids of a text that begins here: those of `begin`, unless it has them, then its own."""
-        ids = self.encode(text, allow_special, data=data)
+    def encode_prompt(self, text: str, data=(0, 0)) -> list:
+        """Ids of a text that begins here, after `begin`. Added tokens count; data: see encode."""
+        ids = self.encode(text, allow_special=True, data=data)
         return ids if ids[:len(self.begin)] == self.begin else self.begin + ids
 
     def decode_more(self, ids) -> str:
@@ -1483,7 +1483,7 @@ def continue_prompt(flags):
     model = GPT.from_pretrained(flags.model, flags.device)
     sampler = Sampler(model, tokenizer, 4096)
     text = with_newlines(flags.prompt)
-    path = sampler.prompt(tokenizer.encode_prompt(text, allow_special=True))
+    path = sampler.prompt(tokenizer.encode_prompt(text))
     requests = [Request(path, mix(flags.seed, i), flags.max_tokens) for i in range(flags.samples)]
     for found in sampler.extend(requests, flags.temperature):
         written = tokenizer.decode_more(i for i in found.ids if i not in model.stop_ids)
