@@ -467,7 +467,7 @@ def read_number(piece: str, mark: str):
     answer = WORKING.sub("", last, count=1)
     line = RESULT.split(last)[-1] if mark == "bare" else REASON.split(answer)[0]
     worded = mark == "bare" and line != last and re.search("[a-z]{2}", line)    # = 18, so he has 18
-    unknown = [*{*strange(THAN.sub("", line))}] if worded else strange(line)
+    unknown = list(set(strange(THAN.sub("", line)))) if worded else strange(line)
     if len(unknown) == 1 and re.fullmatch(NUMBER, unknown[0]):
         return re.sub(r"[+,\s]", "", unknown[0])
     return piece.strip() if last and mark != "bare" else None

@@ -1890,7 +1890,7 @@ def evaluate(s: Settings) -> None:
     """--evaluate: greedy accuracy of a model folder on held-out questions, as one JSON object."""
     # what is said of files is no JSON: it goes to stderr
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
-        if Path(s.model, "../settings.json").exists():  # of a run, which taught it a form
+        if Path(s.model, "../settings.json").exists():  # its run taught it a form of answer
             same_settings(Path(s.model).parent, asdict(s), {"classes", "template"}, "give it, too.")
         lab, start = Lab(replace(s, out=folder)), time.time()
         print(lab.likelihood_of_prompts())

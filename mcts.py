@@ -405,7 +405,7 @@ def until(simulations: float, tokens: float = math.inf, patience: float = math.i
     included), after `patience` in a row that sampled nothing, or when twice the mean cost of a
     simulation exceeds what is left of `tokens`, counted from the first call. Example: tokens = 30,
     two simulations took 16, a mean of 8; twice that is 16, and 14 are left: stop. The first, which
-    costs most, is not doubled: alone it is useless. (mcts_dpo spends 93%; with the mean 103%.)"""
+    costs most, is not doubled: alone it is useless. (mcts_dpo, round 1: 93%; by the mean 103%.)"""
     started = {}                        # tree -> (left, tokens, visits) at the first call
     grown = {}                          # (tree, tokens) -> visits when it first had these tokens
 
